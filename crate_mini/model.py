@@ -41,13 +41,13 @@ class Config:
     lam: float = 0.1             # sparsity threshold: a step subtracts eta * lam
     # Variants, all off in the paper's model; each answers one known weakness.
     residual: bool = False       # add the sparsifier's output to the stream instead of replacing it
-    separate_decoder: bool = False  # write with another matrix than D: a tied step can rescale and denoise what
-                                 # is there (its Jacobian is symmetric and >= 0) but not write a new direction
+    separate_decoder: bool = False  # write with another matrix than D: a tied step can rescale and denoise
+                                 # what is there (its Jacobian is symmetric, >= 0), not write a new direction
     learned_lam: bool = False    # one positive threshold per neuron, starting at lam
     unit_norm: bool = False      # use D / |D|_2, which makes the step eta / |D|^2: stable for every eta < 2
-    query_rank: int = 0          # q = u + (u A) B of this rank: scores u u^T are symmetric, so without it a head
-                                 # cannot bind a key to another token's value
-    l1: float = 0.0              # weight of an L1 penalty on the codes in the training loss (reviewers' ablation)
+    query_rank: int = 0          # q = u + (u A) B of this rank: scores u u^T are symmetric, so without it a
+                                 # head cannot bind a key to another token's value
+    l1: float = 0.0              # weight of an L1 penalty on codes in the training loss (reviewers' ablation)
 
     def __post_init__(self):
         for f in fields(self):
@@ -57,15 +57,15 @@ class Config:
                 raise UserError(f"{f.name}={value!r} is not of type {kind.__name__}; try {f.default!r}.")
         for name, allowed in (("attention", ("mssa", "mhsa")), ("sparsifier", ("ista", "mlp"))):
             if getattr(self, name) not in allowed:
-                raise UserError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}.")
+                raise UserError(f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(allowed)}.")
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "expansion", "steps"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1; try {Config.__dict__[name]}.")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1, like {getattr(Config, name)}.")
         for name in ("lam", "l1", "query_rank"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} must be finite and not negative.")
         if not 0 < self.eta < math.inf or (self.learned_lam and self.lam == 0):
-            raise UserError(f"eta={self.eta} (and, with learned_lam, lam={self.lam}) must be positive and finite.")
+            raise UserError(f"eta={self.eta} (with learned_lam, lam={self.lam} too) must be positive and finite.")
         if self.n_embd % self.n_head:
             ok = max(k for k in range(1, self.n_head + 1) if self.n_embd % k == 0)
             raise UserError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; try n_head={ok}.")
@@ -132,7 +132,7 @@ class MHSA(nn.Module):
 
     def forward(self, z):
         qkv = self.qkv(self.norm(z)).unflatten(-1, (3, self.n_head, -1))                     # (B, T, 3, K, p)
-        q, k, v = qkv.transpose(1, 3).unbind(2)                                              # each (B, K, T, p)
+        q, k, v = qkv.transpose(1, 3).unbind(2)                                            # each (B, K, T, p)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).flatten(-2))                                       # (B, T, d)
 
@@ -142,7 +142,7 @@ class ISTA(nn.Module):
 
     a_t = ReLU(a_{t-1} + eta D^T (x - D a_{t-1}) - eta lam), a_0 = 0, x = LN(z): `steps` ISTA steps on
     min_{a >= 0} lam |a|_1 + 1/2 |x - D a|^2 (CRATE, ISTA; zero start and h = 4d as CRATE-LM).
-    `self.code` is where codes are watched or replaced: a forward hook on it sees a; what it returns is decoded.
+    Codes are watched or replaced at `self.code`: a forward hook on it sees a, and what it returns is decoded.
     """
 
     def __init__(self, config):
@@ -182,7 +182,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """z <- z + attention(z), then z <- sparsifier(z), or z + sparsifier(z) if residual. Returns (z, codes)."""
+    """z <- z + attention(z); z <- sparsifier(z), or z + sparsifier(z) if residual. Returns (z, codes)."""
 
     def __init__(self, config):
         super().__init__()
@@ -231,7 +231,7 @@ class LM(nn.Module):
         """All but the head: ids (B, T) -> (stream after the final norm (B, T, d), [codes (B, T, h)] * L)."""
         T = idx.shape[1]
         if T > self.config.block_size:
-            raise UserError(f"{T} tokens do not fit the model's context, block_size={self.config.block_size}.")
+            raise UserError(f"{T} tokens exceed the model's context, block_size={self.config.block_size}.")
         z, codes = self.tokens(idx) + self.positions.weight[:T], []
         for block in self.blocks:
             z, a = block(z)
@@ -270,10 +270,10 @@ class LM(nn.Module):
 
 
 def flops_per_token(config, T=None, training=True):
-    """Operations per token, every product counted where it runs (6N is wrong here: D is used 2 * steps times).
+    """Operations per token, each product counted where it runs (6N is wrong here: D is used 2 * steps times).
 
-    A multiply-add is two operations; with T tokens of context (default block_size) the causal mask leaves each
-    token (T + 1) / 2 pairs on average; the backward pass does two products for each forward one.
+    A multiply-add is two operations; in a context of T tokens (default block_size) the causal mask leaves each
+    one (T + 1) / 2 pairs on average; the backward pass does two products for each forward one.
     """
     c, d = config, config.n_embd
     attention = 2 * d * d + 2 * d * c.query_rank if c.attention == "mssa" else 4 * d * d

@@ -1,7 +1,7 @@
 """The two operations that matter, behind one door: the model calls them here and never asks what runs them.
 
-`mssa_project` and `ista` have the signatures of `reference.py`. The backend is chosen once and can be read, with
-its reason, from `backend()`; today there is one, plain PyTorch.
+`mssa_project` and `ista` have the signatures of `reference.py`. The backend is chosen once and can be read,
+with its reason, from `backend()`; today there is one, plain PyTorch.
 """
 
 from crate_mini import reference

@@ -49,7 +49,7 @@ def ista(x, D, eta, lam, steps, decoder=None):
 
 
 def lasso(x, a, D, lam):
-    """lam |a|_1 + 1/2 |x - D a|^2 of each row, (...): the objective that every ISTA step is meant to lower."""
+    """lam |a|_1 + 1/2 |x - D a|^2 of each row, (...): the objective that ISTA steps are meant to lower."""
     return (lam * a.abs()).sum(-1) + 0.5 * (x - a @ D.T).square().sum(-1)
 
 
