@@ -36,7 +36,7 @@ class Config:
     sparsifier: str = "ista"     # ista | mlp
     bias: bool = True            # biases in LayerNorms and output maps (the released GPT-2 twin has none)
     expansion: int = 4           # h / d, the overcompleteness of D
-    steps: int = 2               # ISTA steps from the zero start
+    ista_steps: int = 2          # ISTA steps from the zero start
     eta: float = 0.1             # ISTA step size
     lam: float = 0.1             # sparsity threshold: a step subtracts eta * lam
     # Variants, all off in the paper's model; each answers one known weakness.
@@ -58,14 +58,14 @@ class Config:
         for name, allowed in (("attention", ("mssa", "mhsa")), ("sparsifier", ("ista", "mlp"))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(allowed)}.")
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "expansion", "steps"):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "expansion", "ista_steps"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1, like {getattr(Config, name)}.")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1, as {getattr(Config, name)}.")
         for name in ("lam", "l1", "query_rank"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} must be finite and not negative.")
         if not 0 < self.eta < math.inf or (self.learned_lam and self.lam == 0):
-            raise UserError(f"eta={self.eta} (with learned_lam, lam={self.lam} too) must be positive and finite.")
+            raise UserError(f"eta={self.eta} (with learned_lam lam={self.lam} too) must be finite and above 0.")
         if self.n_embd % self.n_head:
             ok = max(k for k in range(1, self.n_head + 1) if self.n_embd % k == 0)
             raise UserError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; try n_head={ok}.")
@@ -148,7 +148,7 @@ class ISTA(nn.Module):
     def __init__(self, config):
         super().__init__()
         d, h = config.n_embd, config.n_code
-        self.eta, self.steps = config.eta, config.steps
+        self.eta, self.steps = config.eta, config.ista_steps
         self.norm = nn.LayerNorm(d, bias=config.bias)
         self.D = nn.Parameter(torch.empty(d, h))
         self.decoder = nn.Parameter(torch.empty(d, h)) if config.separate_decoder else None
@@ -270,7 +270,7 @@ class LM(nn.Module):
 
 
 def flops_per_token(config, T=None, training=True):
-    """Operations per token, each product counted where it runs (6N is wrong here: D is used 2 * steps times).
+    """Operations per token, each product counted where it runs (not 6N: D is used 2 * ista_steps times).
 
     A multiply-add is two operations; in a context of T tokens (default block_size) the causal mask leaves each
     one (T + 1) / 2 pairs on average; the backward pass does two products for each forward one.
@@ -278,7 +278,7 @@ def flops_per_token(config, T=None, training=True):
     c, d = config, config.n_embd
     attention = 2 * d * d + 2 * d * c.query_rank if c.attention == "mssa" else 4 * d * d
     attention += ((T or c.block_size) + 1) * d
-    sparsifier = (2 * c.steps if c.sparsifier == "ista" else 2) * d * c.n_code
+    sparsifier = (2 * c.ista_steps if c.sparsifier == "ista" else 2) * d * c.n_code
     products = c.n_layer * (attention + sparsifier) + d * c.vocab_size
     return 2 * products * (3 if training else 1)
 
