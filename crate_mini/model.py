@@ -60,12 +60,12 @@ class Config:
                 raise UserError(f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(allowed)}.")
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "expansion", "ista_steps"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1, as {getattr(Config, name)}.")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1 ({getattr(Config, name)}).")
         for name in ("lam", "l1", "query_rank"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} must be finite and not negative.")
         if not 0 < self.eta < math.inf or (self.learned_lam and self.lam == 0):
-            raise UserError(f"eta={self.eta} (with learned_lam lam={self.lam} too) must be finite and above 0.")
+            raise UserError(f"eta={self.eta} (and a learned lam={self.lam}) must be finite and above 0.")
         if self.n_embd % self.n_head:
             ok = max(k for k in range(1, self.n_head + 1) if self.n_embd % k == 0)
             raise UserError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; try n_head={ok}.")
@@ -272,7 +272,7 @@ class LM(nn.Module):
 def flops_per_token(config, T=None, training=True):
     """Operations per token, each product counted where it runs (not 6N: D is used 2 * ista_steps times).
 
-    A multiply-add is two operations; in a context of T tokens (default block_size) the causal mask leaves each
+    A multiply-add is two operations; in a context of T tokens (block_size) the causal mask leaves each
     one (T + 1) / 2 pairs on average; the backward pass does two products for each forward one.
     """
     c, d = config, config.n_embd

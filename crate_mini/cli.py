@@ -1,0 +1,116 @@
+"""What the three scripts share at the command line: flags made from dataclass fields, errors in one sentence.
+
+A field's comment in the source is its help text: each setting is explained once, where it is declared.
+"""
+
+import argparse
+import difflib
+import errno
+import inspect
+import json
+import re
+import sys
+import types
+import typing
+from dataclasses import fields
+
+from crate_mini import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers in one sentence, names the nearest flag, and reads --a_b as --a-b."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message[0].lower()}{message[1:]}; see `python {self.prog} --help`.")
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's; raises UserError for anything it cannot take."""
+        args = [re.sub(r"^--[^=]+", lambda m: m[0].replace("_", "-"), a) for a in
+                (sys.argv[1:] if args is None else args)]
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [s for action in self._actions for s in action.option_strings]
+            raise UserError(f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}; "
+                            f"`python {self.prog} --help` lists all.")
+        return found
+
+
+def nearest(word, known):
+    """', did you mean X?' for the known word closest to this one, or nothing."""
+    match = difflib.get_close_matches(word, known, 1)
+    return f", did you mean {match[0]}?" if match else ""
+
+
+def comments(cls):
+    """{field: its trailing comment}, continuation lines joined, read from the class's source."""
+    found, name = {}, None
+    for line in inspect.getsource(cls).splitlines():
+        m = re.match(r"    (\w+): [^#]*#\s*(.*)", line)
+        if m:
+            name = m[1]
+            found[name] = m[2].strip()
+        elif name and re.match(r"\s{20,}#", line):
+            found[name] += " " + line.split("#", 1)[1].strip()
+        else:
+            name = None
+    return found
+
+
+def add_fields(parser, cls, title):
+    """One flag per field of a dataclass, type and help from its declaration; absent unless given."""
+    group, notes = parser.add_argument_group(title), comments(cls)
+    for f in fields(cls):
+        flag, note = "--" + f.name.replace("_", "-"), notes.get(f.name, "").replace("%", "%%")
+        text = f"{note} (default {f.default})"
+        if f.type is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+                               help=text)
+        else:
+            group.add_argument(flag, type=kind_of(f), default=argparse.SUPPRESS, help=text,
+                               metavar=kind_of(f).__name__.upper())
+
+
+def kind_of(field):
+    """The plain type of a field: int for `int | None`."""
+    if isinstance(field.type, types.UnionType):
+        return next(t for t in typing.get_args(field.type) if t is not types.NoneType)
+    return field.type
+
+
+def read_json(path, known):
+    """A flat JSON object of settings from a file; raises UserError for a bad file or an unknown name."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError) as e:
+        raise UserError(f"--config {path!r} cannot be read as JSON: {e}; try {{\"lr\": 0.001}}.") from e
+    if not isinstance(found, dict):
+        raise UserError(f"--config {path!r} holds no JSON object; try a file with {{\"lr\": 0.001}}.")
+    for name in found:
+        if name not in known:
+            raise UserError(f"--config {path!r} names {name!r}, which is no setting{nearest(name, known)}.")
+    return found
+
+
+def run(main):
+    """Call a script's main; user errors become one sentence on stderr and exit code 2, Ctrl-C becomes 130."""
+    try:
+        sys.exit(main())
+    except UserError as e:
+        message = str(e)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command starts again, finished parts are kept.", file=sys.stderr)
+        sys.exit(130)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPIPE, errno.EFBIG):
+            raise
+        message = f"{e.strerror}: {e.filename or 'while writing'}; free or choose another place with --out."
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and "memory" not in str(e):
+            raise
+        message = f"not enough memory ({str(e).splitlines()[0][:120]}); lower --micro-batch or --block-size."
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,309 @@
+"""Train a CRATE language model, or its GPT-2 twin, on any text: `python train.py`.
+
+With no flag: CRATE 3L (d = 128) on the English that every Python installation carries, minutes on a laptop.
+The path of a token: data.batch -> LM.forward -> head.cross_entropy -> backward -> AdamW -> checkpoint.save.
+Many processes: `torchrun --nproc-per-node 8 train.py ...`; each takes its rows of the same global batch, so
+the number of processes changes the speed and not the run. `python train.py --help` lists every setting.
+"""
+
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from crate_mini import UserError, checkpoint, cli, data, machine, model, ops, report
+from crate_mini.progress import Log
+from crate_mini.settings import Settings
+
+
+class Run:
+    """One training run, built once, then `train()`. A resume needs its step, best, weights and optimizer."""
+
+    def __init__(self, s, config, resume=None, weights=None):
+        self.s, self.config, self.signal, self.step, self.best, self.skipped = s, config, None, 0, math.inf, 0
+        self.join()
+        self.dtype, why_dtype = machine.choose_dtype(self.device, s.dtype)
+        compiled, why_compile = machine.choose_compile(self.device, s.compile)
+        self.corpus = self.open_data()
+        torch.manual_seed(s.seed)
+        self.lm = model.LM(config)
+        if weights:
+            self.lm.load_state_dict(weights)
+        self.lm.to(self.device)
+        self.optimizer = self.make_optimizer()
+        if resume:
+            self.step, self.best, self.skipped = resume["step"], resume["best"], resume["skipped"]
+            self.optimizer.load_state_dict(resume["optimizer"])
+        self.forward = torch.compile(self.lm) if compiled else self.lm
+        if self.world > 1:
+            self.forward = DistributedDataParallel(self.forward)
+        self.introduce(why_dtype, "torch.compile" if compiled else "eager", why_compile)
+
+    def join(self):
+        """Find this process's place among those of torchrun (alone without it) and its device."""
+        s = self.s
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = machine.choose_device(s.device)
+        if s.batch_size % self.world:
+            raise UserError(f"--batch-size {s.batch_size} does not divide among {self.world} processes; "
+                            f"try --batch-size {max(1, s.batch_size // self.world) * self.world}.")
+        if self.world > 1:
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.share = s.batch_size // self.world
+
+    def open_data(self):
+        """Tokenizer and corpus; with many processes the first builds the token files and the others wait."""
+        s = self.s
+        self.tokenizer = data.load_tokenizer(s.tokenizer)
+        if self.tokenizer.vocab_size > self.config.vocab_size:
+            raise UserError(f"tokenizer {s.tokenizer!r} has {self.tokenizer.vocab_size} ids and the model "
+                            f"{self.config.vocab_size}; give the tokenizer that the model was made with.")
+        if self.rank:
+            dist.barrier()
+        corpus = data.open_corpus(s.data, self.tokenizer, val_fraction=s.val_fraction, log=self.say)
+        corpus.batch(s.seed, "train", 0, 1, self.config.block_size)      # says so if the context does not fit
+        if self.world > 1 and not self.rank:
+            dist.barrier()
+        return corpus
+
+    def make_optimizer(self):
+        """AdamW; weight decay on every tensor of two or more dimensions, as the paper."""
+        s, w = self.s, list(self.lm.parameters())
+        groups = [{"params": [p for p in w if p.dim() > 1], "weight_decay": s.weight_decay},
+                  {"params": [p for p in w if p.dim() < 2], "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, s.lr, betas=(s.beta1, s.beta2), fused=self.device.type != "mps")
+
+    def say(self, *words):
+        """Print, in the first process only."""
+        if not self.rank:
+            print(*words, flush=True)
+
+    def amp(self):
+        """Autocast to the chosen dtype; nothing at all in float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def introduce(self, why_dtype, mode, why_mode):
+        """Say what will run, where and why; one trial step, thrown away, tells the minutes and the memory."""
+        s, c, T = self.s, self.config, self.config.block_size
+        self.flops = model.flops_per_token(c)
+        self.peak, why_peak = machine.peak_flops(self.device, self.dtype)
+        rows = min(self.share, s.micro_batch)
+        x, y = (t.to(self.device) for t in self.corpus.batch(s.seed, "train", 0, rows, T))
+        for _ in range(2):
+            start = time.perf_counter()
+            with self.amp():
+                loss = self.lm.eval()(x, y)
+            loss.backward()
+            loss.item()
+        minutes = (time.perf_counter() - start) / rows * self.share * (s.train_steps - self.step) / 60
+        self.lm.zero_grad()
+        memory = machine.peak_memory(self.device) + 8 * sum(w.numel() for w in self.lm.parameters())
+        self.say(f"model     {s.model} {s.preset}: {c.attention} + {c.sparsifier}, "
+                 f"L={c.n_layer} d={c.n_embd} K={c.n_head} h={c.n_code} V={c.vocab_size}\n"
+                 f"          {self.lm.n_params() / 1e6:.2f} M parameters without positions\n"
+                 f"device    {machine.describe(self.device)['device']}; {self.world} process(es)\n"
+                 f"mode      {mode}: {why_mode}\n"
+                 f"dtype     {str(self.dtype)[6:]}: {why_dtype}\n"
+                 f"backend   {': '.join(ops.backend())}\n"
+                 f"step      {s.batch_size} x {T} tokens of {self.flops / 1e6:.1f} MFLOP\n"
+                 f"peak      {f'{self.peak / 1e9:,.0f} GFLOP/s, ' if self.peak else ''}{why_peak}\n"
+                 f"corpus    {s.data}: {self.corpus.n_tokens['train']:,} tokens to train on, "
+                 f"{self.corpus.n_tokens['val']:,} held out; this run sees "
+                 f"{s.train_steps * s.batch_size * T / self.corpus.n_tokens['train']:.1f} times the first\n"
+                 f"expected  {minutes:.1f} minutes, {memory / 2 ** 30:.1f} GiB, judged by one trial step")
+
+    def train(self):
+        """All steps from self.step on, with validations, checkpoints and the log; returns the exit code."""
+        s = self.s
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        log = Log(self)
+        while self.step < s.train_steps:
+            loss, norm, lr = self.one_step()
+            due = self.step == s.train_steps or self.signal or s.eval_every and self.step % s.eval_every == 0
+            val = self.validate(s.eval_tokens) if due and not self.signal else {}
+            log.row(loss, norm, lr, val)
+            if val and val["val_loss"] < self.best:
+                self.best = val["val_loss"]
+                self.save("best", resume=False)
+            if due or (s.save_every and self.step % s.save_every == 0):
+                self.save("last")
+            if self.signal:
+                self.say(f"\nstopped after step {self.step} and saved; go on with\n"
+                         f"  python train.py --resume {shlex.quote(s.out)}")
+                return 128 + self.signal
+        return self.finish()
+
+    def one_step(self):
+        """One optimizer step on the global batch of self.step. Returns loss, gradient norm, learning rate."""
+        s, lr = self.s, self.s.lr_at(self.step)
+        rows = slice(self.rank * self.share, (self.rank + 1) * self.share)
+        x, y = (t[rows].to(self.device, non_blocking=True)
+                for t in self.corpus.batch(s.seed, "train", self.step, s.batch_size, self.config.block_size))
+        self.lm.train()
+        told = torch.zeros(2, device=self.device)                        # loss, and whether a signal came
+        for xs, ys in zip(x.split(s.micro_batch), y.split(s.micro_batch)):
+            if self.world > 1:  # gradients travel once, with the last micro-batch
+                self.forward.require_backward_grad_sync = xs.data_ptr() == x[-len(xs):].data_ptr()
+            with self.amp():
+                loss = self.forward(xs, ys) * (len(xs) / self.share)
+            loss.backward()
+            told[0] += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.lm.parameters(), s.clip or math.inf)
+        told[1] = self.signal or 0
+        if self.world > 1:
+            dist.all_reduce(told)
+            told[0] /= self.world
+            self.signal = self.signal or (signal.SIGTERM if told[1] else None)
+        loss, norm = told[0].item(), norm.item()
+        self.step += 1
+        if math.isfinite(loss) and math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        elif s.on_nonfinite == "stop":
+            raise UserError(f"loss {loss}, gradient norm {norm} at step {self.step}, learning rate {lr:.2g}; "
+                            f"{self.last_good()} Try a lower --lr, or --on-nonfinite skip.")
+        else:
+            self.skipped += 1
+        self.optimizer.zero_grad()
+        return loss, norm, lr
+
+    def on_signal(self, number, frame):
+        """Finish the step and save; a second signal acts at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def last_good(self):
+        """A sentence that names the newest checkpoint of this run."""
+        path = Path(self.s.out, "last")
+        return f"the last good checkpoint is {path}." if path.exists() else "no checkpoint was due yet."
+
+    @torch.no_grad()
+    def validate(self, limit=None):
+        """On the first `limit` held-out tokens: val_loss (nats), bits_per_byte, density if asked for."""
+        told = torch.zeros(4, dtype=torch.float64, device=self.device)   # loss sum, tokens, live codes, codes
+        self.lm.eval()
+        blocks = self.corpus.blocks("val", self.s.micro_batch, self.config.block_size, limit)
+        for i, (x, y) in enumerate(blocks):
+            if i % self.world == self.rank:
+                with self.amp():
+                    if self.s.log_sparsity:
+                        for a in self.lm.trunk(x.to(self.device))[1]:
+                            told[2:] += torch.tensor([a.count_nonzero(), a.numel()], device=self.device)
+                    loss = self.lm(x.to(self.device), y.to(self.device))
+                told[:2] += torch.tensor([loss.item() * y.numel(), y.numel()], device=self.device)
+        if self.world > 1:
+            dist.all_reduce(told)
+        loss = (told[0] / told[1]).item()
+        val = {"val_loss": loss, "bits_per_byte": loss / math.log(2) * self.corpus.n_tokens["val"]
+               / self.corpus.n_bytes["val"]}
+        return {**val, "density": (told[2] / told[3]).item()} if self.s.log_sparsity else val
+
+    def save(self, name, resume=True, **facts):
+        """Write the checkpoint out/NAME: last (with all that a resume needs) or best (weights only)."""
+        if self.rank:
+            return
+        state = {"step": self.step, "best": self.best, "skipped": self.skipped,
+                 "optimizer": self.optimizer.state_dict()} if resume else None
+        checkpoint.save(Path(self.s.out, name), self.lm, resume=state,
+                        tokenizer={"spec": self.s.tokenizer, "hash": self.tokenizer.hash},
+                        training={"settings": asdict(self.s), "step": self.step, "best_val_loss": self.best,
+                                  "corpus": self.corpus.meta, "machine": machine.describe(self.device),
+                                  "command": shlex.join(["python", *sys.argv]), **facts})
+
+    def finish(self):
+        """The whole held-out split, a sample, the figure, and what to type next. Returns exit code 0."""
+        s, val = self.s, self.validate()
+        self.save("last", **val)
+        if self.rank:
+            return 0
+        start = torch.tensor([[self.tokenizer.eot]], device=self.device)
+        with self.amp():
+            ids = self.lm.generate(start, 120, temperature=0.8, top_k=50,
+                                   generator=torch.Generator(self.device).manual_seed(s.seed))
+        text = self.tokenizer.decode([i for i in ids[0, 1:].tolist() if i < self.tokenizer.vocab_size])
+        figure = report.loss_curve(Path(s.out, "log.csv"), f"{s.model} {s.preset} on {s.data}")
+        self.say("\nsample    " + text.strip().replace("\n", "\n          "))
+        self.say(f"\nresult    validation loss {val['val_loss']:.4f} nats per token, "
+                 f"{val['bits_per_byte']:.4f} bits per byte"
+                 + (f", density {val['density']:.3f}" if s.log_sparsity else "")
+                 + (f"; {self.skipped} steps skipped as not finite" if self.skipped else "")
+                 + f"\nfiles     {Path(s.out, 'last')} (also best), {Path(s.out, 'log.csv')}, {figure}\n"
+                 "next      "
+                 + ("python train.py --model gpt2" if s.model == "crate" else "python train.py")
+                 + f"\n          python train.py --resume {shlex.quote(s.out)} "
+                 f"--train-steps {2 * s.train_steps}")
+        return 0
+
+
+def parse(argv=None):
+    """Command line, --config file and resumed checkpoint -> (Settings, Config, resume state, weights)."""
+    parser = cli.Parser(prog="train.py", description=__doc__)
+    parser.add_argument("--config", help="a JSON file of settings by name; flags win over it")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, exactly")
+    parser.add_argument("--init", metavar="CHECKPOINT", help="start from these weights, ours or foreign")
+    cli.add_fields(parser, Settings, "training")
+    cli.add_fields(parser, model.Config, "model (all from --model and --preset unless given)")
+    flags = vars(parser.parse_args(argv))
+    config_file, resumed, init = flags.pop("config"), flags.pop("resume"), flags.pop("init")
+    training, shape = {f.name for f in fields(Settings)}, {f.name for f in fields(model.Config)}
+    given = {**(cli.read_json(config_file, sorted(training | shape)) if config_file else {}), **flags}
+    changes = {name: value for name, value in given.items() if name in shape}
+    given = {name: value for name, value in given.items() if name in training}
+    if resumed:
+        return resume(resumed, given, changes, init)
+    s = Settings(**given)
+    s.check()
+    s.out = s.out or f"out/{s.model}-{s.preset}"
+    if not s.overwrite and Path(s.out, "log.csv").exists():
+        raise UserError(f"{s.out} already holds a run; go on with --resume {s.out}, choose another --out, or "
+                        "replace it with --overwrite.")
+    if init:
+        lm, _ = checkpoint.load(init)
+        return s, lm.config, None, lm.state_dict()
+    ids = data.load_tokenizer(s.tokenizer).vocab_size
+    size = {"vocab_size": -(-ids // 64) * 64, "block_size": 256 if s.preset.endswith("L") else 1024}
+    return s, model.preset(s.preset, s.model, **{**size, **changes}), None, None
+
+
+def resume(folder, given, changes, init):
+    """Settings, Config, resume state and weights of the run in `folder`, with single settings changed."""
+    if init:
+        raise UserError("--init and --resume exclude each other: a resumed run has its own weights.")
+    meta, state, weights = checkpoint.load_resume(Path(folder, "last"))
+    s = Settings(**{**meta["training"]["settings"], **given, "out": folder})
+    s.check()
+    for name, value in changes.items():
+        old = meta["config"][name]
+        if value != old:
+            raise UserError(f"--{name.replace('_', '-')} {value} differs from the run's {old} in {folder}; "
+                            "leave it out, or start a new run with another --out.")
+    if state["step"] >= s.train_steps:
+        raise UserError(f"the run in {folder} has done all its {state['step']} steps; "
+                        f"add --train-steps {2 * state['step']} to go on.")
+    return s, model.Config(**meta["config"]), state, weights
+
+
+def main():
+    s, config, state, weights = parse()
+    try:
+        return Run(s, config, state, weights).train()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    cli.run(main)
