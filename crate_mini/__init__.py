@@ -1,5 +1,9 @@
 """crate_mini: the smallest complete laboratory for white-box language models."""
 
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
 __version__ = "0.1.0"
 
 
@@ -8,3 +12,25 @@ class UserError(Exception):
 
     Scripts print the sentence and exit with code 2; nothing else in the package catches it.
     """
+
+
+@contextmanager
+def atomic_write(path):
+    """A binary file to write that becomes `path` when the block ends well; until then `path` stays as it was.
+
+    Raises UserError when the folder cannot be written or the disk is full, and leaves nothing behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror or error}; make room or choose another "
+                        "folder.") from None
+    finally:
+        if temporary.exists():
+            temporary.unlink()
