@@ -91,7 +91,8 @@ def token_files(source: str) -> list[tuple[Path, int, int]]:
         return []
     found = []
     for path in files:
-        size, head = path.stat().st_size, path.open("rb").read(12)
+        with _told(path), open(path, "rb") as file:
+            size, head = path.stat().st_size, file.read(12)
         offset, count = 0, size // 2
         if head[:4] == (20240520).to_bytes(4, "little"):
             offset, count = 1024, int.from_bytes(head[8:], "little")
@@ -110,9 +111,8 @@ def held_out(raw: bytes, fraction: float) -> bool:
 def _named(source: str) -> tuple[str | None, int | None]:
     """("pile", 5000) for "pile:5000"; (None, None) for what is no named corpus."""
     name, _, limit = source.partition(":")
-    if name in NAMED and (not limit or limit.isdecimal()):
-        return name, int(limit) if limit else None
-    return None, None
+    known = name in NAMED and (not limit or limit.isdecimal() and len(limit) < 12)
+    return (name, int(limit) if limit else None) if known else (None, None)
 
 
 def _kind(path: Path) -> str | None:
@@ -130,15 +130,16 @@ def _files(source: str) -> list[Path]:
     try:
         if root.is_file():
             return [root]
-        files = [path for path in sorted(root.rglob("[!.]*")) if _kind(path) and path.is_file()]
-        exists = root.exists()
+        files = [path for path in sorted(root.rglob("*")) if _kind(path) and path.is_file()
+                 and not any(part.startswith(".") for part in path.relative_to(root).parts)]
+        exists = source and root.exists()
     except (OSError, ValueError) as error:      # a name too long, a NUL in it, a folder we may not read
         raise UserError(f"Corpus {source[:80]!r} cannot be opened: {error}.") from None
     if not exists:
         raise UserError(f"No corpus {source!r}: expected {', '.join([*pydocs.NAMES, *NAMED])} or the path "
                         "of a file or folder; pydocs always works.")
     if not files:
-        raise UserError(f"Folder {source} holds no file of a known kind: {' '.join(KINDS)}.")
+        raise UserError(f"{source} is no file and holds none of a known kind: {' '.join(KINDS)}.")
     return files
 
 

@@ -105,8 +105,8 @@ def open_corpus(source: str, tokenizer: Tokenizer, cache_dir=None, val_fraction:
     place = str(Path(source).resolve()) if "files" in identity["source"] else source
     key = hashlib.sha256(f"{place} {tokenizer.hash} {val_fraction}".encode()).hexdigest()[:8]
     root = Path(cache_dir or os.environ.get("CRATE_CACHE") or Path.home() / ".cache" / "crate_mini")
-    folder = root / re.sub(r"[^\w.-]+", "-", f"{identity['source']['name']}-{tokenizer.name}-{key}")
-    corpus = Corpus(folder, prepare(folder, identity, source, tokenizer, workers, log))
+    name = re.sub(r"[^\w.-]+", "-", f"{identity['source']['name'][:40]}-{tokenizer.name[:40]}-{key}")
+    corpus = Corpus(root / name, prepare(root / name, identity, source, tokenizer, workers, log))
     for split, wanted in (("train", val_fraction < 1), ("val", val_fraction > 0)):
         if wanted and corpus.n_tokens[split] < 2:
             raise UserError(f"The {split} split of {source} would have {corpus.n_tokens[split]} of "

@@ -73,27 +73,22 @@ def _reusable(folder: Path, identity: dict, log) -> dict:
     fresh = {**identity, "split": None, "parts": [], "complete": False}
     try:
         meta = json.loads((folder / "corpus.json").read_bytes())
+        if meta.pop("sha256") != _sha256(json.dumps(meta).encode()):
+            raise ValueError
         if {key: meta[key] for key in identity} != identity:
             log(f"{folder.name}: the source has changed; building its token files anew")
             return fresh
         for number, part in enumerate(meta["parts"]):
-            if not all(_intact(shard(folder, number, split), part[split]) for split in SPLITS):
+            files = [(shard(folder, number, split), part[split]["sha256"]) for split in SPLITS]
+            if not all(path.exists() and _sha256(path.read_bytes()) == sha256 for path, sha256 in files):
                 log(f"{folder.name}: part {number} is damaged; building again from there")
                 return {**meta, "parts": meta["parts"][:number], "complete": False}
         return {**fresh, **meta}
     except FileNotFoundError:
         return fresh
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        log(f"{folder.name}: corpus.json is damaged ({type(error).__name__}); building its token files anew")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        log(f"{folder.name}: corpus.json is damaged ({type(error).__name__}); building anew")
         return fresh
-
-
-def _intact(path: Path, entry: dict) -> bool:
-    if not entry["tokens"]:
-        return True
-    if not path.exists() or not path.stat().st_size:
-        return False
-    return _sha256(np.memmap(path, np.uint8, "r")) == entry["sha256"]
 
 
 def _sha256(data) -> str:
@@ -139,7 +134,7 @@ def _build(folder: Path, meta: dict, source: str, tokenizer: Tokenizer, workers,
 
 def _save(folder: Path, meta: dict):
     with atomic_write(folder / "corpus.json") as file:
-        file.write(json.dumps(meta, indent=1).encode())
+        file.write(json.dumps({**meta, "sha256": _sha256(json.dumps(meta).encode())}, indent=1).encode())
 
 
 def _tokens(parts: list[dict]) -> int:
@@ -153,9 +148,8 @@ def _write_part(folder: Path, number: int, group: list, dtype) -> dict:
         ids = np.concatenate([np.empty(0, dtype), *ids], dtype=dtype)
         size = sum(size for where, _, size in group if where == split)
         part[split] = {"tokens": len(ids), "bytes": size, "sha256": _sha256(ids)}
-        if len(ids):
-            with atomic_write(shard(folder, number, split)) as file:
-                file.write(ids)
+        with atomic_write(shard(folder, number, split)) as file:
+            file.write(ids)
     return part
 
 
@@ -190,7 +184,7 @@ def _from_text(texts: Iterator[str], split: dict, val_fraction: float, digest) -
             continue
         left = raw[:max(0, split["at"] - seen)].decode("utf-8", "ignore")
         if len(left) < len(text):
-            left = left[:max(left.rfind("\n"), left.rfind(" ")) + 1]
+            left = left[:max(left.rfind("\n"), left.rfind(" ")) + 1 or len(left)]
         for name, piece in (("train", left), ("val", text[len(left):])):
             if piece:
                 yield name, piece, len(piece.encode())

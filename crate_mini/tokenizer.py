@@ -13,7 +13,7 @@ from crate_mini import UserError, atomic_write
 from crate_mini.corpora import END, documents, extra, held_out
 
 # GPT-2's split pattern in tiktoken's spelling (possessive: no backtracking on long runs). Our own vocabulary
-# uses it too: words carry their leading space, letters, digits and signs stay apart, one code path serves all.
+# uses it too: words carry their leading space, letters, digits and signs stay apart, and one path serves all.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
@@ -74,7 +74,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     Any of them may end in :N to keep the first N ranks: the first merges of a BPE are themselves a BPE.
     """
     name, _, keep = spec.rpartition(":")
-    name, keep = (name, int(keep)) if name and keep.isdecimal() else (spec, None)
+    name, keep = (name, int(keep)) if name and keep.isdecimal() and len(keep) < 12 else (spec, None)
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
     elif name == "gpt2":
