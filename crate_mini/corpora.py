@@ -76,9 +76,9 @@ def describe(source: str) -> dict:
         return pydocs.describe(source)
     if name:
         return {"name": name, "files": NAMED[name][1], "documents": limit}
-    root = Path(source).resolve()
-    stats = [(p.relative_to(root).as_posix() if p != root else p.name, p.stat()) for p in _files(str(root))]
-    return {"name": root.name, "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]}
+    stats = [(path.relative_to(source).as_posix(), path.stat()) for path in _files(source)]
+    return {"name": Path(source).resolve().name,
+            "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]}
 
 
 def token_files(source: str) -> list[tuple[Path, int, int]]:
@@ -238,7 +238,7 @@ def _pieces(chunks: Iterator[str], mark: str, longest: int | None = None) -> Ite
     for chunk in chunks:
         *whole, rest = (rest + chunk).split(mark)
         yield from whole
-        while longest and len(rest) > longest:
+        while longest and len(rest) > longest + len(mark):      # a mark may have begun at the very end
             at = rest.rfind("\n", 0, longest) + 1 or longest
             yield rest[:at]
             rest = rest[at:]
