@@ -34,6 +34,7 @@ class Config:
     n_embd: int = 128            # d
     attention: str = "mssa"      # mssa | mhsa
     sparsifier: str = "ista"     # ista | mlp
+    activation: str = "relu"     # of the mlp: relu | gelu (OpenAI GPT-2's, the tanh form; codes get negative)
     bias: bool = True            # biases in LayerNorms and output maps (the released GPT-2 twin has none)
     expansion: int = 4           # h / d, the overcompleteness of D
     ista_steps: int = 2          # ISTA steps from the zero start
@@ -55,7 +56,8 @@ class Config:
             ok = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
             if not ok or (kind in (int, float) and isinstance(value, bool)):
                 raise UserError(f"{f.name}={value!r} is not of type {kind.__name__}; try {f.default!r}.")
-        for name, allowed in (("attention", ("mssa", "mhsa")), ("sparsifier", ("ista", "mlp"))):
+        for name, allowed in (("attention", ("mssa", "mhsa")), ("sparsifier", ("ista", "mlp")),
+                              ("activation", ("relu", "gelu"))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(allowed)}.")
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "expansion", "ista_steps"):
@@ -166,7 +168,7 @@ class ISTA(nn.Module):
 
 
 class MLP(nn.Module):
-    """The twin's sparsifier: a = ReLU(W1 LN(z)); returns (W2 a, a). ReLU as released, not GPT-2's GELU."""
+    """The twin's sparsifier: a = ReLU(W1 LN(z)); returns (W2 a, a). ReLU as released, GELU on request."""
 
     def __init__(self, config):
         super().__init__()
@@ -174,10 +176,12 @@ class MLP(nn.Module):
         self.norm = nn.LayerNorm(d, bias=config.bias)
         self.fc = nn.Linear(d, h, bias=config.bias)
         self.proj = nn.Linear(h, d, bias=config.bias)
+        self.gelu = config.activation == "gelu"
         self.code = nn.Identity()
 
     def forward(self, z):
-        a = self.code(F.relu(self.fc(self.norm(z))))
+        x = self.fc(self.norm(z))
+        a = self.code(F.gelu(x, approximate="tanh") if self.gelu else F.relu(x))
         return self.proj(a), a
 
 
