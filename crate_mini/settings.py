@@ -5,6 +5,9 @@ from dataclasses import dataclass, fields
 
 from crate_mini import UserError, cli
 
+POSITIVE = ("train_steps", "batch_size", "micro_batch", "log_every", "eval_tokens")
+SHARES = ("beta1", "beta2", "val_fraction")
+
 
 @dataclass
 class Settings:
@@ -40,18 +43,15 @@ class Settings:
     def check(self):
         """Raise UserError for a value that no run can have."""
         for f in fields(self):
-            value = getattr(self, f.name)
-            kind = cli.kind_of(f)
+            value, kind, flag = getattr(self, f.name), cli.kind_of(f), "--" + f.name.replace("_", "-")
             if value is not None and not isinstance(value, (int, float) if kind is float else kind):
-                raise UserError(f"--{f.name} {value!r} is not of type {kind.__name__}, like {f.default!r}.")
+                raise UserError(f"{flag} {value!r} is not of type {kind.__name__}, like {f.default!r}.")
             if kind in (int, float) and value is not None and not 0 <= value < 2 ** 31:
-                raise UserError(f"--{f.name} {value} must lie in 0 to 2147483647, for example {f.default}.")
-        for name in ("train_steps", "batch_size", "micro_batch", "log_every", "eval_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least 1.")
-        for name in ("beta1", "beta2", "val_fraction"):
-            if getattr(self, name) >= 1:
-                raise UserError(f"--{name} {getattr(self, name)} must be below 1.")
+                raise UserError(f"{flag} {value} must lie in 0 to 2147483647, for example {f.default}.")
+            if f.name in POSITIVE and value < 1:
+                raise UserError(f"{flag} {value} must be at least 1, for example {f.default}.")
+            if f.name in SHARES and value >= 1:
+                raise UserError(f"{flag} {value} must be below 1, for example {f.default}.")
         if self.on_nonfinite not in ("stop", "skip"):
             raise UserError(f"--on-nonfinite {self.on_nonfinite!r} is unknown; choose stop or skip.")
 

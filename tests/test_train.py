@@ -1,0 +1,364 @@
+"""The trainer: exact resume, kills at any moment, processes that agree, and bad input in one sentence.
+
+Runs happen inside this process, or in children forked from a server that has the imports, because starting
+Python and PyTorch costs more than the training here.
+"""
+
+import csv
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
+from crate_mini import UserError, cli, data, machine  # noqa: E402
+from crate_mini.settings import Settings  # noqa: E402
+
+TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--block-size", "16", "--batch-size", "4",
+        "--tokenizer", "bytes", "--dtype", "float32", "--eval-tokens", "200", "--log-every", "1",
+        "--warmup", "2", "--eval-every", "4"]
+
+
+@pytest.fixture(autouse=True)
+def clean_machine(tmp_path_factory, monkeypatch):
+    """Cache of this session, one thread (bitwise equal runs), signal handlers put back."""
+    monkeypatch.setenv("CRATE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    old, threads = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)], torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), old):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A corpus of a few hundred lines made from a seed, with enough order in it to be learned."""
+    draw = random.Random(0)
+    words = ["code", "rate", "step", "sparse", "dictionary", "token", "subspace", "signal", "head"]
+    lines = [" ".join(draw.choice(words) for _ in range(draw.randint(3, 9))) + ".\n" for _ in range(400)]
+    path = tmp_path_factory.mktemp("text") / "corpus.txt"
+    path.write_text("".join(lines))
+    return str(path)
+
+
+def run(*flags):
+    """train.py's main in this process; returns its exit code, raises its UserError."""
+    s, config, state, weights = train.parse(list(flags))
+    return train.Run(s, config, state, weights).train()
+
+
+def rows(out):
+    """log.csv without the column that tells the time."""
+    with open(Path(out, "log.csv"), newline="") as file:
+        return [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in csv.DictReader(file)]
+
+
+def weights(out, name="last"):
+    meta = json.loads(Path(out, name, "config.json").read_text())
+    return meta["files"]["weights"]["sha256"]
+
+
+def test_a_run_writes_what_it_says_and_learns(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(*TINY, "--data", text, "--train-steps", "40", "--lr", "0.01", "--log-sparsity",
+               "--out", str(out)) == 0
+    said = capsys.readouterr().out
+    for word in ("model ", "device ", "mode ", "dtype ", "backend ", "step ", "peak ", "corpus ", "expected ",
+                 "sample ", "result ", "files ", "next "):
+        assert f"\n{word}" in f"\n{said}", word
+    log = rows(out)
+    assert float(log[-1]["loss"]) < float(log[0]["loss"]) - 0.5
+    assert 0 < float(log[-1]["density"]) < 1
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    facts = json.loads((out / "last" / "config.json").read_text())["training"]
+    corpus = data.open_corpus(text, data.load_tokenizer("bytes"))
+    assert facts["bits_per_byte"] == pytest.approx(
+        facts["val_loss"] / math.log(2) * corpus.n_tokens["val"] / corpus.n_bytes["val"])
+    assert f"{facts['val_loss']:.4f}" in said and facts["machine"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("kind", ["crate", "gpt2", "crate+"])
+def test_resume_is_bitwise_equal_to_an_uninterrupted_run(kind, text, tmp_path):
+    flags = [*TINY, "--data", text, "--model", kind, "--query-rank", "0" if kind == "gpt2" else "3",
+             "--micro-batch", "3"]
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    run(*flags, "--out", whole, "--train-steps", "12")
+    s, config, state, w = train.parse([*flags, "--out", cut, "--train-steps", "12"])
+    first = train.Run(s, config, state, w)
+    step = first.one_step
+
+    def interrupted():
+        first.signal = 15 if first.step == 6 else None
+        return step()
+
+    first.one_step = interrupted
+    assert first.train() == 128 + 15 and json.loads(Path(cut, "last", "config.json").read_text())
+    assert run("--resume", cut) == 0
+    assert weights(cut) == weights(whole)
+    by_step = {r["step"]: r for r in rows(cut)}
+    for want in rows(whole):
+        assert by_step[want["step"]] == want
+
+
+def test_how_often_one_looks_does_not_change_the_run(text, tmp_path):
+    flags = [*TINY, "--data", text, "--train-steps", "9"]
+    run(*flags, "--out", str(tmp_path / "a"), "--eval-every", "1", "--save-every", "2", "--log-sparsity")
+    run(*flags, "--out", str(tmp_path / "b"), "--eval-every", "0", "--log-every", "5")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_micro_batches_change_nothing_but_rounding(text, tmp_path):
+    flags = [*TINY, "--data", text, "--train-steps", "5"]
+    for name, micro in (("a", "4"), ("b", "3"), ("c", "1")):
+        run(*flags, "--out", str(tmp_path / name), "--micro-batch", micro)
+    for a, b, c in zip(rows(tmp_path / "a"), rows(tmp_path / "b"), rows(tmp_path / "c")):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
+        assert float(a["grad_norm"]) == pytest.approx(float(c["grad_norm"]), rel=1e-4)
+
+
+def test_best_is_kept_apart_from_last(text, tmp_path):
+    out = tmp_path / "run"
+    run(*TINY, "--data", text, "--train-steps", "12", "--lr", "0.3", "--out", str(out))  # overshoots
+    vals = {int(r["step"]): float(r["val_loss"]) for r in rows(out) if r["val_loss"]}
+    best = json.loads((out / "best" / "config.json").read_text())["training"]
+    assert best["best_val_loss"] == min(vals.values()) and vals[best["step"]] == min(vals.values())
+
+
+GOLDEN = [5.7696, 5.7531, 5.7045, 5.6699, 5.6331, 5.5787, 5.5796, 5.5306, 5.5120, 5.5387]
+
+
+def test_golden_losses(text, tmp_path):
+    """Ten literal losses of a fixed run in float32: nothing in the path of a token has changed unnoticed.
+
+    After a change that is meant to alter them, copy the list that the failing assertion prints.
+    """
+    run(*TINY, "--data", text, "--train-steps", "10", "--out", str(tmp_path / "run"))
+    losses = [float(r["loss"]) for r in rows(tmp_path / "run")]
+    assert losses == pytest.approx(GOLDEN, abs=2e-4)
+
+
+def child(flags, threads=1):
+    """A training in a forked process: main() as the script runs it, output thrown away."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    torch.set_num_threads(threads)
+    sys.argv = ["train.py", *flags]
+    cli.run(train.main)
+
+
+def test_kill_9_at_any_moment_then_resume_ends_with_the_same_loss(text, tmp_path, monkeypatch):
+    """20 kills of one run at random times; then it ends with exactly the weights of an unbroken one."""
+    flags = [*TINY, "--data", text, "--train-steps", "150", "--save-every", "3", "--eval-every", "50"]
+    run(*flags, "--out", str(tmp_path / "whole"))
+    context, out, draw = multiprocessing.get_context("forkserver"), tmp_path / "cut", random.Random(1)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    context.set_forkserver_preload(["train", "tests.test_train"])
+    kills = resumes = 0
+    while kills < 20:
+        resumed = (out / "last" / "config.json").exists()
+        resumes += resumed
+        again = ["--resume", str(out)] if resumed else [*flags, "--out", str(out), "--overwrite"]
+        process = context.Process(target=child, args=(again,))
+        process.start()
+        seen, mark = time.time(), (out / "last" / "config.json")
+        before = mark.stat().st_mtime_ns if resumed else 0
+        while process.is_alive() and time.time() - seen < 60:  # let it get one checkpoint further at least
+            if mark.exists() and mark.stat().st_mtime_ns != before:
+                break
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.05)
+        process.kill()
+        process.join()
+        kills += 1
+        if process.exitcode == 0:
+            break
+    assert resumes >= 10, "the run must have been cut often enough to mean something"
+    if process.exitcode != 0:
+        assert run("--resume", str(out)) == 0
+    assert weights(out) == weights(tmp_path / "whole")
+    assert rows(out)[-1] == rows(tmp_path / "whole")[-1]
+
+
+def script(*flags, timeout=120, **env):
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], capture_output=True, text=True,
+                          timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, cwd=ROOT)
+
+
+def test_two_processes_train_as_one(text, tmp_path):
+    """The same global batch over two CPU processes under torchrun: equal losses but for the order of sums."""
+    flags = [*TINY, "--data", text, "--train-steps", "6", "--micro-batch", "1"]
+    run(*flags, "--out", str(tmp_path / "one"))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+         str(ROOT / "train.py"), *flags, "--device", "cpu", "--out", str(tmp_path / "two")],
+        capture_output=True, text=True, timeout=180, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("M parameters") == 1 and "2 process(es)" in done.stdout
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-5)
+        assert (one["val_loss"] == two["val_loss"] == "" or
+                float(one["val_loss"]) == pytest.approx(float(two["val_loss"]), rel=1e-5))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, text, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *TINY, "--data", text, "--train-steps", "100000",
+         "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            break
+    process.send_signal(number)
+    said, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and not error
+    assert f"python train.py --resume {out}" in said
+    done = int(rows(out)[-1]["step"])
+    assert json.loads((out / "last" / "config.json").read_text())["training"]["step"] == done
+    resumed = script("--resume", str(out), "--train-steps", str(done + 2))
+    assert resumed.returncode == 0 and int(rows(out)[-1]["step"]) == done + 2, resumed.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_or_is_skipped(text, tmp_path, monkeypatch, capsys):
+    flags = [*TINY, "--data", text, "--train-steps", "8", "--save-every", "1"]
+    step = train.model.LM.forward
+
+    def poisoned(self, idx, targets=None):
+        loss = step(self, idx, targets)
+        poisoned.calls += self.training and targets is not None
+        return loss * math.nan if poisoned.calls == 5 and self.training else loss
+
+    monkeypatch.setattr(train.model.LM, "forward", poisoned)
+    poisoned.calls = 0
+    with pytest.raises(UserError, match=r"nan at step 5, learning rate .*/stop/last\. .*--on-nonfinite skip"):
+        run(*flags, "--out", str(tmp_path / "stop"))
+    assert json.loads((tmp_path / "stop" / "last" / "config.json").read_text())["training"]["step"] == 4
+    poisoned.calls = 0
+    assert run(*flags, "--out", str(tmp_path / "skip"), "--on-nonfinite", "skip") == 0
+    assert "1 steps skipped" in capsys.readouterr().out
+    assert all(torch.isfinite(w).all() for w in torch.load(
+        next((tmp_path / "skip" / "last").glob("weights*")), weights_only=True).values())
+
+
+def test_settings_come_from_file_and_flags_win(text, tmp_path):
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps({"lr": 0.5, "n_layer": 2, "model": "gpt2", "preset": "1L", "seed": 7}))
+    s, c, _, _ = train.parse(["--config", str(config), "--lr", "0.25", "--tokenizer", "bytes",
+                              "--n_layer", "4", "--out", str(tmp_path / "x")])
+    assert (s.lr, s.seed, s.model, c.n_layer, c.attention, c.vocab_size) == (0.25, 7, "gpt2", 4, "mhsa", 320)
+
+
+def test_init_starts_from_given_weights(text, tmp_path):
+    run(*TINY, "--data", text, "--train-steps", "1", "--out", str(tmp_path / "a"))
+    _, config, state, w = train.parse(["--init", str(tmp_path / "a" / "last"), "--out", str(tmp_path / "b"),
+                                       "--tokenizer", "bytes"])
+    assert config.n_embd == 16 and state is None
+    lm = train.model.LM(config)
+    lm.load_state_dict(w)
+
+
+def test_learning_rate_warms_up_and_falls_to_its_floor():
+    s = Settings(lr=1.0, warmup=10, train_steps=110)
+    rates = [s.lr_at(i) for i in range(110)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and rates[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+BAD = {  # flags -> what the one sentence must name
+    "no such flag": (["--leraning-rate", "1"], "--leraning-rate"),
+    "mistyped flag": (["--trian-steps", "1"], "did you mean --train-steps"),
+    "not a number": (["--lr", "fast"], "--lr"),
+    "negative": (["--lr", "-1"], "--lr"),
+    "nan": (["--lr", "nan"], "--lr"),
+    "huge": (["--batch-size", "99999999999"], "--batch-size"),
+    "no steps": (["--train-steps", "0"], "--train-steps"),
+    "unknown model": (["--model", "bert"], "crate, gpt2"),
+    "unknown preset": (["--preset", "XL"], "1L"),
+    "heads": (["--n-head", "3"], "n_head=3"),
+    "no corpus": (["--data", "nowhere.txt"], "nowhere.txt"),
+    "no tokenizer": (["--tokenizer", "nowhere.tiktoken"], "nowhere.tiktoken"),
+    "no GPU": (["--device", "cuda:9"], "--device cpu"),
+    "no device": (["--device", "abacus"], "--device"),
+    "dtype": (["--dtype", "int8"], "bfloat16"),
+    "resume nothing": (["--resume", "nowhere"], "nowhere"),
+    "config nothing": (["--config", "nowhere.json"], "nowhere.json"),
+    "context": (["--block-size", "999999"], "block_size"),
+    "vocabulary": (["--vocab-size", "10"], "ids"),
+    "on nonfinite": (["--on-nonfinite", "pray"], "stop or skip"),
+    "init nothing": (["--init", "nowhere.pt"], "nowhere.pt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_told_in_one_sentence(name, text, tmp_path, capsys):
+    flags, word = BAD[name]
+    base = [*TINY, "--data", text, "--out", str(tmp_path / "run"), "--train-steps", "1"]
+    with pytest.raises(SystemExit) as exit:
+        cli.run(lambda: run(*base, *flags))
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ") and word in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten_by_chance(text, tmp_path):
+    flags = [*TINY, "--data", text, "--out", str(tmp_path / "run"), "--train-steps", "1"]
+    run(*flags)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="--overwrite"):
+        run(*flags)
+    with pytest.raises(UserError, match="n-layer 2 differs from the run's 1"):
+        run("--resume", str(tmp_path / "run"), "--n-layer", "2", "--train-steps", "5")
+    with pytest.raises(UserError, match="--train-steps 2"):
+        run("--resume", str(tmp_path / "run"))
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert run(*flags, "--overwrite") == 0
+
+
+def test_the_script_itself_exits_with_2_and_no_traceback():
+    done = script("--trian-steps", "3")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_help_explains_every_flag():
+    parser_help = script("--help", COLUMNS="100").stdout
+    for f in [*Settings.__dataclass_fields__, *train.model.Config.__dataclass_fields__]:
+        assert "--" + f.replace("_", "-") in parser_help
+    notes = {**cli.comments(Settings), **cli.comments(train.model.Config)}
+    assert all(len(notes[f]) > 0 for f in Settings.__dataclass_fields__)
+
+
+FLAGS = sorted("--" + f.replace("_", "-") for f in [*Settings.__dataclass_fields__,
+                                                  *train.model.Config.__dataclass_fields__])
+VALUES = st.sampled_from(["", "0", "1", "-1", "nan", "inf", "1e999", "x", "1L", "gpt2", "ista", "true",
+                          "9" * 30, "é\0"])
+STRANGE = ["--", "-x", "--resume", "--config", "--init", "--lrr", "--="]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([*FLAGS, *STRANGE]), VALUES), max_size=4))
+def test_fuzzed_command_lines_are_parsed_or_refused(pairs):
+    """Never anything but a UserError; a parsed line must give a model that can be built."""
+    try:
+        s, config, _, _ = train.parse([word for pair in pairs for word in pair])
+    except UserError as e:
+        assert str(e).strip()
+    else:
+        assert isinstance(s, Settings) and config.n_embd % config.n_head == 0
+
+
+def test_peaks_refuse_to_guess():
+    assert machine.peak_flops(torch.device("mps"), torch.float32)[0] is None
+    assert machine.peak_flops(torch.device("cpu"), torch.float32)[0] > 1e8
