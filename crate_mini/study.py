@@ -1,0 +1,142 @@
+"""`python -m crate_mini.study NAME`: the grid behind a table of the README, kept in results/NAME.json and .png.
+
+    default    the default run for CRATE, crate+ and the GPT-2 twin, three seeds each, beside gzip and a trigram
+               model of the same text
+    table      print the README's table of an existing results/default.json again
+
+Every run is `train.py` itself in a process of its own, so that what is measured is what a user gets.
+"""
+
+import csv
+import gzip
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from crate_mini import UserError, atomic_write, cli, data, machine, report
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS, SEEDS = ("crate", "crate+", "gpt2"), (1337, 1338, 1339)
+NAMES = {"crate": "CRATE (paper)", "crate+": "crate+", "gpt2": "GPT-2 twin"}
+
+
+def trigram_bits(train, held, vocab, discount=0.75):
+    """Bits per token of `held` under an interpolated Kneser-Ney trigram model of `train` (arrays of ids).
+
+    Chen & Goodman 1998, one discount D: p(w | uv) = (c(uvw) - D)+ / c(uv) + D n(uv) / c(uv) p(w | v), where
+    lower orders count distinct left neighbours instead of occurrences and the last falls back to 1 / V.
+    """
+    grams, probability = [], np.full(len(held), 1.0 / vocab)
+    for n in (1, 2, 3):
+        key = sum(train[i:len(train) - n + 1 + i].astype(np.int64) * vocab ** (n - 1 - i) for i in range(n))
+        grams.append(np.unique(key, return_counts=True))
+    for n in (1, 2, 3):
+        if n == 3:
+            keys, counts = grams[2]
+        else:  # how many different tokens were seen before this n-gram
+            keys, counts = np.unique(grams[n][0] % vocab ** n, return_counts=True)
+        contexts, first = np.unique(keys // vocab, return_index=True)
+        total, kinds = np.add.reduceat(counts, first), np.diff([*first, len(keys)])
+        padded = np.concatenate([np.zeros(n - 1, np.int64), held.astype(np.int64)])
+        key = sum(padded[i:i + len(held)] * vocab ** (n - 1 - i) for i in range(n))
+        at = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
+        count = np.where(keys[at] == key, counts[at], 0)
+        at = np.minimum(np.searchsorted(contexts, key // vocab), len(contexts) - 1)
+        seen = contexts[at] == key // vocab
+        probability = np.where(seen, (np.maximum(count - discount, 0) + discount * kinds[at] * probability)
+                               / total[at], probability)
+    return float(-np.log2(probability).mean())
+
+
+def baselines(source="pydocs", spec="pydocs"):
+    """Bits per byte of the held-out text: gzip -9 of it, and the trigram model of the training text."""
+    tokenizer = data.load_tokenizer(spec)
+    corpus = data.open_corpus(source, tokenizer, log=lambda *words: None)
+    ids = {}
+    for split in ("train", "val"):
+        blocks = list(corpus.blocks(split, 64, 1024))
+        ids[split] = torch.cat([blocks[0][0].flatten()[:1], *(y.flatten() for _, y in blocks)]).numpy()
+    text = b"".join(tokenizer.token_bytes(int(i)) for i in ids["val"] if i != tokenizer.eot)
+    scale = len(ids["val"]) / corpus.n_bytes["val"]
+    return {"gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
+            "trigram": trigram_bits(ids["train"], ids["val"], tokenizer.vocab_size) * scale}
+
+
+def default(out=ROOT / "out" / "study"):
+    """Train every model with every seed (finished runs are kept); write results/default.json and .png."""
+    runs, start = [], time.time()
+    grid = [(kind, seed) for seed in SEEDS for kind in MODELS]
+    for done, (kind, seed) in enumerate(grid):
+        folder = out / f"{kind}-{seed}"
+        flags = ["--model", kind, "--seed", str(seed), "--log-sparsity", "--out", str(folder)]
+        eta = f"ETA {(time.time() - start) / done * (len(grid) - done) / 60:.0f} min" if done else ""
+        print(f"[{done + 1}/{len(grid)}] python train.py {' '.join(flags[:-2])}  {eta}", flush=True)
+        runs.append(one_run(folder, kind, seed, flags))
+    found = {"command": "python -m crate_mini.study default", "seeds": SEEDS,
+             "machine": machine.describe(torch.device("cpu")),
+             "baselines_bits_per_byte": baselines(), "runs": runs}
+    with atomic_write(ROOT / "results" / "default.json") as file:
+        file.write(json.dumps(found, indent=1).encode() + b"\n")
+    report.loss_curves({NAMES[k]: [out / f"{k}-{s}" / "log.csv" for s in SEEDS] for k in MODELS},
+                       ROOT / "results" / "default.png")
+    print(table(found))
+
+
+def one_run(folder, kind, seed, flags):
+    """Run train.py unless its result lies in `folder` already; returns what the table and a reader need."""
+    facts = folder / "facts.json"
+    if not facts.exists():
+        start = time.time()
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, "--overwrite"],
+                              stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        if done.returncode:
+            raise UserError(f"`python train.py {' '.join(flags)}` ended with code {done.returncode}, see above.")
+        minutes = (time.time() - start) / 60
+        meta = json.loads((folder / "last" / "config.json").read_text())["training"]
+        with open(folder / "log.csv", newline="") as file:
+            log = list(csv.DictReader(file))
+        said = done.stdout.partition("\nsample    ")[2].partition("\nresult ")[0]
+        found = {"model": kind, "seed": seed, "minutes": round(minutes, 2), "val_loss": meta["val_loss"],
+                 "bits_per_byte": meta["bits_per_byte"], "density": meta["density"],
+                 "tokens": int(log[-1]["tokens"]), "tokens_per_s": int(log[-1]["tokens_per_s"]),
+                 "backend": next(w for w in done.stdout.splitlines() if w.startswith("backend")).split()[1],
+                 "machine": meta["machine"], "sample": said.strip()}
+        with atomic_write(facts) as file:
+            file.write(json.dumps(found).encode())
+    return json.loads(facts.read_text())
+
+
+def table(found):
+    """The README's table, in Markdown: means over seeds; spread is the largest minus the smallest loss."""
+    lines = ["| model | validation loss | spread | bits per byte | density | tokens/s | minutes |",
+             "|---|---|---|---|---|---|---|"]
+    for kind in MODELS:
+        rows = [r for r in found["runs"] if r["model"] == kind]
+        mean = {k: statistics.mean(r[k] for r in rows) for k in
+                ("val_loss", "bits_per_byte", "density", "tokens_per_s", "minutes")}
+        spread = max(r["val_loss"] for r in rows) - min(r["val_loss"] for r in rows)
+        lines.append(f"| {NAMES[kind]} | {mean['val_loss']:.3f} | {spread:.3f} "
+                     f"| {mean['bits_per_byte']:.3f} | {mean['density']:.2f} | {mean['tokens_per_s']:,.0f} | {mean['minutes']:.1f} |")
+    for name, bits in found["baselines_bits_per_byte"].items():
+        lines.append(f"| {name} | | | {bits:.3f} | | | |")
+    return "\n".join(lines)
+
+
+def main():
+    name = sys.argv[1] if len(sys.argv) == 2 else ""
+    if name == "default":
+        default()
+    elif name == "table":
+        print(table(json.loads((ROOT / "results" / "default.json").read_text())))
+    else:
+        raise UserError("name a study, default or table: `python -m crate_mini.study default`.")
+
+
+if __name__ == "__main__":
+    cli.run(main)
