@@ -1,0 +1,74 @@
+// Python's view of kernels.h: pointers are integers (Tensor.data_ptr(), None stands for null), nothing else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <type_traits>
+
+#include "kernels.h"
+
+#ifndef CRATE_STAMP                                  // setup.py defines the three
+#define CRATE_STAMP ""
+#define CRATE_COMPILERS ""
+#define CRATE_ARCHS ""
+#endif
+
+namespace py = pybind11;
+using namespace crate_mini;
+
+// A kernel as Python calls it: each pointer an int or None; the interpreter lock is released while it runs.
+template <class A> using FromPython = std::conditional_t<std::is_pointer_v<A>, std::optional<uintptr_t>, A>;
+template <class A> A convert(FromPython<A> value) {
+  if constexpr (std::is_pointer_v<A>) return reinterpret_cast<A>(value.value_or(0));
+  else return value;
+}
+template <class R, class... A> auto kernel(R (*f)(A...)) {
+  return [f](FromPython<A>... arguments) {
+    py::gil_scoped_release free;
+    return f(convert<A>(arguments)...);
+  };
+}
+
+static py::dict build_info() {
+  py::dict info;
+  info["stamp"] = CRATE_STAMP;
+  info["compilers"] = CRATE_COMPILERS;
+  info["archs"] = CRATE_ARCHS;
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+#ifdef CRATE_CUDA
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  return info;
+}
+
+PYBIND11_MODULE(_C, m) {
+#define KERNEL(name) m.def(#name, kernel(&name))
+  KERNEL(ista_forward_cpu);
+  KERNEL(ista_backward_cpu);
+  KERNEL(ista_step_forward_cpu);
+  KERNEL(ista_step_backward_cpu);
+  KERNEL(ista_decode_cpu);
+  KERNEL(mssa_project_forward_cpu);
+  KERNEL(mssa_project_backward_cpu);
+#ifdef CRATE_CUDA
+  KERNEL(ista_workspace_cuda);
+  KERNEL(ista_forward_cuda);
+  KERNEL(ista_backward_cuda);
+  KERNEL(ista_step_forward_cuda);
+  KERNEL(ista_step_backward_cuda);
+  KERNEL(ista_decode_cuda);
+  KERNEL(mssa_workspace_cuda);
+  KERNEL(mssa_project_forward_cuda);
+  KERNEL(mssa_project_backward_cuda);
+#endif
+  m.def("build_info", &build_info);
+  m.def("isa_names", &isa_names);
+  m.def("isa_name", &isa_name);
+  m.def("use_isa", [](const std::string& name) { return use_isa(name.c_str()); });
+}

@@ -1,0 +1,190 @@
+// C = finish(A B) on the CPU, and the rows of LayerNorm: the arithmetic under ista_cpu.cpp and mssa_cpu.cpp.
+//
+//   naive        three loops and one element at a time: the specification
+//   baseline     v2: B packed so that it is read in order, sums held in registers, vectors of any machine (SSE2, NEON)
+//   avx2         v3: the same text with registers twice as wide and fused multiply-add
+//   avx512       v4: four times as wide, 24 sums in flight instead of 12
+//   avx512_bf16  v5: bf16 pairs multiplied and added in float by one instruction, no conversion
+// Check and time each: python -m crate_mini.bench --op ista_step --versions
+#include "kernels.h"
+#include "product_cpu.h"
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define CRATE_X86 1
+#include <immintrin.h>
+#endif
+
+namespace crate_mini {
+namespace naive {
+
+constexpr int64_t C = 32;                            // columns of a panel; sums in acc, k one at a time
+
+template <class T> void pack(int64_t K, int64_t n, const T* src, int64_t row, int64_t col, void* panel) {
+  for (int64_t k = 0; k < K; k++)
+    for (int64_t j = 0; j < n; j++) static_cast<T*>(panel)[k * C + j] = src[k * row + j * col];
+}
+
+template <class T> void finish_element(const Finish<T>& f, int64_t i, int64_t j, Acc<T> v) {
+  int64_t at = i * f.ld + j;
+  v *= f.scale;
+  if (f.base) v += f.base_scale * lift(f.base[at]);
+  if (f.wide_base) v += f.base_scale * f.wide_base[at];
+  if (f.shift) v += f.shift[j];
+  if (f.mask && lift(f.mask[at]) <= 0) v = 0;
+  if (f.relu && v < 0) v = 0;
+  if (f.wide_out) f.wide_out[at] = v;
+  else lower(v, f.out[at]);
+}
+
+template <class T>
+void product(int64_t M, int64_t N, int64_t K, const T* A, int64_t a_row, int64_t a_group, const void* B,
+             const Finish<T>& f) {
+  for (int64_t i = 0; i < M; i++)
+    for (int64_t j = 0; j < N; j++) {
+      const T* b = static_cast<const T*>(B) + j / C * K * C + j % C;
+      Acc<T> sum = 0;
+      for (int64_t k = 0; k < K; k++) sum += Acc<T>(lift(A[i * a_row + k * a_group])) * lift(b[k * C]);
+      finish_element(f, i, j, sum);
+    }
+}
+
+}  // namespace naive
+}  // namespace crate_mini
+
+#define ISA baseline
+#define VEC_BYTES 16
+#define ROWS 6
+#define NATIVE_BF16 0
+#define FMA32(a, b, c) ((a) * (b) + (c))
+#define FMA64(a, b, c) ((a) * (b) + (c))
+#include "vector_cpu.h"
+#undef ISA
+#undef VEC_BYTES
+#undef ROWS
+#undef NATIVE_BF16
+#undef FMA32
+#undef FMA64
+
+#if CRATE_X86
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define ISA avx2
+#define VEC_BYTES 32
+#define ROWS 6
+#define NATIVE_BF16 0
+#define FMA32(a, b, c) ((VecF)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define FMA64(a, b, c) ((VecD)_mm256_fmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c)))
+#include "vector_cpu.h"
+#undef ISA
+#undef VEC_BYTES
+#undef ROWS
+#undef FMA32
+#undef FMA64
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#define VEC_BYTES 64
+#define ROWS 12
+#define FMA32(a, b, c) ((VecF)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#define FMA64(a, b, c) ((VecD)_mm512_fmadd_pd((__m512d)(a), (__m512d)(b), (__m512d)(c)))
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512")
+#endif
+#define ISA avx512
+#include "vector_cpu.h"
+#undef ISA
+#undef NATIVE_BF16
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,avx512bf16"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512bf16")
+#endif
+#define ISA avx512_bf16
+#define NATIVE_BF16 1
+#include "vector_cpu.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // CRATE_X86
+
+namespace crate_mini {
+
+struct Version {                                     // one rung of the ladder
+  const char* name;
+  bool (*runs)();                                    // on this machine
+  Isa<float> f32;
+  Isa<bf16> b16;
+  Isa<double> f64;                                   // for tests: its own path would gain nothing but code
+};
+
+template <class T> constexpr Isa<T> naive_table() {
+  Isa<T> t = baseline::table<T>();                   // LayerNorm and axpy have no naive version of their own
+  t.cols = naive::C, t.group = 1, t.packed = sizeof(T), t.pack = naive::pack<T>, t.product = naive::product<T>;
+  return t;
+}
+
+static bool always() { return true; }
+#if CRATE_X86
+static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+static bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+static bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+// constexpr: nothing here may run at start-up, it could be an instruction this machine lacks.
+static constexpr Version versions[] = {
+    {"naive", always, naive_table<float>(), naive_table<bf16>(), naive_table<double>()},
+#define RUNG(isa, runs) {#isa, runs, isa::table<float>(), isa::table<bf16>(), baseline::table<double>()}
+    RUNG(baseline, always),
+#if CRATE_X86
+    RUNG(avx2, has_avx2),
+    RUNG(avx512, has_avx512),
+    RUNG(avx512_bf16, has_avx512_bf16),
+#endif
+};
+
+static const Version* fastest() {
+  const Version* best = versions;
+  for (const Version& v : versions) best = v.runs() ? &v : best;
+  return best;
+}
+static const Version* current = fastest();
+
+template <> const Isa<float>& isa() { return current->f32; }
+template <> const Isa<bf16>& isa() { return current->b16; }
+template <> const Isa<double>& isa() { return current->f64; }
+
+const char* isa_name() { return current->name; }
+
+const char* isa_names() {
+  static char names[128] = "";
+  if (!names[0])
+    for (const Version& v : versions)
+      if (v.runs()) strcat(strcat(names, names[0] ? " " : ""), v.name);
+  return names;
+}
+
+bool use_isa(const char* name) {
+  for (const Version& v : versions)
+    if (!strcmp(v.name, name) && v.runs()) return current = &v, true;
+  return false;
+}
+
+}  // namespace crate_mini

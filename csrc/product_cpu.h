@@ -1,0 +1,144 @@
+// The one matrix product that every CPU kernel is made of: C = finish(A B), where `finish` is done while the
+// sums are still in registers. What differs between instruction sets is gathered in one table, Isa.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#include "kernels.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace crate_mini {
+
+struct bf16 { uint16_t bits; };                      // the upper half of a float: 8 bits of precision
+
+inline float lift(bf16 v) {
+  uint32_t wide = uint32_t(v.bits) << 16;
+  float f;
+  memcpy(&f, &wide, 4);
+  return f;
+}
+inline float lift(float v) { return v; }
+inline double lift(double v) { return v; }
+
+inline void lower(float v, bf16& out) {              // round to nearest, ties to even; NaN stays NaN
+  uint32_t wide;
+  memcpy(&wide, &v, 4);
+  uint32_t rounded = wide + 0x7fff + ((wide >> 16) & 1);
+  out.bits = uint16_t((v != v ? (wide | 0x400000) : rounded) >> 16);
+}
+inline void lower(float v, float& out) { out = v; }
+inline void lower(double v, double& out) { out = v; }
+
+template <class T> struct AccOf { using type = float; };          // the type sums are kept in
+template <> struct AccOf<double> { using type = double; };
+template <class T> using Acc = typename AccOf<T>::type;
+
+// What happens to element (i, j) of a product before it is stored; every matrix here has row stride ld.
+//   v = scale * product + base_scale * base + shift[j];  ReLU or mask;  out = v
+template <class T> struct Finish {
+  int64_t ld = 0;
+  Acc<T> scale = 1, base_scale = 1;
+  const T* base = nullptr;
+  const Acc<T>* wide_base = nullptr;                 // base kept in acc: partial sums of a long product
+  const Acc<T>* shift = nullptr;                     // one value per column
+  const T* mask = nullptr;                           // v = 0 where mask <= 0 (a NaN in mask lets v pass)
+  bool relu = false;                                 // v = 0 where v < 0 (a NaN passes)
+  T* out = nullptr;
+  Acc<T>* wide_out = nullptr;                        // store in acc instead of T
+};
+
+// One instruction set's way to multiply T. B is packed in panels of `cols` columns; inside a panel, `group`
+// neighbours along k lie together because one instruction multiplies that many (2 for AVX512-BF16).
+template <class T> struct Isa {
+  int64_t cols, group;
+  size_t packed;                                     // bytes of a packed element
+  // One panel of K rows, n <= cols columns: B[k][j] = src[k * row + j * col]. Rounded up with zeros.
+  void (*pack)(int64_t K, int64_t n, const T* src, int64_t row, int64_t col, void* panel);
+  // finish(A B) for M rows, N columns. A's element (i, k) is A[i * a_row + (k / group) * a_group + k % group].
+  void (*product)(int64_t M, int64_t N, int64_t K, const T* A, int64_t a_row, int64_t a_group, const void* B,
+                  const Finish<T>& finish);
+  // Rows of LayerNorm, z of type T or float: x = normalised(z) * weight + bias.
+  void (*norm)(int64_t M, int64_t d, const void* z, bool z_is_acc, double eps, const Acc<T>* weight,
+               const Acc<T>* bias, T* x);
+  // Its gradient: gz from gx, and gweight, gbias (added to, d each).
+  void (*norm_backward)(int64_t M, int64_t d, const void* z, bool z_is_acc, double eps, const Acc<T>* weight,
+                        const Acc<T>* gx, void* gz, Acc<T>* gweight, Acc<T>* gbias);
+  // sums[j] += value * row[j]: the axpy of the decoding path.
+  void (*axpy)(int64_t n, Acc<T> value, const T* row, Acc<T>* sums);
+
+  int64_t panels(int64_t N) const { return (N + cols - 1) / cols; }
+  int64_t groups(int64_t K) const { return (K + group - 1) / group; }
+  size_t panel_bytes(int64_t K) const { return size_t(groups(K) * group * cols) * packed; }
+  size_t packed_bytes(int64_t K, int64_t N) const { return panel_bytes(K) * size_t(panels(N)); }
+};
+
+template <class T> const Isa<T>& isa();              // the table in use: chosen once, see use_isa in kernels.h
+
+// ---- shared by the files that compose products ----
+
+// Working memory of the calling thread, kept from call to call and grown when needed: fresh pages cost more than
+// the arithmetic that would fill them. Each use within one call has its own slot.
+enum Slot { FORTH, BACK, DECODER_FORTH, DECODER_BACK, SHIFT, STEPS, RESIDUALS, LEFT, PARTIAL, PANELS,
+            DECODER_LEFT, DECODER_PARTIAL, DECODER_PANELS, ROWS_OUT, SUMS, SLOTS };
+
+inline char* scratch_bytes(Slot slot, size_t size) {
+  struct Block {
+    char* at = nullptr;
+    size_t size = 0;
+    void release() { ::operator delete(at, std::align_val_t(64)), at = nullptr, size = 0; }
+    ~Block() { release(); }
+  };
+  static thread_local Block blocks[SLOTS];
+  Block& block = blocks[slot];
+  if (block.size < size) {
+    block.release();
+    block.at = static_cast<char*>(::operator new(size, std::align_val_t(64)));
+    block.size = size;
+  }
+  return block.at;
+}
+template <class E> E* scratch(Slot slot, int64_t count) {
+  return reinterpret_cast<E*>(scratch_bytes(slot, size_t(count) * sizeof(E)));
+}
+
+inline int thread_number() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// Pack all of B (K, N); called by every thread of a parallel region, which shares the panels. Ends with a barrier.
+template <class T>
+void pack_all(const Isa<T>& m, int64_t K, int64_t N, const T* src, int64_t row, int64_t col, char* packed) {
+#pragma omp for schedule(static)
+  for (int64_t p = 0; p < m.panels(N); p++) {
+    int64_t j = p * m.cols;
+    m.pack(K, N - j < m.cols ? N - j : m.cols, src + j * col, row, col, packed + p * m.panel_bytes(K));
+  }
+}
+
+// Lay rows of X (M, n) as the left side of a product X^T B: [row group][n][row in group], an odd last row
+// completed with zeros. So one instruction's neighbours along k (here: along tokens) lie together.
+template <class T> void interleave(int64_t group, int64_t M, int64_t n, const T* X, bool negate, T* out) {
+  for (int64_t i = 0; i < (M + group - 1) / group * group; i++)
+    for (int64_t j = 0; j < n; j++) {
+      T v = i < M ? X[i * n + j] : T{};
+      if (negate) lower(-lift(v), v);
+      out[(i / group * n + j) * group + i % group] = v;
+    }
+}
+
+// Call `body` with T bound to the type that a dtype code names.
+template <class Body> inline void with_type(int dtype, Body body) {
+  if (dtype == F32) body(float{});
+  else if (dtype == BF16) body(bf16{});
+  else body(double{});
+}
+
+}  // namespace crate_mini

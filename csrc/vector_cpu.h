@@ -1,0 +1,249 @@
+// Included by product_cpu.cpp once per instruction set, with these set:
+//   ISA            name of the namespace
+//   VEC_BYTES      width of a register: 64 AVX512, 32 AVX2, 16 SSE2 and NEON
+//   ROWS           rows of C held in registers at once: ROWS x 2 vectors of sums (24 of 32 registers, or 12 of 16)
+//   FMA32 FMA64    fused multiply-add of two vectors into a third
+//   NATIVE_BF16    1: one instruction multiplies pairs of bf16 and adds both products in float
+// No include guard, and no call into the standard library: a library template compiled here would carry these
+// instructions, and the linker might hand that copy to a machine that lacks them.
+
+namespace crate_mini {
+namespace ISA {
+
+template <class A> struct VecOf { typedef A type __attribute__((vector_size(VEC_BYTES))); };
+template <class T> using Vec = typename VecOf<Acc<T>>::type;
+template <class T> constexpr int64_t W = VEC_BYTES / sizeof(Acc<T>);           // lanes
+typedef uint32_t Words __attribute__((vector_size(VEC_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(VEC_BYTES / 2)));
+using VecF = VecOf<float>::type;
+using VecD = VecOf<double>::type;
+
+inline VecF multiply_add(VecF a, VecF b, VecF c) { return FMA32(a, b, c); }
+inline VecD multiply_add(VecD a, VecD b, VecD c) { return FMA64(a, b, c); }
+
+// ---- memory to registers and back, any type to the type of sums ----
+template <class T> inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <> inline VecF load(const bf16* p) {
+  Halves narrow;
+  memcpy(&narrow, p, sizeof narrow);
+  return (VecF)(__builtin_convertvector(narrow, Words) << 16);
+}
+inline void store(float* p, VecF v) { memcpy(p, &v, sizeof v); }
+inline void store(double* p, VecD v) { memcpy(p, &v, sizeof v); }
+inline void store(bf16* p, VecF v) {
+#if NATIVE_BF16
+  auto narrow = _mm512_cvtneps_pbh((__m512)v);
+#else
+  Words wide = (Words)v, rounded = wide + 0x7fff + ((wide >> 16) & 1);
+  rounded = (v != v) ? (wide | 0x400000) : rounded;
+  Halves narrow = __builtin_convertvector(rounded >> 16, Halves);
+#endif
+  memcpy(p, &narrow, sizeof narrow);
+}
+template <class T> inline Vec<T> load_part(const T* p, int64_t n) {            // n < W; zeros after
+  Acc<T> lanes[W<T>] = {};
+  for (int64_t i = 0; i < n; i++) lanes[i] = lift(p[i]);
+  return load(lanes);
+}
+template <class T> inline void store_part(T* p, Vec<T> v, int64_t n) {
+  Acc<T> lanes[W<T>];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; i++) lower(lanes[i], p[i]);
+}
+template <class T> inline Vec<T> load(const T* p, int64_t n) { return n >= W<T> ? load(p) : load_part(p, n); }
+template <class T> inline void store(T* p, Vec<T> v, int64_t n) {
+  if (n >= W<T>) store(p, v);
+  else store_part(p, v, n);
+}
+
+// ---- the inner loop: c[i] += A[i][k] * B[k], R rows by two vectors, all sums in registers ----
+template <int R, class T>
+inline void accumulate(int64_t K, const T* A, int64_t a_row, int64_t a_group, const Acc<T>* B, Vec<T> (&c)[R][2]) {
+  for (int64_t k = 0; k < K; k++, A += a_group, B += 2 * W<T>) {
+    Vec<T> b0 = load(B), b1 = load(B + W<T>);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; i++) {
+      Vec<T> a = Vec<T>{} + lift(A[i * a_row]);
+      c[i][0] = multiply_add(a, b0, c[i][0]);
+      c[i][1] = multiply_add(a, b1, c[i][1]);
+    }
+  }
+}
+
+#if NATIVE_BF16
+template <int R, int BYTES>                          // BYTES 4: a pair of neighbours along k; 2: the odd last one
+inline void pair_step(const bf16* A, int64_t a_row, const bf16* B, VecF (&c)[R][2]) {
+  __m512bh b0, b1;
+  memcpy(&b0, B, sizeof b0);
+  memcpy(&b1, B + 32, sizeof b1);
+#pragma GCC unroll 16
+  for (int i = 0; i < R; i++) {
+    uint32_t pair = 0;
+    memcpy(&pair, A + i * a_row, BYTES);
+    __m512bh a = (__m512bh)_mm512_set1_epi32(int(pair));
+    c[i][0] = (VecF)_mm512_dpbf16_ps((__m512)c[i][0], a, b0);
+    c[i][1] = (VecF)_mm512_dpbf16_ps((__m512)c[i][1], a, b1);
+  }
+}
+template <int R>
+inline void accumulate(int64_t K, const bf16* A, int64_t a_row, int64_t a_group, const bf16* B, VecF (&c)[R][2]) {
+  for (int64_t k = 0; k + 1 < K; k += 2, A += a_group, B += 64) pair_step<R, 4>(A, a_row, B, c);
+  if (K % 2) pair_step<R, 2>(A, a_row, B, c);
+}
+#endif
+
+// What B is packed as: bf16 where the instruction takes it, else the type of sums.
+template <class T> struct PackedOf { using type = Acc<T>; };
+#if NATIVE_BF16
+template <> struct PackedOf<bf16> { using type = bf16; };
+#endif
+template <class T> using Packed = typename PackedOf<T>::type;
+template <class T> constexpr int64_t GROUP = sizeof(Packed<T>) == 2 ? 2 : 1;
+
+inline void assign(bf16 v, bf16& out) { out = v; }   // packing copies bits where it can and converts where not
+template <class T, class A> inline void assign(T v, A& out) { out = lift(v); }
+
+template <class T> void pack(int64_t K, int64_t n, const T* src, int64_t row, int64_t col, void* panel) {
+  constexpr int64_t C = 2 * W<T>, G = GROUP<T>;
+  auto* dst = static_cast<Packed<T>*>(panel);
+  if (n < C || K % G) memset(panel, 0, size_t((K + G - 1) / G * G * C) * sizeof *dst);
+  if (col == 1) {                                    // src is read along its rows
+    for (int64_t k = 0; k < K; k++)
+      for (int64_t j = 0; j < n; j++) assign(src[k * row + j], dst[(k / G * C + j) * G + k % G]);
+  } else {
+    for (int64_t j = 0; j < n; j++)
+      for (int64_t k = 0; k < K; k++) assign(src[k * row + j * col], dst[(k / G * C + j) * G + k % G]);
+  }
+}
+
+// ---- what follows the sums: Finish, for n <= W columns from (i, j) ----
+template <class T> inline void finish_row(const Finish<T>& f, int64_t i, int64_t j, int64_t n, Vec<T> v) {
+  const Vec<T> zero{};
+  int64_t at = i * f.ld + j;
+  v = v * f.scale;
+  if (f.base) v += f.base_scale * load(f.base + at, n);
+  if (f.wide_base) v += f.base_scale * load(f.wide_base + at, n);
+  if (f.shift) v += load(f.shift + j, n);
+  if (f.mask) v = (load(f.mask + at, n) <= zero) ? zero : v;
+  if (f.relu) v = (v < zero) ? zero : v;
+  if (f.wide_out) store(f.wide_out + at, v, n);
+  else store(f.out + at, v, n);
+}
+
+template <class T, int R>
+void tile(int64_t K, const T* A, int64_t a_row, int64_t a_group, const Packed<T>* B, const Finish<T>& f,
+          int64_t i, int64_t j, int64_t n) {
+  Vec<T> c[R][2] = {};
+  accumulate<R>(K, A + i * a_row, a_row, a_group, B, c);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    finish_row(f, i + r, j, n, c[r][0]);
+    if (n > W<T>) finish_row(f, i + r, j + W<T>, n - W<T>, c[r][1]);
+  }
+}
+
+// Panels outside, rows inside: a panel of B stays in the first cache level while the rows of A pass by.
+template <class T>
+void product(int64_t M, int64_t N, int64_t K, const T* A, int64_t a_row, int64_t a_group, const void* B,
+             const Finish<T>& f) {
+  constexpr int64_t C = 2 * W<T>, G = GROUP<T>;
+  auto* panel = static_cast<const Packed<T>*>(B);
+  for (int64_t j = 0; j < N; j += C, panel += (K + G - 1) / G * G * C) {
+    int64_t i = 0, n = N - j < C ? N - j : C;
+    for (; i + ROWS <= M; i += ROWS) tile<T, ROWS>(K, A, a_row, a_group, panel, f, i, j, n);
+    for (; i + 4 <= M; i += 4) tile<T, 4>(K, A, a_row, a_group, panel, f, i, j, n);
+    for (; i < M; i++) tile<T, 1>(K, A, a_row, a_group, panel, f, i, j, n);
+  }
+}
+
+// ---- LayerNorm, a row at a time ----
+template <class T> inline Acc<T> total(Vec<T> v) {
+  Acc<T> lanes[W<T>], sum = 0;
+  store(lanes, v);
+  for (int64_t i = 0; i < W<T>; i++) sum += lanes[i];
+  return sum;
+}
+
+template <class T, class Z> inline void moments(int64_t d, const Z* z, double eps, Acc<T>& mean, Acc<T>& rstd) {
+  Vec<T> sum{}, square{};
+  for (int64_t j = 0; j < d; j += W<T>) sum += load(z + j, d - j);
+  mean = total<T>(sum) / Acc<T>(d);
+  for (int64_t j = 0; j < d; j += W<T>) {            // second pass: no cancellation when |mean| >> deviation
+    int64_t n = d - j;
+    Vec<T> c = load(z + j, n) - mean;
+    if (n < W<T>) for (int64_t l = n; l < W<T>; l++) c[l] = 0;
+    square += c * c;
+  }
+  rstd = Acc<T>(1 / __builtin_sqrt(double(total<T>(square)) / double(d) + eps));
+}
+
+template <class T, class Z>
+void norm_rows(int64_t M, int64_t d, const Z* z, double eps, const Acc<T>* weight, const Acc<T>* bias, T* x) {
+  for (int64_t i = 0; i < M; i++, z += d, x += d) {
+    Acc<T> mean, rstd;
+    moments<T>(d, z, eps, mean, rstd);
+    for (int64_t j = 0; j < d; j += W<T>) {
+      Vec<T> v = (load(z + j, d - j) - mean) * rstd * load(weight + j, d - j);
+      store(x + j, bias ? v + load(bias + j, d - j) : v, d - j);
+    }
+  }
+}
+
+template <class T>
+void norm(int64_t M, int64_t d, const void* z, bool z_is_acc, double eps, const Acc<T>* weight, const Acc<T>* bias,
+          T* x) {
+  if (z_is_acc) norm_rows<T>(M, d, static_cast<const Acc<T>*>(z), eps, weight, bias, x);
+  else norm_rows<T>(M, d, static_cast<const T*>(z), eps, weight, bias, x);
+}
+
+// With n = (z - mean) rstd and g = gx weight: gz = rstd (g - mean(g) - n mean(g n)).
+template <class T, class Z>
+void norm_backward_rows(int64_t M, int64_t d, const Z* z, double eps, const Acc<T>* weight, const Acc<T>* gx, Z* gz,
+                        Acc<T>* gweight, Acc<T>* gbias) {
+  for (int64_t i = 0; i < M; i++, z += d, gx += d, gz += d) {
+    Acc<T> mean, rstd;
+    moments<T>(d, z, eps, mean, rstd);
+    Vec<T> sum_g{}, sum_gn{};
+    for (int64_t j = 0; j < d; j += W<T>) {          // gx is 0 past the end, and with it every term
+      int64_t n = d - j;
+      Vec<T> up = load(gx + j, n), unit = (load(z + j, n) - mean) * rstd, g = up * load(weight + j, n);
+      sum_g += g;
+      sum_gn += g * unit;
+      store(gweight + j, load(gweight + j, n) + up * unit, n);
+      store(gbias + j, load(gbias + j, n) + up, n);
+    }
+    Acc<T> mean_g = total<T>(sum_g) / Acc<T>(d), mean_gn = total<T>(sum_gn) / Acc<T>(d);
+    for (int64_t j = 0; j < d; j += W<T>) {
+      int64_t n = d - j;
+      Vec<T> unit = (load(z + j, n) - mean) * rstd;
+      store(gz + j, rstd * (load(gx + j, n) * load(weight + j, n) - mean_g - unit * mean_gn), n);
+    }
+  }
+}
+
+template <class T>
+void norm_backward(int64_t M, int64_t d, const void* z, bool z_is_acc, double eps, const Acc<T>* weight,
+                   const Acc<T>* gx, void* gz, Acc<T>* gweight, Acc<T>* gbias) {
+  if (z_is_acc)
+    norm_backward_rows<T>(M, d, static_cast<const Acc<T>*>(z), eps, weight, gx, static_cast<Acc<T>*>(gz), gweight,
+                          gbias);
+  else
+    norm_backward_rows<T>(M, d, static_cast<const T*>(z), eps, weight, gx, static_cast<T*>(gz), gweight, gbias);
+}
+
+template <class T> void axpy(int64_t n, Acc<T> value, const T* row, Acc<T>* sums) {
+  int64_t j = 0;
+  for (; j + W<T> <= n; j += W<T>) store(sums + j, load(sums + j) + value * load(row + j));
+  for (; j < n; j++) sums[j] += value * lift(row[j]);
+}
+
+template <class T> constexpr Isa<T> table() {
+  return {2 * W<T>, GROUP<T>, sizeof(Packed<T>), pack<T>, product<T>, norm<T>, norm_backward<T>, axpy<T>};
+}
+
+}  // namespace ISA
+}  // namespace crate_mini
