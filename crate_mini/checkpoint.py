@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from crate_mini import UserError, __version__, atomic_write
+from crate_mini.foreign import import_foreign, is_foreign
 from crate_mini.model import LM, Config, to_dict
 
 FORMAT = 1
@@ -55,11 +56,16 @@ def save(path, model, *, tokenizer, training, resume=None):
 
 
 def load(path, device="cpu"):
-    """(model in eval mode, meta) of the checkpoint folder `path`; meta is config.json as a dict.
+    """(model in eval mode, meta) of the checkpoint folder `path`, or of a foreign file (see foreign.py).
 
-    Raises UserError for what is missing, damaged, or of another format.
+    meta is config.json as a dict. Raises UserError for what is missing, damaged, or of another format.
     """
-    meta, weights = _read(Path(path), "weights")
+    path = Path(path)
+    if is_foreign(path):  # the tokenizer of all published CRATE-LM and GPT-2 models is GPT-2's
+        model = import_foreign(path)
+        meta = {"config": to_dict(model.config), "tokenizer": {"spec": "gpt2"}, "training": {}}
+        return model.to(device), meta
+    meta, weights = _read(path, "weights")
     return _build(meta["config"], weights, path).to(device), meta
 
 
