@@ -27,21 +27,22 @@ from crate_mini.settings import Settings
 class Run:
     """One training run, built once, then `train()`. A resume needs its step, best, weights and optimizer."""
 
-    def __init__(self, s, config, resume=None, weights=None):
-        self.s, self.config, self.signal, self.step, self.best, self.skipped = s, config, None, 0, math.inf, 0
+    def __init__(self, s, config, weights=None, meta=None, state=None):
+        self.s, self.config, self.step, self.best, self.skipped = s, config, 0, math.inf, 0
+        self.caught = self.signal = 0                                    # as it came; as all processes agreed
         self.join()
         self.dtype, why_dtype = machine.choose_dtype(self.device, s.dtype)
         compiled, why_compile = machine.choose_compile(self.device, s.compile)
-        self.corpus = self.open_data()
+        self.corpus = self.open_data(meta)
         torch.manual_seed(s.seed)
         self.lm = model.LM(config)
         if weights:
             self.lm.load_state_dict(weights)
         self.lm.to(self.device)
         self.optimizer = self.make_optimizer()
-        if resume:
-            self.step, self.best, self.skipped = resume["step"], resume["best"], resume["skipped"]
-            self.optimizer.load_state_dict(resume["optimizer"])
+        if state:
+            self.step, self.best, self.skipped = state["step"], state["best"], state["skipped"]
+            self.optimizer.load_state_dict(state["optimizer"])
         self.forward = torch.compile(self.lm) if compiled else self.lm
         if self.world > 1:
             self.forward = DistributedDataParallel(self.forward)
@@ -62,10 +63,15 @@ class Run:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.share = s.batch_size // self.world
 
-    def open_data(self):
-        """Tokenizer and corpus; with many processes the first builds the token files and the others wait."""
+    def open_data(self, meta):
+        """Tokenizer and corpus; with many processes the first builds the token files and the others wait.
+
+        meta: of the checkpoint that the weights come from, whose tokenizer must be this one.
+        """
         s = self.s
         self.tokenizer = data.load_tokenizer(s.tokenizer)
+        if meta:
+            checkpoint.check_tokenizer(meta, self.tokenizer)
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise UserError(f"tokenizer {s.tokenizer!r} has {self.tokenizer.vocab_size} ids and the model "
                             f"{self.config.vocab_size}; give the tokenizer that the model was made with.")
@@ -75,6 +81,8 @@ class Run:
         corpus.batch(s.seed, "train", 0, 1, self.config.block_size)      # says so if the context does not fit
         if self.world > 1 and not self.rank:
             dist.barrier()
+        if meta and not s.init and corpus.meta != meta["training"]["corpus"]:
+            self.say(f"note      {s.data} is not the text this run began with; it goes on with the new one")
         return corpus
 
     def make_optimizer(self):
@@ -109,7 +117,7 @@ class Run:
         minutes = (time.perf_counter() - start) / rows * self.share * (s.train_steps - self.step) / 60
         self.lm.zero_grad()
         memory = machine.peak_memory(self.device) + 8 * sum(w.numel() for w in self.lm.parameters())
-        self.say(f"model     {s.model} {s.preset}: {c.attention} + {c.sparsifier}, "
+        self.say(f"model     {s.init or f'{s.model} {s.preset}'}: {c.attention} + {c.sparsifier}, "
                  f"L={c.n_layer} d={c.n_embd} K={c.n_head} h={c.n_code} V={c.vocab_size}\n"
                  f"          {self.lm.n_params() / 1e6:.2f} M parameters without positions\n"
                  f"device    {machine.describe(self.device)['device']}; {self.world} process(es)\n"
@@ -131,15 +139,16 @@ class Run:
         log = Log(self)
         while self.step < s.train_steps:
             loss, norm, lr = self.one_step()
-            due = self.step == s.train_steps or self.signal or s.eval_every and self.step % s.eval_every == 0
-            val = self.validate(s.eval_tokens) if due and not self.signal else {}
+            last = self.step == s.train_steps
+            due = last or s.eval_every and self.step % s.eval_every == 0
+            val = self.validate(s.eval_tokens) if due else {}
             log.row(loss, norm, lr, val)
             if val and val["val_loss"] < self.best:
                 self.best = val["val_loss"]
                 self.save("best", resume=False)
-            if due or (s.save_every and self.step % s.save_every == 0):
+            if due or self.signal or s.save_every and self.step % s.save_every == 0:
                 self.save("last")
-            if self.signal:
+            if self.signal and not last:
                 self.say(f"\nstopped after step {self.step} and saved; go on with\n"
                          f"  python train.py --resume {shlex.quote(s.out)}")
                 return 128 + self.signal
@@ -161,12 +170,11 @@ class Run:
             loss.backward()
             told[0] += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.lm.parameters(), s.clip or math.inf)
-        told[1] = self.signal or 0
+        told[1] = self.caught                                            # may come at any time: looked at once
         if self.world > 1:
             dist.all_reduce(told)
             told[0] /= self.world
-            self.signal = self.signal or (signal.SIGTERM if told[1] else None)
-        loss, norm = told[0].item(), norm.item()
+        loss, norm, self.signal = told[0].item(), norm.item(), min(int(told[1].item()), signal.SIGTERM)
         self.step += 1
         if math.isfinite(loss) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
@@ -182,7 +190,7 @@ class Run:
 
     def on_signal(self, number, frame):
         """Finish the step and save; a second signal acts at once."""
-        self.signal = number
+        self.caught = number
         signal.signal(number, signal.SIG_DFL)
 
     def last_good(self):
@@ -234,7 +242,7 @@ class Run:
             ids = self.lm.generate(start, 120, temperature=0.8, top_k=50,
                                    generator=torch.Generator(self.device).manual_seed(s.seed))
         text = self.tokenizer.decode([i for i in ids[0, 1:].tolist() if i < self.tokenizer.vocab_size])
-        figure = report.loss_curve(Path(s.out, "log.csv"), f"{s.model} {s.preset} on {s.data}")
+        figure = report.loss_curve(Path(s.out, "log.csv"), f"{s.init or s.model} {s.preset} on {s.data}")
         self.say("\nsample    " + text.strip().replace("\n", "\n          "))
         self.say(f"\nresult    validation loss {val['val_loss']:.4f} nats per token, "
                  f"{val['bits_per_byte']:.4f} bits per byte"
@@ -249,57 +257,62 @@ class Run:
 
 
 def parse(argv=None):
-    """Command line, --config file and resumed checkpoint -> (Settings, Config, resume state, weights)."""
+    """Command line, --config file and checkpoint -> (Settings, Config, what else Run starts from)."""
     parser = cli.Parser(prog="train.py", description=__doc__)
     parser.add_argument("--config", help="a JSON file of settings by name; flags win over it")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, exactly")
-    parser.add_argument("--init", metavar="CHECKPOINT", help="start from these weights, ours or foreign")
     cli.add_fields(parser, Settings, "training")
     cli.add_fields(parser, model.Config, "model (all from --model and --preset unless given)")
     flags = vars(parser.parse_args(argv))
-    config_file, resumed, init = flags.pop("config"), flags.pop("resume"), flags.pop("init")
+    config_file, resumed = flags.pop("config"), flags.pop("resume")
     training, shape = {f.name for f in fields(Settings)}, {f.name for f in fields(model.Config)}
     given = {**(cli.read_json(config_file, sorted(training | shape)) if config_file else {}), **flags}
     changes = {name: value for name, value in given.items() if name in shape}
     given = {name: value for name, value in given.items() if name in training}
     if resumed:
-        return resume(resumed, given, changes, init)
+        return resume(resumed, given, changes)
     s = Settings(**given)
     s.check()
-    s.out = s.out or f"out/{s.model}-{s.preset}"
+    s.out = s.out or f"out/{Path(s.init).name if s.init else f'{s.model}-{s.preset}'}"
     if not s.overwrite and Path(s.out, "log.csv").exists():
         raise UserError(f"{s.out} already holds a run; go on with --resume {s.out}, choose another --out, or "
                         "replace it with --overwrite.")
-    if init:
-        lm, _ = checkpoint.load(init)
-        return s, lm.config, None, lm.state_dict()
+    if s.init:
+        lm, meta = checkpoint.load(s.init)
+        refuse_changes(changes, lm.config, s.init)
+        return s, lm.config, {"weights": lm.state_dict(), "meta": meta}
     ids = data.load_tokenizer(s.tokenizer).vocab_size
     size = {"vocab_size": -(-ids // 64) * 64, "block_size": 256 if s.preset.endswith("L") else 1024}
-    return s, model.preset(s.preset, s.model, **{**size, **changes}), None, None
+    return s, model.preset(s.preset, s.model, **{**size, **changes}), {}
 
 
-def resume(folder, given, changes, init):
-    """Settings, Config, resume state and weights of the run in `folder`, with single settings changed."""
-    if init:
+def resume(folder, given, changes):
+    """Settings, Config and state of the run in `folder`, with single settings changed."""
+    if given.get("init"):
         raise UserError("--init and --resume exclude each other: a resumed run has its own weights.")
     meta, state, weights = checkpoint.load_resume(Path(folder, "last"))
     s = Settings(**{**meta["training"]["settings"], **given, "out": folder})
     s.check()
-    for name, value in changes.items():
-        old = meta["config"][name]
-        if value != old:
-            raise UserError(f"--{name.replace('_', '-')} {value} differs from the run's {old} in {folder}; "
-                            "leave it out, or start a new run with another --out.")
+    config = model.Config(**meta["config"])
+    refuse_changes(changes, config, folder)
     if state["step"] >= s.train_steps:
         raise UserError(f"the run in {folder} has done all its {state['step']} steps; "
                         f"add --train-steps {2 * state['step']} to go on.")
-    return s, model.Config(**meta["config"]), state, weights
+    return s, config, {"weights": weights, "meta": meta, "state": state}
+
+
+def refuse_changes(changes, config, place):
+    """Weights that exist have their shape: raise UserError for a flag that says otherwise."""
+    for name, value in changes.items():
+        if value != getattr(config, name):
+            raise UserError(f"--{name.replace('_', '-')} {value} differs from the {getattr(config, name)} of "
+                            f"{place}; leave it out, or start from new weights.")
 
 
 def main():
-    s, config, state, weights = parse()
+    s, config, start = parse()
     try:
-        return Run(s, config, state, weights).train()
+        return Run(s, config, **start).train()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

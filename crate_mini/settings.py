@@ -16,6 +16,7 @@ class Settings:
     preset: str = "3L"           # 1L | 2L | 3L | S | B: layers, heads and width of the paper's models
     data: str = "pydocs"         # pydocs, a named corpus, a file or folder (.txt .jsonl .parquet .bin)
     tokenizer: str = "pydocs"    # pydocs | gpt2 | bytes | a file of ranks; NAME:N keeps the first N ranks
+    init: str | None = None      # start from the weights of this checkpoint, ours or foreign
     out: str | None = None       # folder of the run (default out/MODEL-PRESET)
     overwrite: bool = False      # replace the run that --out already holds
     seed: int = 1337             # of the initial weights, the batches and the sample

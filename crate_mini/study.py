@@ -1,7 +1,7 @@
-"""`python -m crate_mini.study NAME`: the grid behind a table of the README, kept in results/NAME.json and .png.
+"""`python -m crate_mini.study NAME`: the grid behind a table of the README, kept in results/.
 
-    default    the default run for CRATE, crate+ and the GPT-2 twin, three seeds each, beside gzip and a trigram
-               model of the same text
+    default    the default run for CRATE, crate+ and the GPT-2 twin, three seeds each, beside gzip and a
+               trigram model of the same text -> default.json, default.png
     table      print the README's table of an existing results/default.json again
 
 Every run is `train.py` itself in a process of its own, so that what is measured is what a user gets.
@@ -96,7 +96,7 @@ def one_run(folder, kind, seed, flags):
         done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, "--overwrite"],
                               stdout=subprocess.PIPE, text=True, cwd=ROOT)
         if done.returncode:
-            raise UserError(f"`python train.py {' '.join(flags)}` ended with code {done.returncode}, see above.")
+            raise UserError(f"`train.py {' '.join(flags)}` ended with code {done.returncode}, see above.")
         minutes = (time.time() - start) / 60
         meta = json.loads((folder / "last" / "config.json").read_text())["training"]
         with open(folder / "log.csv", newline="") as file:
@@ -118,11 +118,11 @@ def table(found):
              "|---|---|---|---|---|---|---|"]
     for kind in MODELS:
         rows = [r for r in found["runs"] if r["model"] == kind]
-        mean = {k: statistics.mean(r[k] for r in rows) for k in
-                ("val_loss", "bits_per_byte", "density", "tokens_per_s", "minutes")}
+        m = {k: statistics.mean(r[k] for r in rows) for k in
+             ("val_loss", "bits_per_byte", "density", "tokens_per_s", "minutes")}
         spread = max(r["val_loss"] for r in rows) - min(r["val_loss"] for r in rows)
-        lines.append(f"| {NAMES[kind]} | {mean['val_loss']:.3f} | {spread:.3f} "
-                     f"| {mean['bits_per_byte']:.3f} | {mean['density']:.2f} | {mean['tokens_per_s']:,.0f} | {mean['minutes']:.1f} |")
+        lines.append(f"| {NAMES[kind]} | {m['val_loss']:.3f} | {spread:.3f} | {m['bits_per_byte']:.3f} | "
+                     f"{m['density']:.2f} | {m['tokens_per_s']:,.0f} | {m['minutes']:.1f} |")
     for name, bits in found["baselines_bits_per_byte"].items():
         lines.append(f"| {name} | | | {bits:.3f} | | | |")
     return "\n".join(lines)

@@ -57,8 +57,8 @@ def text(tmp_path_factory):
 
 def run(*flags):
     """train.py's main in this process; returns its exit code, raises its UserError."""
-    s, config, state, weights = train.parse(list(flags))
-    return train.Run(s, config, state, weights).train()
+    s, config, start = train.parse(list(flags))
+    return train.Run(s, config, **start).train()
 
 
 def rows(out):
@@ -97,12 +97,12 @@ def test_resume_is_bitwise_equal_to_an_uninterrupted_run(kind, text, tmp_path):
              "--micro-batch", "3"]
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
     run(*flags, "--out", whole, "--train-steps", "12")
-    s, config, state, w = train.parse([*flags, "--out", cut, "--train-steps", "12"])
-    first = train.Run(s, config, state, w)
+    s, config, _ = train.parse([*flags, "--out", cut, "--train-steps", "12"])
+    first = train.Run(s, config)
     step = first.one_step
 
     def interrupted():
-        first.signal = 15 if first.step == 6 else None
+        first.caught = 15 if first.step == 6 else 0
         return step()
 
     first.one_step = interrupted
@@ -256,18 +256,23 @@ def test_a_loss_that_is_not_finite_stops_or_is_skipped(text, tmp_path, monkeypat
 def test_settings_come_from_file_and_flags_win(text, tmp_path):
     config = tmp_path / "c.json"
     config.write_text(json.dumps({"lr": 0.5, "n_layer": 2, "model": "gpt2", "preset": "1L", "seed": 7}))
-    s, c, _, _ = train.parse(["--config", str(config), "--lr", "0.25", "--tokenizer", "bytes",
+    s, c, _ = train.parse(["--config", str(config), "--lr", "0.25", "--tokenizer", "bytes",
                               "--n_layer", "4", "--out", str(tmp_path / "x")])
     assert (s.lr, s.seed, s.model, c.n_layer, c.attention, c.vocab_size) == (0.25, 7, "gpt2", 4, "mhsa", 320)
 
 
 def test_init_starts_from_given_weights(text, tmp_path):
     run(*TINY, "--data", text, "--train-steps", "1", "--out", str(tmp_path / "a"))
-    _, config, state, w = train.parse(["--init", str(tmp_path / "a" / "last"), "--out", str(tmp_path / "b"),
-                                       "--tokenizer", "bytes"])
-    assert config.n_embd == 16 and state is None
-    lm = train.model.LM(config)
-    lm.load_state_dict(w)
+    again = ["--init", str(tmp_path / "a" / "last"), "--data", text, "--out", str(tmp_path / "b")]
+    s, config, start = train.parse([*again, "--tokenizer", "bytes"])
+    lm = train.Run(s, config, **start).lm
+    assert config.n_embd == 16 and set(start) == {"weights", "meta"}
+    assert all(torch.equal(w, start["weights"][name]) for name, w in lm.state_dict().items())
+    with pytest.raises(UserError, match="n-embd 32 differs from the 16"):
+        train.parse([*again, "--n-embd", "32"])
+    with pytest.raises(UserError, match="--tokenizer bytes"):
+        s, config, start = train.parse([*again, "--tokenizer", "pydocs:256"])
+        train.Run(s, config, **start)
 
 
 def test_learning_rate_warms_up_and_falls_to_its_floor():
@@ -319,7 +324,7 @@ def test_a_run_is_not_overwritten_by_chance(text, tmp_path):
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     with pytest.raises(UserError, match="--overwrite"):
         run(*flags)
-    with pytest.raises(UserError, match="n-layer 2 differs from the run's 1"):
+    with pytest.raises(UserError, match="n-layer 2 differs from the 1"):
         run("--resume", str(tmp_path / "run"), "--n-layer", "2", "--train-steps", "5")
     with pytest.raises(UserError, match="--train-steps 2"):
         run("--resume", str(tmp_path / "run"))
@@ -352,7 +357,7 @@ STRANGE = ["--", "-x", "--resume", "--config", "--init", "--lrr", "--="]
 def test_fuzzed_command_lines_are_parsed_or_refused(pairs):
     """Never anything but a UserError; a parsed line must give a model that can be built."""
     try:
-        s, config, _, _ = train.parse([word for pair in pairs for word in pair])
+        s, config, _ = train.parse([word for pair in pairs for word in pair])
     except UserError as e:
         assert str(e).strip()
     else:
