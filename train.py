@@ -170,11 +170,11 @@ class Run:
             loss.backward()
             told[0] += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.lm.parameters(), s.clip or math.inf)
-        told[1] = self.caught                                            # may come at any time: looked at once
+        told[1] = self.caught                                            # looked at once: it may come any time
         if self.world > 1:
             dist.all_reduce(told)
             told[0] /= self.world
-        loss, norm, self.signal = told[0].item(), norm.item(), min(int(told[1].item()), signal.SIGTERM)
+        loss, norm, self.signal = told[0].item(), norm.item(), min(int(told[1]), signal.SIGTERM)
         self.step += 1
         if math.isfinite(loss) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
