@@ -263,5 +263,5 @@ def extra(module: str, extra: str):
     try:
         return import_module(module)
     except ImportError:
-        raise UserError(f"This corpus needs the package {module.partition('.')[0]}: "
-                        f'pip install "crate_mini[{extra}]".') from None
+        raise UserError(f"This needs the package {module.partition('.')[0]}: in the project's folder, "
+                        f'pip install -e ".[{extra}]".') from None

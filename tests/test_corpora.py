@@ -68,6 +68,8 @@ def test_line_ends_byte_order_marks_and_empty_documents(tmp_path):
     path = tmp_path / "windows.txt"
     path.write_bytes(f"\ufeffone\r\ntwo\r\n{END}\r\n\ufeffthree\r\n{END} \r\n \n".encode())
     assert list(documents(str(path))) == ["one\ntwo", "three"]
+    (tmp_path / "windows.jsonl").write_bytes('\ufeff{"text": "one"}\r\n{"text": "two"}\r\n'.encode())
+    assert list(documents(str(tmp_path / "windows.jsonl"))) == ["one", "two"]
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=30)),
@@ -138,6 +140,7 @@ def test_what_does_not_exist(source):
 
 def test_a_folder_without_text(tmp_path):
     (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "packed.bin.gz").write_text("token files are mapped, not unpacked")
     with pytest.raises(UserError, match="none of a known kind"):
         list(documents(str(tmp_path)))
 
@@ -159,7 +162,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, module
     monkeypatch.setitem(sys.modules, module, None)
     if name:
         (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(UserError, match=r"pip install .crate_mini\["):
+    with pytest.raises(UserError, match=r"pip install -e .\.\["):
         list(documents(str(tmp_path / name) if name else "tinystories"))
 
 

@@ -88,6 +88,7 @@ def test_few_documents_are_cut_at_the_end_instead(tmp_path, count, fraction):
     train, val = pieces(corpus, "train"), pieces(corpus, "val")
     assert "".join(train + val) == "".join(texts)       # in order, nothing lost where a document was parted
     assert train[:-1] == texts[:len(train) - 1] and val[1:] == texts[count - len(val) + 1:]
+    assert corpus.n_bytes == {"train": len("".join(train).encode()), "val": len("".join(val).encode())}
     total = sum(corpus.n_bytes.values())
     assert abs(corpus.n_bytes["val"] - fraction * total) < 12 and train[-1][-1] in " 0123456789"
     assert f"only {count} documents" in told[1] and corpus.meta["split"]["rule"] == "cut"
@@ -224,6 +225,14 @@ def test_damage_is_noticed_and_mended(tmp_path, small_parts, harm, name):
     open_corpus(source, BYTES, tmp_path / "cache", log=told.append)
     assert folder_bytes(tmp_path / "cache") == before
     assert "damaged" in told[0] or (name, harm) == ("corpus.json", Path.unlink)
+
+
+def test_a_count_changed_by_hand_is_not_believed(corpus_cache):
+    source, cache, before = corpus_cache
+    index = next(cache.rglob("corpus.json"))
+    index.write_text(index.read_text().replace('"bytes": ', '"bytes": 1'))
+    open_corpus(source, BYTES, cache, log=quiet)
+    assert folder_bytes(cache) == before
 
 
 @settings(max_examples=60, deadline=None)

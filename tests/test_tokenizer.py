@@ -185,5 +185,5 @@ def test_training_a_vocabulary(tmp_path):
 
 def test_training_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match=r"crate_mini\[bpe\]"):
+    with pytest.raises(UserError, match=r"pip install -e .\.\[bpe\]"):
         train_bpe("pydocs", 300, tmp_path / "a.tiktoken")
