@@ -189,6 +189,6 @@ def _build(config, weights, source):
             model = LM(Config(**config))
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"The weights in {source} do not fit the model they come with: {reason}") from None
+        reason = str(error).splitlines()[-1].strip().rstrip(".")
+        raise UserError(f"{source}: weights and config do not fit ({reason}); use another one.") from None
     return model.eval()
