@@ -61,6 +61,7 @@ inline std::map<const void*, size_t> shared_allowed;
 inline std::mt19937 random(0);
 inline std::string message;
 inline int error = cudaSuccess;
+inline int planted = 0;  // which of the faults that the tests write into a copy of the kernels is alive
 
 inline void fault(const std::string& what) {
   if (message.empty()) message = what;

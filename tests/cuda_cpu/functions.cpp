@@ -1,4 +1,4 @@
-// Hands the emulated kernels to Python's ctypes: addresses by name, the seed of the schedule, the last fault.
+// Hands the emulated kernels to Python's ctypes: addresses by name, the schedule's seed, faults.
 #include "cuda_cpu.h"
 #include "kernels.h"
 
@@ -13,6 +13,8 @@ extern "C" void* crate_function(const char* name) {
 }
 
 extern "C" void crate_seed(unsigned seed) { emu::random.seed(seed); }
+
+extern "C" void crate_plant(int fault) { emu::planted = fault; }
 
 extern "C" const char* crate_fault() {  // what went wrong since the last call, or an empty string
   static std::string last;
