@@ -5,8 +5,8 @@ Then, for what results cannot show (`pip install -e .` first, so that the module
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1     # every tensor its own allocation: its ends are then seen
     for tool in memcheck racecheck initcheck synccheck; do
-        compute-sanitizer --tool $tool --error-exitcode 1 python -m pytest -m gpu -k "ista or mssa" \\
-            tests/test_cuda_emulated.py
+        compute-sanitizer --tool $tool --error-exitcode 1 python -m pytest -m gpu \\
+            -k "ista or mssa or training" tests/test_cuda_emulated.py tests/test_gpu.py
     done
 """
 
