@@ -30,6 +30,7 @@ class Run:
     def __init__(self, s, config, weights=None, meta=None, state=None):
         self.s, self.config, self.step, self.best, self.skipped = s, config, 0, math.inf, 0
         self.caught = self.signal = 0                                    # as it came; as all processes agreed
+        machine.keep_memory()
         self.join()
         self.dtype, why_dtype = machine.choose_dtype(self.device, s.dtype)
         compiled, why_compile = machine.choose_compile(self.device, s.compile)
@@ -170,11 +171,12 @@ class Run:
             loss.backward()
             told[0] += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.lm.parameters(), s.clip or math.inf)
-        told[1] = self.caught                                            # looked at once: it may come any time
+        told[1] = self.caught                                        # looked at once: it may come any time
         if self.world > 1:
             dist.all_reduce(told)
             told[0] /= self.world
-        loss, norm, self.signal = told[0].item(), norm.item(), min(int(told[1]), signal.SIGTERM)
+        loss, norm = told[0].item(), norm.item()
+        self.signal = min(int(told[1]), signal.SIGTERM)
         self.step += 1
         if math.isfinite(loss) and math.isfinite(norm):
             for group in self.optimizer.param_groups:

@@ -74,6 +74,20 @@ def choose_compile(device, spec="auto"):
     return False, "on a CPU it costs half a minute at start and gains nothing over the ops' own kernels"
 
 
+def keep_memory():
+    """Let glibc keep freed memory; returns whether that could be arranged.
+
+    Each step frees and asks for the same large tensors; giving them back to the system in between costs page
+    faults, a tenth of a step on a CPU.
+    """
+    if sys.platform != "linux":
+        return False
+    import ctypes
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)                # absent in musl
+    trim, mmap = -1, -3                                                  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    return bool(mallopt and mallopt(mmap, 1 << 30) and mallopt(trim, (1 << 31) - 1))
+
+
 def peak_flops(device, dtype):
     """(FLOP/s or None, source): the table for a known GPU in bf16, a measured product on a CPU, else None."""
     if device.type == "cpu":

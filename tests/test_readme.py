@@ -1,0 +1,86 @@
+"""The README is run: every command at small size, its tables against results/, its names against the code."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crate_mini import reference, study
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line.split(" #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+            for line in block.splitlines() if line.strip()]
+SMALL = shlex.split("--train-steps 2 --eval-tokens 300 --n-layer 1 --n-embd 24 --n-head 2 --block-size 16 "
+                    "--batch-size 4 --micro-batch 2 --query-rank 2 --warmup 1 --device cpu")
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder as a reader has it: scripts and package in place, and a text of their own."""
+    folder = tmp_path_factory.mktemp("desk")
+    for name in ("train.py", "crate_mini", "csrc", "setup.py"):
+        (folder / name).symlink_to(ROOT / name)
+    lines = (f"line {i} of a small text about codes\n" for i in range(3000))
+    (folder / "mytext.txt").write_text("".join(lines))
+    return folder
+
+
+def small(words):
+    """The same command at small size, with our own ranks for GPT-2's, which are a download."""
+    words = ["pydocs" if before == "--tokenizer" else w for before, w in zip(["", *words], words)]
+    if "--resume" in words:
+        return words[:words.index("--train-steps")] + ["--train-steps", "3"]
+    if "train.py" in words:
+        return words + SMALL
+    return words
+
+
+def commands():
+    """What can be run here: not the installation and the tests, which .ci/run runs as they stand."""
+    return [c for c in COMMANDS if "pytest" not in c and "pip install" not in c and ".study" not in c]
+
+
+def test_first_command_installs_and_trains_and_second_tests():
+    assert COMMANDS[0] == 'pip install -e ".[test]" && python train.py'
+    assert COMMANDS[1] == "python -m pytest"
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_runs(command, desk, tmp_path_factory):
+    words = small(shlex.split(command))
+    if words[0] == "torchrun":
+        words[0:1] = [sys.executable, "-m", "torch.distributed.run"]
+    words = [sys.executable if w == "python" else w for w in words]
+    done = subprocess.run(words, cwd=desk, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1",
+                               "CRATE_CACHE": str(tmp_path_factory.getbasetemp() / "cache")})
+    assert done.returncode == 0, done.stderr[-3000:]
+    if "train.py" in words:
+        assert "\nresult " in done.stdout and "\nnext " in done.stdout
+
+
+def test_default_table_is_the_one_in_results():
+    found = json.loads((ROOT / "results" / "default.json").read_text())
+    assert study.table(found) in README
+    assert found["machine"]["commit"][:12] in README and found["command"] in README
+    best = min(found["runs"], key=lambda r: r["seed"])
+    assert best["sample"].splitlines()[0].strip()[:40] in README
+
+
+def test_names_and_files_exist():
+    for name in re.findall(r"`reference\.(\w+)`", README):
+        assert hasattr(reference, name)
+    for path in re.findall(r"`((?:crate_mini|csrc|tests)/[\w/.]+)`", README):
+        assert (ROOT / path).exists(), path
+    for script in ("train.py",):
+        helped = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+        known = helped.stdout + "--nnodes --node-rank --master-addr --standalone"   # the last are torchrun's
+        for flag in set(re.findall(r"`(--[a-z0-9-]+)", README)):
+            assert flag in known, flag
+    assert len(README.splitlines()) <= 260
