@@ -1,6 +1,6 @@
 """Batches of tokens from memory-mapped files; a batch is a pure function of (seed, split, step).
 
-    documents (corpora.py, pydocs.py) -> ids (tokenizer.py) -> files on disk (prepare.py) -> batches (here)
+    documents (corpora.py, formats.py, pydocs.py) -> ids (tokenizer.py) -> token files (prepare.py) -> batches
 """
 
 import hashlib

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from crate_mini import UserError, atomic_write
-from crate_mini.corpora import Position, documents, held_out, token_files
+from crate_mini.corpora import documents, held_out, token_files
+from crate_mini.formats import Position
 from crate_mini.tokenizer import Tokenizer
 
 try:

@@ -10,7 +10,8 @@ import numpy as np
 import tiktoken
 
 from crate_mini import UserError, atomic_write
-from crate_mini.corpora import END, documents, extra, held_out
+from crate_mini.corpora import documents, held_out
+from crate_mini.formats import END, extra
 
 # GPT-2's split pattern in tiktoken's spelling (possessive: no backtracking on long runs). Our own vocabulary
 # uses it too: words carry their leading space, letters, digits and signs stay apart, and one path serves all.

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from crate_mini import UserError, corpora, pydocs
-from crate_mini.corpora import END, Position, describe, documents, token_files
+from crate_mini import UserError, corpora, formats, pydocs
+from crate_mini.corpora import describe, documents, token_files
+from crate_mini.formats import END, Position
 
 DOCS = ["First document.\nTwo lines.", "Zweites: äöü, 中文, 🙂.", "  indented, kept\n\n\nas it is", "x"]
 
@@ -78,14 +79,14 @@ def test_line_ends_byte_order_marks_and_empty_documents(tmp_path):
 def test_pieces_do_not_depend_on_where_chunks_end(texts, size):
     text = END.join(texts)
     chunks = [text[i:i + size] for i in range(0, len(text), size)]
-    assert list(corpora._pieces(chunks, END)) == text.split(END)
-    pieces = list(corpora._pieces(chunks, END, longest=10))
+    assert list(formats.pieces(chunks, END)) == text.split(END)
+    pieces = list(formats.pieces(chunks, END, longest=10))
     assert "".join(pieces) == text.replace(END, "") and max(map(len, pieces)) <= 10 + len(END) + size
 
 
 def test_long_running_text_is_cut_at_line_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "LONG", 1000)
-    monkeypatch.setattr(corpora, "CHUNK", 64)
+    monkeypatch.setattr(formats, "LONG", 1000)
+    monkeypatch.setattr(formats, "CHUNK", 64)
     lines = [f"line {i} with some words" for i in range(500)]
     (tmp_path / "book.txt").write_text("\n".join(lines))
     found = list(documents(str(tmp_path / "book.txt")))

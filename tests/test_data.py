@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crate_mini import UserError, data, prepare
-from crate_mini.corpora import END
 from crate_mini.data import load_tokenizer, open_corpus
+from crate_mini.formats import END
 
 ROOT = Path(__file__).parent.parent
 BYTES = load_tokenizer("bytes")
