@@ -31,8 +31,8 @@ class Tokenizer:
         self._tokens = [*sorted(ranks, key=ranks.get), END.encode()]
         listing = b"".join(len(token).to_bytes(4, "little") + token for token in self._tokens)
         self.hash = hashlib.sha256(PATTERN.encode() + listing).hexdigest()
-        self._bpe = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks,
-                                      special_tokens={END: self.eot}, explicit_n_vocab=self.vocab_size)
+        # tiktoken need not know of eot: then no text can spell it.
+        self._bpe = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; never eot, since the mark inside a text is spelled out like any other characters."""
@@ -44,8 +44,7 @@ class Tokenizer:
         stride = 4 * workers        # few large tasks: a task per text would cost more than a short text
 
         def encode(first):
-            return [self._bpe.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
-                    for text in texts[first::stride]]
+            return [self._bpe.encode_to_numpy(text).astype(self.dtype) for text in texts[first::stride]]
 
         ids = [None] * len(texts)
         with ThreadPoolExecutor(workers) as pool:
