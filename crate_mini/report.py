@@ -1,6 +1,7 @@
 """Figures from result files, and nothing else: a picture can be drawn again without a model."""
 
 import csv
+import statistics
 from pathlib import Path
 
 from crate_mini import atomic_write
@@ -17,13 +18,11 @@ def _read(path):
 def loss_curve(path, title):
     """Draw loss.png beside a log.csv of train.py and return its path: training loss, its mean, validation."""
     (tokens, loss), held = zip(*_read(path)[0]), _read(path)[1]
-    mean, smooth = None, []
-    for value in loss:
-        mean = value if mean is None else 0.9 * mean + 0.1 * value
-        smooth.append(mean)
+    half = len(loss) // 40                                               # of a centred window: 5 % of the run
+    smooth = [statistics.mean(loss[max(0, i - half):i + half + 1]) for i in range(len(loss))]
     figure, axes = _axes(title)
-    axes.plot(tokens, loss, color="#9fb8d8", linewidth=0.8, label="training, each logged step")
-    axes.plot(tokens, smooth, color="#1f4e8c", linewidth=1.6, label="training, running mean")
+    axes.plot(tokens, loss, color="#9fb8d8", linewidth=0.8, label="training, single steps")
+    axes.plot(tokens, smooth, color="#1f4e8c", linewidth=1.6, label="training, mean over 5 % of the run")
     if held:
         label = f"validation, last {held[-1][1]:.3f}"
         axes.plot(*zip(*held), "o-", color="#d1495b", markersize=4, label=label)
