@@ -54,7 +54,7 @@ def trigram_bits(train, held, vocab, discount=0.75):
     return float(-np.log2(probability).mean())
 
 
-def baselines(source="pydocs", spec="pydocs"):
+def baselines(source="pydocs", spec="pydocs:4095"):
     """Bits per byte of the held-out text: gzip -9 of it, and the trigram model of the training text."""
     tokenizer = data.load_tokenizer(spec)
     corpus = data.open_corpus(source, tokenizer, log=lambda *words: None)
