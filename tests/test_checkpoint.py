@@ -259,6 +259,12 @@ KILLS = """
                 os._exit(1)
             os._exit(0)
         return pid
+    parent = os.getpid()
+    def keep_saving():
+        i = step()
+        while os.getppid() == parent:  # not beyond a parent that has failed
+            i += 1
+            save(path, i)
     def step():
         return checkpoint.load(path)[1]["training"]["step"]
     def debris():
@@ -275,10 +281,7 @@ def test_kill_at_20_random_moments(tmp_path):
     r, hits = random.Random(0), 0
     for _ in range(20):
         before = step()
-        def work():
-            for i in range(1, 1000):
-                save(path, before + i)
-        pid = child(work)
+        pid = child(keep_saving)
         while step() == before:  # a reader beside the writer: the files it has just looked up may vanish
             time.sleep(0.001)
         time.sleep(r.random() * 0.03)
@@ -327,10 +330,7 @@ def test_kill_at_every_event_of_a_save(tmp_path):
 @posix
 def test_reading_beside_a_writer(tmp_path):
     script(KILLS + """
-    def work():
-        for i in range(1, 10 ** 6):
-            save(path, i)
-    pid, seen, end = child(work), [], time.monotonic() + 2
+    pid, seen, end = child(keep_saving), [], time.monotonic() + 2
     while time.monotonic() < end:
         meta, state, weights = checkpoint.load_resume(path)
         seen.append(meta["training"]["step"])
@@ -346,11 +346,12 @@ def test_disk_limits_of_every_size(tmp_path):
     """A limit on file sizes stops the write itself, in the middle of torch's zip writer."""
     script(KILLS + """
     import resource
+    save(path, 0, vocab_size=9000)  # far more than a file's buffer, so that the limit strikes within write
     largest = max(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path))
     def work():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:
-            save(path, 5)
+            save(path, 5, vocab_size=9000)
         except UserError as error:
             assert "File too large" in str(error), error
             os._exit(7)
