@@ -50,7 +50,10 @@ def read(path: Path, position: Position) -> Iterator[str]:
 
 @contextmanager
 def told(what):
-    """Whatever a decoder or client complains about, whichever library's it is, becomes one sentence."""
+    """Whatever a decoder or client complains about becomes one sentence, a UserError about `what`.
+
+    Everything is caught: six libraries read here, each with exceptions of its own, some of them undocumented.
+    """
     try:
         yield
     except UserError:
@@ -64,10 +67,12 @@ def told(what):
 
 
 def _running_text(path: Path, position: Position) -> Iterator[str]:
+    """Documents between END marks; also how a file of unknown kind is tried."""
     return pieces(_text(path, position), END, LONG)
 
 
 def _jsonl(path: Path, position: Position) -> Iterator[str]:
+    """The field "text" of each line; blank lines are nothing."""
     for number, line in enumerate(pieces(_text(path, position), "\n"), 1):
         if line.strip():
             try:
@@ -78,6 +83,7 @@ def _jsonl(path: Path, position: Position) -> Iterator[str]:
 
 
 def _parquet(path: Path, position: Position) -> Iterator[str]:
+    """The column "text", a thousand rows in memory at a time; other columns are not read."""
     start, seen = position.done, 0
     file = extra("pyarrow.parquet", "parquet").ParquetFile(path)
     if "text" not in file.schema_arrow.names:
@@ -89,6 +95,7 @@ def _parquet(path: Path, position: Position) -> Iterator[str]:
 
 
 def field(row, where: str) -> str:
+    """The text of one row; `where` names it in the UserError if it has none."""
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise UserError(f'{where} has no field "text" with a string in it.')
@@ -98,6 +105,7 @@ def field(row, where: str) -> str:
 
 def _text(path: Path, position: Position) -> Iterator[str]:
     """Unpacked, decoded text in chunks of about a megabyte, line ends as "\\n"."""
+    # Decodes across chunk ends: half a character, or half of "\r\n", waits for the next one.
     decode = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True).decode
     start = position.done
     with open(path, "rb") as raw:
@@ -130,7 +138,10 @@ def _unpacked(raw, suffix: str) -> Iterator[bytes]:
 
 
 def pieces(chunks: Iterator[str], mark: str, longest: int | None = None) -> Iterator[str]:
-    """Cut running text at every `mark`, and at a line end where a piece would grow longer than `longest`."""
+    """Cut running text at every `mark`, and at a line end where a piece grows longer than `longest`.
+
+    Where the chunks end makes no difference, as long as no piece is longer than `longest`.
+    """
     rest = ""
     for chunk in chunks:
         *whole, rest = (rest + chunk).split(mark)
@@ -143,7 +154,7 @@ def pieces(chunks: Iterator[str], mark: str, longest: int | None = None) -> Iter
 
 
 def extra(module: str, extra: str):
-    """An optional package, or how to get it."""
+    """Import an optional package; the UserError names the extra of pyproject.toml that brings it."""
     try:
         return import_module(module)
     except ImportError:

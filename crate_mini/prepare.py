@@ -65,7 +65,7 @@ def _locked(folder: Path, log):
                 log(f"waiting for another process that prepares {folder.name}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
-            pass            # read-only: if there is something to write, atomic_write tells the user
+            pass            # if there is something to write, atomic_write will tell why it cannot be
         yield
 
 
@@ -102,31 +102,33 @@ def _build(folder: Path, meta: dict, source: str, tokenizer: Tokenizer, workers,
     done, before, began = sum(part["documents"] for part in parts), _tokens(parts), time.monotonic()
     log(f"{source}: going on after document {done:,}" if done else f"{source}: token files go to {folder}")
     files = token_files(source)
+    # Recorded with the first part: a resumed build deals out documents by the rule it began with.
     meta["split"] = meta["split"] or _split_rule(source, files, meta["val_fraction"], log)
+    # Skipping reads the text again, which is cheap beside tokenizing it, and lets the digest see all of it.
     if files:
         items = islice(_from_files(files, meta["split"], tokenizer, position), done, None)
     else:
         texts = _from_text(documents(source, position), meta["split"], meta["val_fraction"], digest)
         items = _encoded(islice(texts, done, None), tokenizer, workers)
     for group in _groups(items, PART):
-        share = position.done / position.total if position.total else None
+        share = position.done / position.total if position.total else None      # of the source, read so far
+        size = (_tokens(parts) + sum(len(ids) for _, ids, _ in group)) * np.dtype(tokenizer.dtype).itemsize
         try:
             parts.append(_write_part(folder, len(parts), group, tokenizer.dtype))
             _save(folder, meta)
         except UserError as error:
-            size = _tokens(parts) + sum(len(ids) for _, ids, _ in group)
-            size *= np.dtype(tokenizer.dtype).itemsize / (share or 1) / 1e6
-            raise UserError(f"{error} The token files take {'about' if share else 'more than'} {size:,.0f} "
-                            "MB; CRATE_CACHE=FOLDER puts them elsewhere.") from None
+            about = "about" if share else "more than"
+            raise UserError(f"{error} The token files take {about} {size / (share or 1) / 1e6:,.0f} MB; "
+                            "CRATE_CACHE=FOLDER puts them elsewhere.") from None
         if _tokens(parts[-1:]) >= PART:
             rate = (_tokens(parts) - before) / (time.monotonic() - began)
             left = f", ETA {_tokens(parts) * (1 / share - 1) / rate:,.0f} s" if share else ""
             log(f"{source}: {_tokens(parts) / 1e6:,.1f} M tokens, {rate / 1e6:.2f} M tokens/s{left}")
     meta |= {"complete": True, "text_sha256": None if files else digest.hexdigest()}
     _save(folder, meta)
-    for path in folder.glob("*.*"):     # what a killed run, or a longer text that stood here before, left
-        if path.suffix == ".tmp" or path.suffix == ".bin" and int(path.name[:5]) >= len(parts):
-            path.unlink()
+    ours = {shard(folder, number, split) for number in range(len(parts)) for split in SPLITS}
+    for path in {*folder.glob("*.tmp"), *folder.glob("*.bin")} - ours:
+        path.unlink()       # left by a killed run, or by a longer text that stood here before
     size = sum(part[split]["bytes"] for part in parts for split in SPLITS)
     log(f"{source}: {size:,} bytes of text in {sum(part['documents'] for part in parts):,} documents"
         + "".join(f", {key} {value}" for key, value in meta["source"].items() if isinstance(value, str))
@@ -134,15 +136,18 @@ def _build(folder: Path, meta: dict, source: str, tokenizer: Tokenizer, workers,
 
 
 def _save(folder: Path, meta: dict):
+    """corpus.json, with a sha256 of its own: a wrong count in it would make a wrong measurement, silently."""
     with atomic_write(folder / "corpus.json") as file:
         file.write(json.dumps({**meta, "sha256": _sha256(json.dumps(meta).encode())}, indent=1).encode())
 
 
 def _tokens(parts: list[dict]) -> int:
+    """Tokens of `parts`, both splits together."""
     return sum(part[split]["tokens"] for part in parts for split in SPLITS)
 
 
 def _write_part(folder: Path, number: int, group: list, dtype) -> dict:
+    """Write `group`, items (split, ids, bytes), as two files; returns their entry for corpus.json."""
     part = {"documents": len(group)}
     for split in SPLITS:
         ids = [ids for where, ids, _ in group if where == split]
@@ -161,6 +166,7 @@ def _split_rule(source: str, files: list, val_fraction: float, log) -> dict:
             return {"rule": "file name"}
         sizes = [count for _, _, count in files]
     else:
+        # A look ahead: it ends after FEW documents, or has seen the whole source and knows its size.
         sizes = [len(text.encode()) for text in islice(documents(source), FEW)]
         if not sizes:
             raise UserError(f"{source} is empty: expected text.")
@@ -171,6 +177,7 @@ def _split_rule(source: str, files: list, val_fraction: float, log) -> dict:
 
 
 def _is_val(path: Path) -> bool:
+    """nanoGPT writes train.bin and val.bin, llm.c fineweb_train_000001.bin and fineweb_val_000000.bin."""
     return "val" in path.name
 
 
@@ -183,7 +190,7 @@ def _from_text(texts: Iterator[str], split: dict, val_fraction: float, digest) -
         if split["rule"] == "document hash":
             yield "val" if held_out(raw, val_fraction) else "train", text, len(raw)
             continue
-        left = raw[:max(0, split["at"] - seen)].decode("utf-8", "ignore")
+        left = raw[:max(0, split["at"] - seen)].decode("utf-8", "ignore")      # no half character at its end
         if len(left) < len(text):
             left = left[:max(left.rfind("\n"), left.rfind(" ")) + 1 or len(left)]
         for name, piece in (("train", left), ("val", text[len(left):])):
@@ -193,7 +200,7 @@ def _from_text(texts: Iterator[str], split: dict, val_fraction: float, digest) -
 
 
 def _encoded(items: Iterator[tuple], tokenizer: Tokenizer, workers: int | None) -> Iterator[tuple]:
-    """(split, ids, bytes) of each document, eot at its end."""
+    """(split, ids, bytes) of each document, eot at its end; BATCH characters of text are held at a time."""
     for group in _groups(items, BATCH):
         splits, texts, sizes = zip(*group)
         ids = tokenizer.encode_batch(texts, workers)

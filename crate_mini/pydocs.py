@@ -23,7 +23,10 @@ SKIPPED = {"site-packages", "dist-packages", "test", "tests", "testing", "idle_t
 
 
 def describe(source: str) -> dict:
-    """Name, Python version, versions of the packages read."""
+    """Name, Python version, versions of the packages read: what decides the text, nearly.
+
+    Distributions may leave modules out, so the text's sha256 is told when its token files are made.
+    """
     versions = {package: metadata.version(package) for package in NAMES[source]}
     return {"name": source, "python": platform.python_version(), **versions}
 
@@ -49,7 +52,10 @@ def documents(source: str) -> Iterator[str]:
 
 
 def _unseen(text: str, seen: set) -> str:
-    """`text` without the paragraphs that are in `seen` already; adds the others to it."""
+    """`text` without the paragraphs that are in `seen` already; adds the others to it.
+
+    Short paragraphs ("Returns:", ">>> import os") may recur: they give nothing away, and text reads on.
+    """
     kept = []
     for paragraph in re.split(r"\n\s*\n", text):
         key = " ".join(paragraph.split())
