@@ -2,6 +2,7 @@
 
     default    the default run for CRATE, crate+ and the GPT-2 twin, three seeds each, beside gzip and a
                trigram model of the same text -> default.json, default.png
+    deps       do docstrings of numpy, torch and matplotlib make a better model in the same time? -> deps.json
     table      print the README's table of an existing results/default.json again
 
 Every run is `train.py` itself in a process of its own, so that what is measured is what a user gets.
@@ -10,6 +11,7 @@ Every run is `train.py` itself in a process of its own, so that what is measured
 import csv
 import gzip
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crate_mini import UserError, atomic_write, cli, data, machine, report
+from crate_mini import UserError, atomic_write, checkpoint, cli, data, machine, report
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS, SEEDS = ("crate", "crate+", "gpt2"), (1337, 1338, 1339)
@@ -55,17 +57,21 @@ def trigram_bits(train, held, vocab, discount=0.75):
 
 
 def baselines(source="pydocs", spec="pydocs:4095"):
-    """Bits per byte of the held-out text: gzip -9 of it, and the trigram model of the training text."""
+    """Bits per byte of the held-out text: gzip -9 of it, and trigram models of the training text."""
     tokenizer = data.load_tokenizer(spec)
     corpus = data.open_corpus(source, tokenizer, log=lambda *words: None)
     ids = {}
     for split in ("train", "val"):
         blocks = list(corpus.blocks(split, 64, 1024))
         ids[split] = torch.cat([blocks[0][0].flatten()[:1], *(y.flatten() for _, y in blocks)]).numpy()
-    text = b"".join(tokenizer.token_bytes(int(i)) for i in ids["val"] if i != tokenizer.eot)
+    text = {split: b"".join(tokenizer.token_bytes(int(i)) for i in row if i != tokenizer.eot)
+            for split, row in ids.items()}
+    letters = {split: np.frombuffer(row, np.uint8) for split, row in text.items()}
     scale = len(ids["val"]) / corpus.n_bytes["val"]
-    return {"gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
-            "trigram": trigram_bits(ids["train"], ids["val"], tokenizer.vocab_size) * scale}
+    return {"gzip -9": 8 * len(gzip.compress(text["val"], 9)) / len(text["val"]),
+            "trigram of bytes (Kneser-Ney)": trigram_bits(letters["train"], letters["val"], 256),
+            "trigram of the same tokens (Kneser-Ney)":
+                trigram_bits(ids["train"], ids["val"], tokenizer.vocab_size) * scale}
 
 
 def default(out=ROOT / "out" / "study"):
@@ -86,6 +92,33 @@ def default(out=ROOT / "out" / "study"):
     report.loss_curves({NAMES[k]: [out / f"{k}-{s}" / "log.csv" for s in SEEDS] for k in MODELS},
                        ROOT / "results" / "default.png")
     print(table(found))
+
+
+def deps(out=ROOT / "out" / "study"):
+    """The default run on pydocs and on pydocs+deps, both judged by the held-out text of pydocs alone."""
+    found = {"command": "python -m crate_mini.study deps", "seeds": SEEDS[:1], "bits_per_byte_of_pydocs": {},
+             "machine": machine.describe(torch.device("cpu"))}
+    for source, name in (("pydocs", f"crate-{SEEDS[0]}"), ("pydocs+deps", "deps")):
+        flags = ["--data", source, "--model", "crate", "--seed", str(SEEDS[0]), "--log-sparsity"]
+        run = one_run(out / name, "crate", SEEDS[0], [*flags, "--out", str(out / name)])
+        found["bits_per_byte_of_pydocs"][source] = held_out_bits(out / name / "last", "pydocs")
+        found.setdefault("tokens", run["tokens"])
+    with atomic_write(ROOT / "results" / "deps.json") as file:
+        file.write(json.dumps(found, indent=1).encode() + b"\n")
+    print(json.dumps(found["bits_per_byte_of_pydocs"]))
+
+
+@torch.no_grad()
+def held_out_bits(path, source):
+    """Bits per byte of a checkpoint on the held-out split of a corpus, in the dtype that training would choose."""
+    lm, meta = checkpoint.load(path)
+    tokenizer = data.load_tokenizer(meta["tokenizer"]["spec"])
+    corpus = data.open_corpus(source, tokenizer, log=lambda *words: None)
+    dtype, total, count = machine.choose_dtype(torch.device("cpu"))[0], 0.0, 0
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        for x, y in corpus.blocks("val", 16, lm.config.block_size):
+            total, count = total + lm(x, y).item() * y.numel(), count + y.numel()
+    return total / count / math.log(2) * corpus.n_tokens["val"] / corpus.n_bytes["val"]
 
 
 def one_run(folder, kind, seed, flags):
@@ -130,12 +163,12 @@ def table(found):
 
 def main():
     name = sys.argv[1] if len(sys.argv) == 2 else ""
-    if name == "default":
-        default()
+    if name in ("default", "deps"):
+        globals()[name]()
     elif name == "table":
         print(table(json.loads((ROOT / "results" / "default.json").read_text())))
     else:
-        raise UserError("name a study, default or table: `python -m crate_mini.study default`.")
+        raise UserError("name a study, default, deps or table: `python -m crate_mini.study default`.")
 
 
 if __name__ == "__main__":
