@@ -34,15 +34,19 @@ def need(ok, op, told):
         raise UserError(f"{op}: {told}.")
 
 
+OPTIONAL = ("decoder", "lam", "bias", "gy", "ga")
+
+
 def check(op, like, dtype=None, **arguments):
-    """Each keyword (tensor or None, shape, its letters) must have like's device, dtype and that shape."""
+    """Each keyword (tensor, shape, its letters) must have like's device and dtype and that shape."""
     need(like.dtype in CODE and like.device.type in ("cpu", "cuda"), op, f"{like.dtype} on {like.device} is "
          "not supported; use float32, bfloat16 or (on the CPU) float64 on a CPU or CUDA device")
     need(like.dtype != torch.float64 or like.device.type == "cpu", op, "float64 runs on the CPU only")
     dtype = dtype or like.dtype
     for name, (t, shape, letters) in arguments.items():
-        if t is None:
+        if t is None and name in OPTIONAL:
             continue
+        need(t is not None, op, f"{name} is None, expected a tensor {letters}")
         need(t.shape == torch.Size(shape), op, f"{name} has shape {tuple(t.shape)}, expected {letters} = "
              f"{tuple(shape)}")
         need(t.dtype == dtype, op, f"{name} is {t.dtype}, expected {dtype}; convert it with .to({dtype})")
@@ -163,7 +167,8 @@ ista.register_autograd(ista_gradient, setup_context=ista_context)
 def ista_step(a: Tensor | None, r: Tensor, D: Tensor, lams: Tensor | None, eta: float,
               lam: float) -> Tensor:
     """ReLU(a + eta r D - eta lam), (..., h)."""
-    check_ista("ista_step", r, D, eta, lam, lams, a=(a, (*r.shape[:-1], D.shape[1]), "(..., h)"))
+    start = {} if a is None else {"a": (a, (*r.shape[:-1], *D.shape[1:]), "(..., h)")}
+    check_ista("ista_step", r, D, eta, lam, lams, **start)
     out = ista_step_fake(a, r, D, lams, eta, lam)
     a, r, D, lams = dense(a, r, D, lams)
     call("ista_step_forward", *sizes(r, D), eta, lam, a, r, D, lams, out, like=r)

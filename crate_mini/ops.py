@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from crate_mini import UserError, fused, reference
@@ -81,16 +82,26 @@ def _takes(t, dtype):
     return False
 
 
-def _tensors(op, **arguments):
+def _autocast(t):
+    """Whether autocast rules what happens to t; it does not know the meta device, where models are sized."""
+    return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
+
+
+def _tensors(op, optional=(), mixed=False, **arguments):
+    """All are tensors (or None, if optional) on one device and of one dtype (or mixed; or under autocast)."""
+    first = next(iter(arguments.values()))
     for name, t in arguments.items():
-        fused.need(t is None or isinstance(t, Tensor), op, f"{name} is {type(t).__name__}, expected a tensor")
+        if t is None and name in optional:
+            continue
+        fused.need(isinstance(t, Tensor), op, f"{name} is {type(t).__name__}, expected a tensor")
+        fused.need(t.device == first.device, op, f"{name} is on {t.device}, expected {first.device}; move it")
+        fused.need(mixed or t.dtype == first.dtype or _autocast(t), op, f"{name} is {t.dtype}, expected "
+                   f"{first.dtype}; convert it with .to({first.dtype})")
 
 
 def _compute_dtype(t):
     """What a linear layer would compute in, given this input: autocast's dtype if it is on."""
-    if torch.is_autocast_enabled(t.device.type) and t.dtype != torch.float64:
-        return torch.get_autocast_dtype(t.device.type)
-    return t.dtype
+    return torch.get_autocast_dtype(t.device.type) if _autocast(t) and t.dtype != torch.float64 else t.dtype
 
 
 def _cast(dtype, *tensors):
@@ -112,7 +123,7 @@ def mssa_project(z, weight, bias, U, n_head, eps=1e-5):
 
     Raises UserError when shapes, dtypes or devices do not fit; so do all functions here.
     """
-    _tensors("mssa_project", z=z, weight=weight, bias=bias, U=U)
+    _tensors("mssa_project", ("bias",), mixed=True, z=z, weight=weight, bias=bias, U=U)
     dtype = _compute_dtype(U)
     if not _takes(z, dtype):
         return reference.mssa_project(z, weight, bias, U, n_head, eps)
@@ -122,7 +133,7 @@ def mssa_project(z, weight, bias, U, n_head, eps=1e-5):
 
 def ista(x, D, eta, lam, steps, decoder=None):
     """Sparse codes and their reconstruction: x (..., d) -> y (..., d), a (..., h). Spec: reference.ista."""
-    _tensors("ista", x=x, D=D, decoder=decoder)
+    _tensors("ista", ("decoder",), x=x, D=D, decoder=decoder)
     dtype = _compute_dtype(x)
     if not _takes(x, dtype):
         return reference.ista(x, D, eta, _like(lam, dtype), steps, decoder)
@@ -135,7 +146,7 @@ def ista(x, D, eta, lam, steps, decoder=None):
 
 def ista_step(a, r, D, eta, lam):
     """One step, ReLU(a + eta r D - eta lam): a (..., h) or None, r (..., d) -> (..., h). Spec: reference."""
-    _tensors("ista_step", a=a, r=r, D=D)
+    _tensors("ista_step", ("a",), r=r, a=a, D=D)
     dtype = _compute_dtype(r)
     if not _takes(r, dtype):
         return reference.ista_step(a, r, D, eta, _like(lam, dtype))
@@ -144,6 +155,7 @@ def ista_step(a, r, D, eta, lam):
 
 
 _atoms = WeakTensorKeyDictionary()      # weight -> (what it was, weight cast, weight cast and transposed)
+register_optimizer_step_post_hook(lambda *_: _atoms.clear())    # fused ones change weights and count nothing
 
 
 def _transposed(w, dtype):
@@ -160,7 +172,7 @@ def _transposed(w, dtype):
 @torch.no_grad()
 def ista_decode(x, D, eta, lam, steps, decoder=None):
     """`ista` of a few rows without gradient: products that read codes touch only the non-zero ones."""
-    _tensors("ista_decode", x=x, D=D, decoder=decoder)
+    _tensors("ista_decode", ("decoder",), x=x, D=D, decoder=decoder)
     dtype = _compute_dtype(x)
     if not _takes(x, dtype):
         return reference.ista(x, D, eta, _like(lam, dtype), steps, decoder)
