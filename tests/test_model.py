@@ -111,7 +111,7 @@ def test_flops_count_the_products_that_run(kind, block):
     products = c.n_layer * (block * d * d + low_rank + (c.block_size + 1) * d) + d * c.vocab_size
     assert model.flops_per_token(c) == 6 * products
     lm, idx = model.LM(c), torch.randint(64, (3, 7))
-    with FlopCounterMode(display=False) as counter, ops.use_backend("reference"):  # kernels hide their products
+    with FlopCounterMode(display=False) as counter, ops.use_backend("reference"):     # kernels hide products
         lm(idx)
     # the counter skips attention on some backends: compare what it must see, the products with weights
     assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] + sum(
