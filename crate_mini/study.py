@@ -3,13 +3,16 @@
     default    the default run for CRATE, crate+ and the GPT-2 twin, three seeds each, beside gzip and a
                trigram model of the same text -> default.json, default.png
     deps       do docstrings of numpy, torch and matplotlib make a better model in the same time? -> deps.json
-    table      print the README's table of an existing results/default.json again
+    speed TEXT RANKS    tokens/s of train.py at 3L on this text with these ranks, and with 8,192 ids, of CRATE
+               and its twin, bf16 and fp32, eager and compiled; the same step in a bare loop -> speed.json
+    tables     print the README's tables of the existing results again
 
 Every run is `train.py` itself in a process of its own, so that what is measured is what a user gets.
 """
 
 import csv
 import gzip
+import itertools
 import json
 import math
 import statistics
@@ -22,6 +25,8 @@ import numpy as np
 import torch
 
 from crate_mini import UserError, atomic_write, checkpoint, cli, data, machine, report
+from crate_mini.model import LM, preset
+from crate_mini.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS, SEEDS = ("crate", "crate+", "gpt2"), (1337, 1338, 1339)
@@ -110,7 +115,7 @@ def deps(out=ROOT / "out" / "study"):
 
 @torch.no_grad()
 def held_out_bits(path, source):
-    """Bits per byte of a checkpoint on the held-out split of a corpus, in the dtype that training would choose."""
+    """Bits per byte of a checkpoint on the held-out split of a corpus, in the dtype that train.py chooses."""
     lm, meta = checkpoint.load(path)
     tokenizer = data.load_tokenizer(meta["tokenizer"]["spec"])
     corpus = data.open_corpus(source, tokenizer, log=lambda *words: None)
@@ -119,6 +124,66 @@ def held_out_bits(path, source):
         for x, y in corpus.blocks("val", 16, lm.config.block_size):
             total, count = total + lm(x, y).item() * y.numel(), count + y.numel()
     return total / count / math.log(2) * corpus.n_tokens["val"] / corpus.n_bytes["val"]
+
+
+def speed(text, ranks, out=ROOT / "out" / "study" / "speed", steps=12):
+    """Tokens/s from the median step of short runs of train.py, one after the other, beside a bare loop."""
+    found = {"command": "python -m crate_mini.study speed TEXT RANKS", "seeds": [Settings.seed],
+             "text": Path(text).name, "machine": machine.describe(torch.device("cpu")), "rows": []}
+    cells = itertools.product((ranks, "pydocs"), ("off", "on"), ("bfloat16", "float32"), ("crate", "gpt2"))
+    for spec, mode, dtype, kind in cells:
+        flags = {"data": text if spec == ranks else "pydocs", "tokenizer": spec, "model": kind,
+                 "dtype": dtype, "compile": mode, "train-steps": steps, "log-every": 1, "eval-every": 0, "eval-tokens": 256,
+                 "val-fraction": 0.01, "out": out}
+        words = [f"--{name}={value}" for name, value in flags.items()]
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words, "--overwrite"], cwd=ROOT,
+                              stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError(f"train.py ended with code {done.returncode}; its message is above.")
+        with open(out / "log.csv", newline="") as file:  # the last row's time includes the validation
+            ends = [int(r["tokens"]) / float(r["tokens_per_s"]) for r in csv.DictReader(file)][:-1]
+        rate = 4096 / statistics.median(np.diff(ends[1:]))
+        found["rows"].append({"ids": 50304 if spec == ranks else 8192, "model": kind, "dtype": dtype,
+                              "compile": mode, "tokens_per_s": round(rate)})
+        print(found["rows"][-1], flush=True)
+    found["bare_loop"] = bare_loop()
+    with atomic_write(ROOT / "results" / "speed.json") as file:
+        file.write(json.dumps(found, indent=1).encode() + b"\n")
+    print(speed_table(found))
+
+
+def bare_loop(steps=12):
+    """Tokens/s of forward, backward, clip, step on one batch of 8,192 ids with nothing around: what a trainer
+    cannot beat."""
+    machine.keep_memory()
+    torch.manual_seed(0)
+    lm = LM(preset("3L", "crate", vocab_size=8192, block_size=256))
+    optimizer = torch.optim.AdamW(lm.parameters(), fused=True)
+    ids, times = torch.randint(8192, (16, 257)), []
+    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    for _ in range(steps):
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = lm(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - start)
+    return round(4096 / statistics.median(times[2:]))
+
+
+def speed_table(found):
+    """The README's table of speeds, in Markdown: thousand tokens a second."""
+    lines = ["| ids | model | bf16 | bf16, compiled | fp32 | fp32, compiled |", "|---|---|---|---|---|---|"]
+    for ids in (50304, 8192):
+        for kind in ("crate", "gpt2"):
+            rate = {(r["dtype"], r["compile"]): r["tokens_per_s"] / 1e3 for r in found["rows"]
+                    if (r["ids"], r["model"]) == (ids, kind)}
+            order = itertools.product(("bfloat16", "float32"), ("off", "on"))
+            cells = [f"{rate[key]:.1f} k" for key in order]
+            lines.append(f"| {ids:,} | {NAMES[kind]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def one_run(folder, kind, seed, flags):
@@ -162,13 +227,15 @@ def table(found):
 
 
 def main():
-    name = sys.argv[1] if len(sys.argv) == 2 else ""
-    if name in ("default", "deps"):
-        globals()[name]()
-    elif name == "table":
-        print(table(json.loads((ROOT / "results" / "default.json").read_text())))
+    name, *rest = sys.argv[1:] or [""]
+    if name in ("default", "deps") and not rest or name == "speed" and len(rest) == 2:
+        globals()[name](*rest)
+    elif name == "tables":
+        for file, show in (("default", table), ("speed", speed_table)):
+            print(show(json.loads((ROOT / "results" / f"{file}.json").read_text())), "\n")
     else:
-        raise UserError("name a study, default, deps or table: `python -m crate_mini.study default`.")
+        raise UserError("name a study, default, deps, speed TEXT RANKS or tables: "
+                        "`python -m crate_mini.study default`.")
 
 
 if __name__ == "__main__":
