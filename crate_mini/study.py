@@ -133,8 +133,8 @@ def speed(text, ranks, out=ROOT / "out" / "study" / "speed", steps=12):
     cells = itertools.product((ranks, "pydocs"), ("off", "on"), ("bfloat16", "float32"), ("crate", "gpt2"))
     for spec, mode, dtype, kind in cells:
         flags = {"data": text if spec == ranks else "pydocs", "tokenizer": spec, "model": kind,
-                 "dtype": dtype, "compile": mode, "train-steps": steps, "log-every": 1, "eval-every": 0, "eval-tokens": 256,
-                 "val-fraction": 0.01, "out": out}
+                 "dtype": dtype, "compile": mode, "train-steps": steps, "log-every": 1, "eval-every": 0,
+                 "eval-tokens": 256, "val-fraction": 0.01, "out": out}
         words = [f"--{name}={value}" for name, value in flags.items()]
         done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words, "--overwrite"], cwd=ROOT,
                               stdout=subprocess.PIPE, text=True)
