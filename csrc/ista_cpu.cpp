@@ -14,23 +14,36 @@
 namespace crate_mini {
 namespace {
 
-constexpr int64_t TILE = 96;                         // rows that go through the steps together; even, 8 x 12
-constexpr int64_t SLAB = 8 * TILE;                   // rows whose products into gD are summed in registers
+constexpr int64_t TILE = 48;                         // rows that go through the steps together; even, 8 x 12
+constexpr int64_t PAD = 32;                          // values between rows that would share a cache set
+constexpr int64_t SLAB = 16 * TILE;                  // rows whose products into gD are summed in registers
 
 template <class T> struct Dictionary {               // D (d, h) packed for both directions
   const Isa<T>& m;
   int64_t d, h;
   char *forth, *back;                                // r -> D^T r, sums over d; a -> D a, sums over h
+  T* aside;                                          // per thread: a tile of codes at a kinder distance, or null
 
-  Dictionary(const Isa<T>& m, int64_t d, int64_t h, Slot forth, Slot back)
+  Dictionary(const Isa<T>& m, int64_t d, int64_t h, int threads, Slot forth, Slot back)
       : m(m), d(d), h(h), forth(scratch_bytes(forth, m.packed_bytes(d, h))),
-        back(scratch_bytes(back, m.packed_bytes(h, d))) {}
+        back(scratch_bytes(back, m.packed_bytes(h, d))),
+        aside(h * sizeof(T) % 4096 ? nullptr : scratch<T>(ASIDE, threads * TILE * (h + PAD))) {}
   void pack_forth(const T* D) { pack_all(m, d, h, D, h, 1, forth); }
   void pack_back(const T* D) { pack_all(m, h, d, D, 1, h, back); }
   void correlate(int64_t M, const T* r, const Finish<T>& f, bool absent = false) const {
-    m.product(M, h, absent ? 0 : d, r, d, m.group, forth, f);
+    m.product(M, h, absent ? 0 : d, m.plain(r, d), forth, f);
   }
-  void synthesize(int64_t M, const T* a, const Finish<T>& f) const { m.product(M, d, h, a, h, m.group, back, f); }
+  // Rows a multiple of 4096 bytes apart fall into one set of the first cache level, which holds 8 of the 12 that
+  // a product reads side by side; copied to another distance, all stay.
+  void synthesize(int64_t M, const T* a, const Finish<T>& f) const {
+    int64_t row = h;
+    if (aside) {
+      T* rows = aside + thread_number() * TILE * (h + PAD);
+      for (int64_t i = 0; i < M; i++) std::copy(a + i * h, a + (i + 1) * h, rows + i * (h + PAD));
+      a = rows, row = h + PAD;
+    }
+    m.product(M, d, h, m.plain(a, row), back, f);
+  }
 };
 
 template <class T> Finish<T> threshold(int64_t h, double eta, const T* a, const Acc<T>* shift, T* out) {
@@ -55,7 +68,7 @@ template <class T>
 void forward(int64_t N, int64_t d, int64_t h, int64_t S, double eta, double lam, const T* x, const T* D,
              const T* decoder, const void* lams, T* y, T* a, T* trail_a, T* trail_r, int threads) {
   const Isa<T>& m = isa<T>();
-  Dictionary<T> dict(m, d, h, FORTH, BACK), dec(m, d, h, DECODER_FORTH, DECODER_BACK);
+  Dictionary<T> dict(m, d, h, threads, FORTH, BACK), dec(m, d, h, threads, DECODER_FORTH, DECODER_BACK);
   const Acc<T>* shift = make_shift<T>(h, eta, lam, lams);
   bool tied = decoder == D;
 #pragma omp parallel num_threads(threads)
@@ -84,7 +97,7 @@ template <class T>
 void step_forward(int64_t N, int64_t d, int64_t h, double eta, double lam, const T* a, const T* r, const T* D,
                   const void* lams, T* out, int threads) {
   const Isa<T>& m = isa<T>();
-  Dictionary<T> dict(m, d, h, FORTH, BACK);
+  Dictionary<T> dict(m, d, h, threads, FORTH, BACK);
   const Acc<T>* shift = make_shift<T>(h, eta, lam, lams);
 #pragma omp parallel num_threads(threads)
   {
@@ -101,19 +114,19 @@ void step_forward(int64_t N, int64_t d, int64_t h, double eta, double lam, const
 template <class T> struct DictionaryGradient {
   const Isa<T>& m;
   int64_t d, h, terms;
-  T *out, *left;                                     // left: the interleaved rows of every term, term after term
+  T *out, *left;                                     // left: interleaved, the rows of term after term
   Acc<T>* partial;                                   // (d, h), sums of the slabs so far
   char* panels;                                      // per thread: one packed panel of the right sides
 
   DictionaryGradient(const Isa<T>& m, int64_t d, int64_t h, int64_t terms, T* out, Slot left, Slot partial,
                      Slot panels, int threads)
-      : m(m), d(d), h(h), terms(terms), out(out), left(scratch<T>(left, terms * SLAB * d)),
+      : m(m), d(d), h(h), terms(terms), out(out), left(scratch<T>(left, terms * SLAB * (d + m.rows))),
         partial(scratch<Acc<T>>(partial, d * h)),
         panels(scratch_bytes(panels, size_t(threads * terms) * m.panel_bytes(SLAB))) {}
 
   // Rows i.. i + M of the slab (of `rows` rows) of term t's left side.
   void put(int64_t t, int64_t rows, int64_t i, int64_t M, const T* X, bool negate = false) {
-    interleave(m.group, M, d, X, negate, left + (t * m.groups(rows) * m.group + i) * d);
+    m.interleave(terms * m.round_up(rows), t * m.round_up(rows) + i, M, d, X, negate, left);
   }
   // Add the slab: right[t] (rows, h). Called by every thread of a parallel region; ends with a barrier.
   void add(int64_t rows, const T* const* right, bool first, bool last) {
@@ -124,7 +137,8 @@ template <class T> struct DictionaryGradient {
       for (int64_t t = 0; t < terms; t++) m.pack(rows, n, right[t] + j, h, 1, panel + size_t(t) * m.panel_bytes(rows));
       Finish<T> f;
       f.ld = h, f.out = out + j, f.wide_base = first ? nullptr : partial + j, f.wide_out = last ? nullptr : partial + j;
-      m.product(d, n, terms * m.groups(rows) * m.group, left, m.group, d * m.group, panel, f);
+      int64_t K = terms * m.round_up(rows);
+      m.product(d, n, K, m.transposed(left, K), panel, f);
     }
   }
 };
@@ -172,7 +186,7 @@ template <class T> struct Backward {                 // the call's arguments, se
   void run(int threads) {
     const Isa<T>& m = isa<T>();
     bool tied = decoder == D, into_gdec = gy && gdec, into_gD = gy && !gdec;
-    Dictionary<T> dict(m, d, h, FORTH, BACK), dec(m, d, h, DECODER_FORTH, DECODER_BACK);
+    Dictionary<T> dict(m, d, h, threads, FORTH, BACK), dec(m, d, h, threads, DECODER_FORTH, DECODER_BACK);
     DictionaryGradient<T> sum(m, d, h, 2 * S - 1 + into_gD, gD, LEFT, PARTIAL, PANELS, threads);
     DictionaryGradient<T> sum_dec(m, d, h, 1, gdec, DECODER_LEFT, DECODER_PARTIAL, DECODER_PANELS, threads);
     G = scratch<T>(STEPS, S * SLAB * h), gr = scratch<T>(RESIDUALS, S * SLAB * d);
@@ -215,7 +229,7 @@ template <class T>
 void step_backward(int64_t N, int64_t d, int64_t h, double eta, const T* g, const T* out, const T* r, const T* D,
                    T* ga, T* gr, T* gD, Acc<T>* glam, int threads) {
   const Isa<T>& m = isa<T>();
-  Dictionary<T> dict(m, d, h, FORTH, BACK);
+  Dictionary<T> dict(m, d, h, threads, FORTH, BACK);
   DictionaryGradient<T> sum(m, d, h, 1, gD, LEFT, PARTIAL, PANELS, threads);
   T* G = scratch<T>(STEPS, SLAB * h);
   if (!N) std::fill(gD, gD + d * h, T{});
@@ -228,8 +242,8 @@ void step_backward(int64_t N, int64_t d, int64_t h, double eta, const T* g, cons
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < n; i += TILE) {
         int64_t M = std::min(TILE, n - i), at = s + i;
-        m.product(M, h, 0, r, d, m.group, dict.back, combine<T>(h, 0, eta, g + at * h, out + at * h, G + i * h));
-        if (ga) m.product(M, h, 0, r, d, m.group, dict.back, combine<T>(h, 0, 1, g + at * h, out + at * h, ga + at * h));
+        m.product(M, h, 0, m.plain(r, d), dict.back, combine<T>(h, 0, eta, g + at * h, out + at * h, G + i * h));
+        if (ga) m.product(M, h, 0, m.plain(r, d), dict.back, combine<T>(h, 0, 1, g + at * h, out + at * h, ga + at * h));
         dict.synthesize(M, G + i * h, combine<T>(d, 1, 0, nullptr, nullptr, gr + at * d));
         sum.put(0, n, i, M, r + at * d);
       }

@@ -37,7 +37,7 @@ template <class T> struct Project {                  // the call's arguments, se
         Finish<T> f;
         f.ld = d, f.out = u + i * d;
         m.norm(M, d, row(i), z_is_acc, eps, weight, bias, x);
-        m.product(M, d, d, x, d, m.group, packed, f);
+        m.product(M, d, d, m.plain(x, d), packed, f);
       }
     }
   }
@@ -49,7 +49,7 @@ template <class T> struct Project {                  // the call's arguments, se
     int64_t tiles = (N + TILE - 1) / TILE;
     char* packed = scratch_bytes(BACK, m.packed_bytes(d, d));
     char* panels = scratch_bytes(PANELS, size_t(threads) * m.panel_bytes(SLAB));
-    T *x = scratch<T>(STEPS, threads * TILE * d), *left = scratch<T>(LEFT, SLAB * d);
+    T *x = scratch<T>(STEPS, threads * TILE * d), *left = scratch<T>(LEFT, SLAB * (d + m.rows));
     Acc<T>* gx = scratch<Acc<T>>(ROWS_OUT, threads * TILE * d);
     Acc<T>* partial = scratch<Acc<T>>(PARTIAL, d * d);
     Acc<T>* sums = scratch<Acc<T>>(SUMS, tiles * 2 * d);
@@ -63,7 +63,7 @@ template <class T> struct Project {                  // the call's arguments, se
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < n; i += TILE)
           tile(m, packed, gu, gz, sums + (s + i) / TILE * 2 * d, s + i, std::min(TILE, n - i),
-               x + thread_number() * TILE * d, gx + thread_number() * TILE * d, left + i * d);
+               x + thread_number() * TILE * d, gx + thread_number() * TILE * d, n, left);
         add_slab(m, n, left, gu + s * d, panels, partial, gU, s == 0, s + SLAB >= N);
       }
     }
@@ -76,13 +76,13 @@ template <class T> struct Project {                  // the call's arguments, se
   }
 
   void tile(const Isa<T>& m, const char* packed, const T* gu, char* gz, Acc<T>* sums, int64_t i, int64_t M, T* x,
-            Acc<T>* gx, T* left) const {
+            Acc<T>* gx, int64_t rows, T* left) const {
     Finish<T> f;
     f.ld = d, f.wide_out = gx;
-    m.product(M, d, d, gu + i * d, d, m.group, packed, f);
+    m.product(M, d, d, m.plain(gu + i * d, d), packed, f);
     m.norm_backward(M, d, row(i), z_is_acc, eps, weight, gx, gz + (row(i) - z), sums, sums + d);
     m.norm(M, d, row(i), z_is_acc, eps, weight, bias, x);
-    interleave(m.group, M, d, x, false, left);
+    m.interleave(rows, i % SLAB, M, d, x, false, left);
   }
 
   void add_slab(const Isa<T>& m, int64_t rows, const T* left, const T* gu, char* panels, Acc<T>* partial, T* gU,
@@ -94,7 +94,7 @@ template <class T> struct Project {                  // the call's arguments, se
       m.pack(rows, n, gu + j, d, 1, panel);
       Finish<T> f;
       f.ld = d, f.out = gU + j, f.wide_base = first ? nullptr : partial + j, f.wide_out = last ? nullptr : partial + j;
-      m.product(d, n, m.groups(rows) * m.group, left, m.group, d * m.group, panel, f);
+      m.product(d, n, m.round_up(rows), m.transposed(left, rows), panel, f);
     }
   }
 };

@@ -17,7 +17,7 @@
 namespace crate_mini {
 namespace naive {
 
-constexpr int64_t C = 32;                            // columns of a panel; sums in acc, k one at a time
+constexpr int64_t C = 32, ROWS = 6;                  // columns of a panel, rows of a strip
 
 template <class T> void pack(int64_t K, int64_t n, const T* src, int64_t row, int64_t col, void* panel) {
   for (int64_t k = 0; k < K; k++)
@@ -37,13 +37,12 @@ template <class T> void finish_element(const Finish<T>& f, int64_t i, int64_t j,
 }
 
 template <class T>
-void product(int64_t M, int64_t N, int64_t K, const T* A, int64_t a_row, int64_t a_group, const void* B,
-             const Finish<T>& f) {
+void product(int64_t M, int64_t N, int64_t K, const Left<T>& A, const void* B, const Finish<T>& f) {
   for (int64_t i = 0; i < M; i++)
     for (int64_t j = 0; j < N; j++) {
-      const T* b = static_cast<const T*>(B) + j / C * K * C + j % C;
+      const T *a = A.at + i / ROWS * A.strip + i % ROWS * A.row, *b = static_cast<const T*>(B) + j / C * K * C + j % C;
       Acc<T> sum = 0;
-      for (int64_t k = 0; k < K; k++) sum += Acc<T>(lift(A[i * a_row + k * a_group])) * lift(b[k * C]);
+      for (int64_t k = 0; k < K; k++) sum += Acc<T>(lift(a[k * A.next])) * lift(b[k * C]);
       finish_element(f, i, j, sum);
     }
 }

@@ -33,6 +33,9 @@ inline void lower(float v, bf16& out) {              // round to nearest, ties t
 inline void lower(float v, float& out) { out = v; }
 inline void lower(double v, double& out) { out = v; }
 
+inline bf16 minus(bf16 v) { return {uint16_t(v.bits ^ 0x8000)}; }
+template <class T> T minus(T v) { return -v; }
+
 template <class T> struct AccOf { using type = float; };          // the type sums are kept in
 template <> struct AccOf<double> { using type = double; };
 template <class T> using Acc = typename AccOf<T>::type;
@@ -51,16 +54,26 @@ template <class T> struct Finish {
   Acc<T>* wide_out = nullptr;                        // store in acc instead of T
 };
 
+// The left side A of a product: element (i, k) lies at at[i / rows * strip + i % rows * row + k / group * next +
+// k % group], with rows and group of the Isa that multiplies. A plain matrix has strip = rows * row, next = group;
+// a transposed one is copied so that what an inner loop reads lies together (`interleave`).
+template <class T> struct Left {
+  const T* at;
+  int64_t row, next, strip;
+};
+
 // One instruction set's way to multiply T. B is packed in panels of `cols` columns; inside a panel, `group`
 // neighbours along k lie together because one instruction multiplies that many (2 for AVX512-BF16).
 template <class T> struct Isa {
-  int64_t cols, group;
+  int64_t rows, cols, group;                         // rows of A whose sums are held at once
   size_t packed;                                     // bytes of a packed element
   // One panel of K rows, n <= cols columns: B[k][j] = src[k * row + j * col]. Rounded up with zeros.
   void (*pack)(int64_t K, int64_t n, const T* src, int64_t row, int64_t col, void* panel);
-  // finish(A B) for M rows, N columns. A's element (i, k) is A[i * a_row + (k / group) * a_group + k % group].
-  void (*product)(int64_t M, int64_t N, int64_t K, const T* A, int64_t a_row, int64_t a_group, const void* B,
-                  const Finish<T>& finish);
+  void (*product)(int64_t M, int64_t N, int64_t K, const Left<T>& A, const void* B, const Finish<T>& finish);
+  // Rows k.. k + M of the left side X^T of a product that sums over K rows, from X (M, n); k is a multiple of group.
+  // The layout is `transposed`'s: strips of `rows` columns of X, in them one row (or pair of rows) after another. An
+  // odd last row is completed with zeros. strips has room for n + rows columns, K rounded up.
+  void (*interleave)(int64_t K, int64_t k, int64_t M, int64_t n, const T* X, bool negate, T* strips);
   // Rows of LayerNorm, z of type T or float: x = normalised(z) * weight + bias.
   void (*norm)(int64_t M, int64_t d, const void* z, bool z_is_acc, double eps, const Acc<T>* weight,
                const Acc<T>* bias, T* x);
@@ -70,9 +83,11 @@ template <class T> struct Isa {
   // sums[j] += value * row[j]: the axpy of the decoding path.
   void (*axpy)(int64_t n, Acc<T> value, const T* row, Acc<T>* sums);
 
+  Left<T> plain(const T* A, int64_t columns) const { return {A, columns, group, rows * columns}; }
+  Left<T> transposed(const T* strips, int64_t K) const { return {strips, group, rows * group, rows * round_up(K)}; }
+  int64_t round_up(int64_t K) const { return (K + group - 1) / group * group; }
   int64_t panels(int64_t N) const { return (N + cols - 1) / cols; }
-  int64_t groups(int64_t K) const { return (K + group - 1) / group; }
-  size_t panel_bytes(int64_t K) const { return size_t(groups(K) * group * cols) * packed; }
+  size_t panel_bytes(int64_t K) const { return size_t(round_up(K) * cols) * packed; }
   size_t packed_bytes(int64_t K, int64_t N) const { return panel_bytes(K) * size_t(panels(N)); }
 };
 
@@ -83,7 +98,7 @@ template <class T> const Isa<T>& isa();              // the table in use: chosen
 // Working memory of the calling thread, kept from call to call and grown when needed: fresh pages cost more than
 // the arithmetic that would fill them. Each use within one call has its own slot.
 enum Slot { FORTH, BACK, DECODER_FORTH, DECODER_BACK, SHIFT, STEPS, RESIDUALS, LEFT, PARTIAL, PANELS,
-            DECODER_LEFT, DECODER_PARTIAL, DECODER_PANELS, ROWS_OUT, SUMS, SLOTS };
+            DECODER_LEFT, DECODER_PARTIAL, DECODER_PANELS, ROWS_OUT, SUMS, ASIDE, SLOTS };
 
 inline char* scratch_bytes(Slot slot, size_t size) {
   struct Block {
@@ -121,17 +136,6 @@ void pack_all(const Isa<T>& m, int64_t K, int64_t N, const T* src, int64_t row, 
     int64_t j = p * m.cols;
     m.pack(K, N - j < m.cols ? N - j : m.cols, src + j * col, row, col, packed + p * m.panel_bytes(K));
   }
-}
-
-// Lay rows of X (M, n) as the left side of a product X^T B: [row group][n][row in group], an odd last row
-// completed with zeros. So one instruction's neighbours along k (here: along tokens) lie together.
-template <class T> void interleave(int64_t group, int64_t M, int64_t n, const T* X, bool negate, T* out) {
-  for (int64_t i = 0; i < (M + group - 1) / group * group; i++)
-    for (int64_t j = 0; j < n; j++) {
-      T v = i < M ? X[i * n + j] : T{};
-      if (negate) lower(-lift(v), v);
-      out[(i / group * n + j) * group + i % group] = v;
-    }
 }
 
 // Call `body` with T bound to the type that a dtype code names.

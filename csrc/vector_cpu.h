@@ -60,39 +60,64 @@ template <class T> inline void store(T* p, Vec<T> v, int64_t n) {
   else store_part(p, v, n);
 }
 
-// ---- the inner loop: c[i] += A[i][k] * B[k], R rows by two vectors, all sums in registers ----
-template <int R, class T>
-inline void accumulate(int64_t K, const T* A, int64_t a_row, int64_t a_group, const Acc<T>* B, Vec<T> (&c)[R][2]) {
-  for (int64_t k = 0; k < K; k++, A += a_group, B += 2 * W<T>) {
+// ---- the inner loop: sums[i] = sum over k of A[i][k] B[k], R rows by two vectors, all sums in registers ----
+// It stands alone and leaves its sums in memory, once per tile: mixed with what follows the sums, the compiler runs
+// out of registers and spills inside the loop. Rows of A are reached from every third one, for the same reason.
+template <class T, int R> struct Rows {
+  const T* third[(R + 2) / 3];
+  int64_t row;
+  inline Rows(const T* A, int64_t row) : row(row) {
+    for (int i = 0; i < (R + 2) / 3; i++) {
+      third[i] = A + 3 * i * row;
+      asm("" : "+r"(third[i]));                      // or the compiler computes all R addresses ahead again
+    }
+  }
+  inline const T* operator[](int i) const { return third[i / 3] + i % 3 * row; }
+  inline void advance(int64_t by) {
+    for (int i = 0; i < (R + 2) / 3; i++) third[i] += by;
+  }
+};
+
+template <class T, int R>
+__attribute__((noinline)) void accumulate(int64_t K, const T* A, int64_t row, int64_t next, const Acc<T>* B,
+                                          Vec<T>* sums) {
+  Vec<T> c[R][2] = {};
+  Rows<T, R> rows(A, row);
+  for (int64_t k = 0; k < K; k++, rows.advance(next), B += 2 * W<T>) {
     Vec<T> b0 = load(B), b1 = load(B + W<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++) {
-      Vec<T> a = Vec<T>{} + lift(A[i * a_row]);
+      Vec<T> a = lift(*rows[i]) - Vec<T>{};          // in every lane; x - 0 is x, whatever x
       c[i][0] = multiply_add(a, b0, c[i][0]);
       c[i][1] = multiply_add(a, b1, c[i][1]);
     }
   }
+  memcpy(sums, c, sizeof c);
 }
 
 #if NATIVE_BF16
 template <int R, int BYTES>                          // BYTES 4: a pair of neighbours along k; 2: the odd last one
-inline void pair_step(const bf16* A, int64_t a_row, const bf16* B, VecF (&c)[R][2]) {
+inline void pair_step(const Rows<bf16, R>& rows, const bf16* B, VecF (&c)[R][2]) {
   __m512bh b0, b1;
   memcpy(&b0, B, sizeof b0);
   memcpy(&b1, B + 32, sizeof b1);
 #pragma GCC unroll 16
   for (int i = 0; i < R; i++) {
     uint32_t pair = 0;
-    memcpy(&pair, A + i * a_row, BYTES);
+    memcpy(&pair, rows[i], BYTES);
     __m512bh a = (__m512bh)_mm512_set1_epi32(int(pair));
     c[i][0] = (VecF)_mm512_dpbf16_ps((__m512)c[i][0], a, b0);
     c[i][1] = (VecF)_mm512_dpbf16_ps((__m512)c[i][1], a, b1);
   }
 }
-template <int R>
-inline void accumulate(int64_t K, const bf16* A, int64_t a_row, int64_t a_group, const bf16* B, VecF (&c)[R][2]) {
-  for (int64_t k = 0; k + 1 < K; k += 2, A += a_group, B += 64) pair_step<R, 4>(A, a_row, B, c);
-  if (K % 2) pair_step<R, 2>(A, a_row, B, c);
+template <class T, int R>
+__attribute__((noinline)) void accumulate(int64_t K, const bf16* A, int64_t row, int64_t next, const bf16* B,
+                                          VecF* sums) {
+  VecF c[R][2] = {};
+  Rows<bf16, R> rows(A, row);
+  for (int64_t k = 0; k + 1 < K; k += 2, rows.advance(next), B += 64) pair_step<R, 4>(rows, B, c);
+  if (K % 2) pair_step<R, 2>(rows, B, c);
+  memcpy(sums, c, sizeof c);
 }
 #endif
 
@@ -107,56 +132,109 @@ template <class T> constexpr int64_t GROUP = sizeof(Packed<T>) == 2 ? 2 : 1;
 inline void assign(bf16 v, bf16& out) { out = v; }   // packing copies bits where it can and converts where not
 template <class T, class A> inline void assign(T v, A& out) { out = lift(v); }
 
+// Two rows of B as pairs along k, written whole: the compiler makes this one vector loop. k1 null: zeros.
+inline void pack_rows(int64_t n, const bf16* k0, const bf16* k1, bf16* dst) {
+  for (int64_t j = 0; j < n; j++) {
+    uint32_t pair = k0[j].bits | (k1 ? uint32_t(k1[j].bits) << 16 : 0);
+    memcpy(dst + 2 * j, &pair, 4);
+  }
+}
+
 template <class T> void pack(int64_t K, int64_t n, const T* src, int64_t row, int64_t col, void* panel) {
   constexpr int64_t C = 2 * W<T>, G = GROUP<T>;
   auto* dst = static_cast<Packed<T>*>(panel);
   if (n < C || K % G) memset(panel, 0, size_t((K + G - 1) / G * G * C) * sizeof *dst);
-  if (col == 1) {                                    // src is read along its rows
-    for (int64_t k = 0; k < K; k++)
-      for (int64_t j = 0; j < n; j++) assign(src[k * row + j], dst[(k / G * C + j) * G + k % G]);
-  } else {
-    for (int64_t j = 0; j < n; j++)
-      for (int64_t k = 0; k < K; k++) assign(src[k * row + j * col], dst[(k / G * C + j) * G + k % G]);
+  for (int64_t k = 0; k < K; k += G)
+    if constexpr (G == 2) {
+      if (col == 1 && n == C) pack_rows(C, src + k * row, k + 1 < K ? src + (k + 1) * row : nullptr, dst + k * C);
+      else if (col == 1) pack_rows(n, src + k * row, k + 1 < K ? src + (k + 1) * row : nullptr, dst + k * C);
+      else if (row == 1 && k + 1 < K)                // the pair lies together already
+        for (int64_t j = 0; j < n; j++) memcpy(dst + k * C + 2 * j, src + k + j * col, 4);
+      else
+        for (int64_t i = 0; i < G && k + i < K; i++)
+          for (int64_t j = 0; j < n; j++) dst[k * C + 2 * j + i] = src[(k + i) * row + j * col];
+    } else {
+      for (int64_t j = 0; j < n; j++) assign(src[k * row + j * col], dst[k * C + j]);
+    }
+}
+
+template <class T, int64_t n>                        // n columns of a strip, the whole of it where n is ROWS
+inline void strip_rows(int64_t M, int64_t stride, int64_t columns, const T* X, bool negate, T* to) {
+  constexpr int64_t G = GROUP<T>;
+  for (int64_t i = 0; i < M; i += G, X += G * stride, to += G * ROWS)
+    for (int64_t j = 0; j < (n ? n : columns); j++)
+      for (int64_t g = 0; g < G; g++) {
+        T v = i + g < M ? X[g * stride + j] : T{};
+        to[j * G + g] = negate ? minus(v) : v;
+      }
+}
+
+template <class T>
+void interleave(int64_t K, int64_t k, int64_t M, int64_t n, const T* X, bool negate, T* strips) {
+  constexpr int64_t G = GROUP<T>;
+  for (int64_t j = 0; j < n; j += ROWS) {
+    T* to = strips + j * ((K + G - 1) / G * G) + k * ROWS;
+    if (n - j >= ROWS) strip_rows<T, ROWS>(M, n, ROWS, X + j, negate, to);
+    else strip_rows<T, 0>(M, n, n - j, X + j, negate, to);
   }
 }
 
 // ---- what follows the sums: Finish, for n <= W columns from (i, j) ----
-template <class T> inline void finish_row(const Finish<T>& f, int64_t i, int64_t j, int64_t n, Vec<T> v) {
+template <class T, bool WHOLE> struct Part {           // access to n columns: all lanes, or a part of them
+  template <class E> static Vec<T> get(const E* p, int64_t n) { return WHOLE ? load(p) : load(p, n); }
+  template <class E> static void put(E* p, Vec<T> v, int64_t n) {
+    if (WHOLE) store(p, v);
+    else store(p, v, n);
+  }
+};
+
+template <class T, bool WHOLE>
+inline void finish_row(const Finish<T>& f, int64_t i, int64_t j, int64_t n, Vec<T> v) {
+  using P = Part<T, WHOLE>;
   const Vec<T> zero{};
   int64_t at = i * f.ld + j;
   v = v * f.scale;
-  if (f.base) v += f.base_scale * load(f.base + at, n);
-  if (f.wide_base) v += f.base_scale * load(f.wide_base + at, n);
-  if (f.shift) v += load(f.shift + j, n);
-  if (f.mask) v = (load(f.mask + at, n) <= zero) ? zero : v;
+  if (f.base) v += f.base_scale * P::get(f.base + at, n);
+  if (f.wide_base) v += f.base_scale * P::get(f.wide_base + at, n);
+  if (f.shift) v += P::get(f.shift + j, n);
+  if (f.mask) v = (P::get(f.mask + at, n) <= zero) ? zero : v;
   if (f.relu) v = (v < zero) ? zero : v;
-  if (f.wide_out) store(f.wide_out + at, v, n);
-  else store(f.out + at, v, n);
+  if (f.wide_out) P::put(f.wide_out + at, v, n);
+  else P::put(f.out + at, v, n);
 }
 
 template <class T, int R>
-void tile(int64_t K, const T* A, int64_t a_row, int64_t a_group, const Packed<T>* B, const Finish<T>& f,
-          int64_t i, int64_t j, int64_t n) {
-  Vec<T> c[R][2] = {};
-  accumulate<R>(K, A + i * a_row, a_row, a_group, B, c);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++) {
-    finish_row(f, i + r, j, n, c[r][0]);
-    if (n > W<T>) finish_row(f, i + r, j + W<T>, n - W<T>, c[r][1]);
-  }
+void tile(int64_t K, const Left<T>& A, const Packed<T>* B, const Finish<T>& f, int64_t i, int64_t j, int64_t n) {
+  Vec<T> sums[R][2];
+  for (int64_t r = 0; r < R; r++)                    // what Finish will touch arrives while the sums are made
+    for (int64_t at = (i + r) * f.ld + j, end = at + n; at < end; at += 64 / int64_t(sizeof(T))) {
+      if (f.base) __builtin_prefetch(f.base + at);
+      if (f.wide_base) __builtin_prefetch(f.wide_base + at);
+      if (f.mask) __builtin_prefetch(f.mask + at);
+      if (f.out) __builtin_prefetch(f.out + at, 1);
+    }
+  accumulate<T, R>(K, A.at + i / ROWS * A.strip + i % ROWS * A.row, A.row, A.next, B, sums[0]);
+  for (int r = 0; r < R; r++)
+    if (n == 2 * W<T>) {
+      finish_row<T, true>(f, i + r, j, n, sums[r][0]);
+      finish_row<T, true>(f, i + r, j + W<T>, n, sums[r][1]);
+    } else {
+      finish_row<T, false>(f, i + r, j, n, sums[r][0]);
+      if (n > W<T>) finish_row<T, false>(f, i + r, j + W<T>, n - W<T>, sums[r][1]);
+    }
 }
 
 // Panels outside, rows inside: a panel of B stays in the first cache level while the rows of A pass by.
 template <class T>
-void product(int64_t M, int64_t N, int64_t K, const T* A, int64_t a_row, int64_t a_group, const void* B,
-             const Finish<T>& f) {
+void product(int64_t M, int64_t N, int64_t K, const Left<T>& A, const void* B, const Finish<T>& f) {
   constexpr int64_t C = 2 * W<T>, G = GROUP<T>;
   auto* panel = static_cast<const Packed<T>*>(B);
   for (int64_t j = 0; j < N; j += C, panel += (K + G - 1) / G * G * C) {
     int64_t i = 0, n = N - j < C ? N - j : C;
-    for (; i + ROWS <= M; i += ROWS) tile<T, ROWS>(K, A, a_row, a_group, panel, f, i, j, n);
-    for (; i + 4 <= M; i += 4) tile<T, 4>(K, A, a_row, a_group, panel, f, i, j, n);
-    for (; i < M; i++) tile<T, 1>(K, A, a_row, a_group, panel, f, i, j, n);
+    for (; i + ROWS <= M; i += ROWS) tile<T, ROWS>(K, A, panel, f, i, j, n);
+    for (; i + ROWS * 2 / 3 <= M; i += ROWS * 2 / 3) tile<T, ROWS * 2 / 3>(K, A, panel, f, i, j, n);
+    for (; i + 2 <= M; i += 2) tile<T, 2>(K, A, panel, f, i, j, n);
+    if (i < M) tile<T, 1>(K, A, panel, f, i, j, n);
   }
 }
 
@@ -242,7 +320,7 @@ template <class T> void axpy(int64_t n, Acc<T> value, const T* row, Acc<T>* sums
 }
 
 template <class T> constexpr Isa<T> table() {
-  return {2 * W<T>, GROUP<T>, sizeof(Packed<T>), pack<T>, product<T>, norm<T>, norm_backward<T>, axpy<T>};
+  return {ROWS, 2 * W<T>, GROUP<T>, sizeof(Packed<T>), pack<T>, product<T>, interleave<T>, norm<T>, norm_backward<T>, axpy<T>};
 }
 
 }  // namespace ISA
