@@ -1,0 +1,29 @@
+"""Builds of the extension outside the checkout, for tests that need another compiler, flags or text."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def copy_package(folder):
+    """What setup.py needs, without csrc/: enough of the package to be built and described."""
+    (folder / "crate_mini").mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "crate_mini/__init__.py", "crate_mini/_stamp.py"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "README.md").write_text("a copy, to build\n")
+    return folder
+
+
+def build(folder, **environment):
+    """Run setup.py in a copy: (module or None, what it printed). No CUDA unless CRATE_CUDA_ARCHS asks."""
+    for old in (folder / "crate_mini").glob("_C*"):
+        old.unlink()
+    done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=folder, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env={**os.environ, "CRATE_CUDA_ARCHS": "none", **environment})
+    assert done.returncode == 0, done.stdout
+    return next((folder / "crate_mini").glob("_C*"), None), done.stdout
