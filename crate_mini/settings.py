@@ -20,7 +20,7 @@ class Settings:
     out: str | None = None       # folder of the run (default out/MODEL-PRESET)
     overwrite: bool = False      # replace the run that --out already holds
     seed: int = 1337             # of the initial weights, the batches and the sample
-    train_steps: int = 1200      # optimizer steps
+    train_steps: int = 1000      # optimizer steps
     batch_size: int = 16         # sequences of a step, over all processes and micro-batches
     micro_batch: int = 16        # sequences a process holds at a time; the rest of its share is accumulated
     lr: float = 2e-3             # peak learning rate
