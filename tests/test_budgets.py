@@ -68,7 +68,7 @@ def test_c_functions_fit(path):
     start, long = None, []
     for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         indent = len(line) - len(line.lstrip())
-        if start is None and re.search(r"\)( const)? \{$", line) and not re.match(r"\s*(for|if|while) ", line):
+        if start is None and re.search(r"\)( const)? \{$", line) and not re.match(r" *(for|if|while) ", line):
             start, depth = i, indent
         elif start is not None and line.startswith(" " * depth + "}"):
             long += [start] if i - start >= FUNCTION else []
