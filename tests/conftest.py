@@ -15,6 +15,7 @@ compared on the support that the forward pass chose.
     python -m pytest --fuzz-minutes 10    random examples for ten minutes; a failure prints how to repeat it
 """
 
+import itertools
 import os
 import time
 from importlib import util
@@ -180,25 +181,23 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_runtestloop(session):
     """With --fuzz-minutes: rounds over the fuzz tests, each with a new seed, until time or luck ends."""
-    minutes = session.config.getoption("--fuzz-minutes")
-    if not minutes or not session.items or session.config.option.collectonly:
+    minutes, config = session.config.getoption("--fuzz-minutes"), session.config
+    if not minutes or not session.items or config.option.collectonly:
         return None
-    out = session.config.get_terminal_writer()
-    end, seed, rounds = time.monotonic() + 60 * minutes, time.time_ns() % 2 ** 32, 0
-    while not session.testsfailed and time.monotonic() < end:
-        hypothesis.core.global_force_seed = seed + rounds
-        for i, item in enumerate(session.items):
-            following = session.items[(i + 1) % len(session.items)]
-            session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+    end, seed = time.monotonic() + 60 * minutes, time.time_ns() % 2 ** 32
+    for config.rounds in itertools.count(1):
+        hypothesis.core.global_force_seed = seed + config.rounds
+        for item, following in zip(session.items, session.items[1:] + session.items[:1]):
+            config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             if session.testsfailed:
-                out.line(f'\nRepeat with: python -m pytest "{item.nodeid}" --hypothesis-profile=fuzz '
-                         f"--hypothesis-seed={seed + rounds}")
-                break
+                config.repeat = f'"{item.nodeid}" --hypothesis-seed={seed + config.rounds}'
+                raise session.Failed("stopped at the first failure")
             if time.monotonic() > end:
-                break
-        rounds += 1
-    found = "a failure" if session.testsfailed else "no failure"
-    out.line(f"\nfuzzed {minutes:g} minutes, {rounds} rounds: {found}")
-    if session.testsfailed:
-        raise session.Failed("stopped at the first failure")
-    return True
+                return True
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if hasattr(config, "rounds"):
+        command = "repeat with: python -m pytest --hypothesis-profile=fuzz"
+        found = f"{command} {config.repeat}" if hasattr(config, "repeat") else "no failure"
+        terminalreporter.line(f"fuzzed in {config.rounds} rounds; {found}")
