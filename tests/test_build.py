@@ -175,8 +175,9 @@ def test_a_source_archive_holds_the_sources(toy):
 # ---- what the package says about the module it finds -----------------------------------------------------
 
 def backend(folder, **environment):
-    """ops.backend() in a copy of the package, in a new process."""
-    script = "from crate_mini import ops; print(*ops.backend(), sep='|')"
+    """ops.backend() in a copy of the package, in a process that cannot fall back on an editable install."""
+    script = ("import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]\n"
+              "from crate_mini import ops; print(*ops.backend(), sep='|')")
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, text=True, capture_output=True,
                           env={**os.environ, "CRATE_BACKEND": "auto", **environment})
     return (done.stdout + done.stderr).strip()
