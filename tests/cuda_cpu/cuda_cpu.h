@@ -1,5 +1,5 @@
-// A CUDA device for g++: just enough of the language to run the kernels of csrc/ on any CPU, for tests. This file
-// has the words and the instructions; fibers.h the machine, what it checks and what it does not model.
+// A CUDA device for g++: just enough of the language to run the kernels of csrc/ on any CPU, for tests. This
+// file has the words and the instructions; fibers.h the machine, what it checks and what it does not model.
 #pragma once
 #include "fibers.h"
 
