@@ -9,10 +9,12 @@ the number of processes changes the speed and not the run. `python train.py --he
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crate_mini import UserError, checkpoint, cli, data, machine, model, ops, report
 from crate_mini.progress import Log
-from crate_mini.settings import Settings
+from crate_mini.settings import parse
 
 
 class Run:
@@ -32,9 +34,11 @@ class Run:
         self.caught = self.signal = 0                                    # as it came; as all processes agreed
         machine.keep_memory()
         self.join()
-        self.dtype, why_dtype = machine.choose_dtype(self.device, s.dtype)
+        self.dtype, why_dtype = self.agree(machine.choose_dtype(self.device, s.dtype))
+        s.dtype = str(self.dtype)[6:]                                    # a resume must not measure again
         compiled, why_compile = machine.choose_compile(self.device, s.compile)
-        self.corpus = self.open_data(meta)
+        self.check_memory()
+        self.corpus = self.open_data(meta, resumed=state is not None)
         torch.manual_seed(s.seed)
         self.lm = model.LM(config)
         if weights:
@@ -43,7 +47,9 @@ class Run:
         self.optimizer = self.make_optimizer()
         if state:
             self.step, self.best, self.skipped = state["step"], state["best"], state["skipped"]
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(state["optimizer"])           # and flags of today over it:
+            for group, new in zip(self.optimizer.param_groups, self.make_optimizer().param_groups):
+                group.update({name: new[name] for name in ("weight_decay", "betas", "fused")})
         self.forward = torch.compile(self.lm) if compiled else self.lm
         if self.world > 1:
             self.forward = DistributedDataParallel(self.forward)
@@ -53,18 +59,35 @@ class Run:
         """Find this process's place among those of torchrun (alone without it) and its device."""
         s = self.s
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = machine.choose_device(s.device)
+        cuda = self.world > 1 and s.device in ("auto", "cuda") and torch.cuda.is_available()
+        self.device = machine.choose_device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else s.device)
         if s.batch_size % self.world:
             raise UserError(f"--batch-size {s.batch_size} does not divide among {self.world} processes; "
                             f"try --batch-size {max(1, s.batch_size // self.world) * self.world}.")
         if self.world > 1:
             if self.device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
+                                    timeout=timedelta(days=1))           # the first may tokenize for hours
         self.share = s.batch_size // self.world
 
-    def open_data(self, meta):
+    def agree(self, value):
+        """The first process's value, in all processes."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, 0)
+        return values[0]
+
+    def check_memory(self):
+        """Refuse a model that cannot fit, before a system that promises all memory kills the process."""
+        with torch.device("meta"):
+            need = 16 * sum(w.numel() for w in model.LM(self.config).parameters())   # weight, gradient, Adam
+        there = machine.total_memory(self.device)
+        if there and need > there:
+            raise UserError(f"this model needs {need / 2 ** 30:,.0f} GiB to train and {self.device} has "
+                            f"{there / 2 ** 30:,.0f}; lower --n-embd, --n-layer, --expansion, --vocab-size.")
+
+    def open_data(self, meta, resumed):
         """Tokenizer and corpus; with many processes the first builds the token files and the others wait.
 
         meta: of the checkpoint that the weights come from, whose tokenizer must be this one.
@@ -82,7 +105,7 @@ class Run:
         corpus.batch(s.seed, "train", 0, 1, self.config.block_size)      # says so if the context does not fit
         if self.world > 1 and not self.rank:
             dist.barrier()
-        if meta and not s.init and corpus.meta != meta["training"]["corpus"]:
+        if resumed and corpus.meta != meta["training"]["corpus"]:
             self.say(f"note      {s.data} is not the text this run began with; it goes on with the new one")
         return corpus
 
@@ -137,6 +160,9 @@ class Run:
         s = self.s
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
+        if not self.step and not self.rank:                              # what --overwrite replaces
+            for name in ("last", "best"):
+                shutil.rmtree(Path(s.out, name), ignore_errors=True)
         log = Log(self)
         while self.step < s.train_steps:
             loss, norm, lr = self.one_step()
@@ -152,6 +178,8 @@ class Run:
             if self.signal and not last:
                 self.say(f"\nstopped after step {self.step} and saved; go on with\n"
                          f"  python train.py --resume {shlex.quote(s.out)}")
+                if self.world > 1:  # who leaves first has torchrun end the others, the saving one too
+                    dist.barrier()
                 return 128 + self.signal
         return self.finish()
 
@@ -163,9 +191,9 @@ class Run:
                 for t in self.corpus.batch(s.seed, "train", self.step, s.batch_size, self.config.block_size))
         self.lm.train()
         told = torch.zeros(2, device=self.device)                        # loss, and whether a signal came
-        for xs, ys in zip(x.split(s.micro_batch), y.split(s.micro_batch)):
+        for i, (xs, ys) in enumerate(zip(x.split(s.micro_batch), y.split(s.micro_batch)), 1):
             if self.world > 1:  # gradients travel once, with the last micro-batch
-                self.forward.require_backward_grad_sync = xs.data_ptr() == x[-len(xs):].data_ptr()
+                self.forward.require_backward_grad_sync = i * s.micro_batch >= self.share
             with self.amp():
                 loss = self.forward(xs, ys) * (len(xs) / self.share)
             loss.backward()
@@ -176,7 +204,7 @@ class Run:
             dist.all_reduce(told)
             told[0] /= self.world
         loss, norm = told[0].item(), norm.item()
-        self.signal = min(int(told[1]), signal.SIGTERM)
+        self.signal = (self.caught or signal.SIGTERM) if told[1] else 0
         self.step += 1
         if math.isfinite(loss) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
@@ -191,9 +219,9 @@ class Run:
         return loss, norm, lr
 
     def on_signal(self, number, frame):
-        """Finish the step and save; a second signal acts at once."""
+        """Finish the step and save; a second Ctrl-C acts at once."""
         self.caught = number
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def last_good(self):
         """A sentence that names the newest checkpoint of this run."""
@@ -203,7 +231,8 @@ class Run:
     @torch.no_grad()
     def validate(self, limit=None):
         """On the first `limit` held-out tokens: val_loss (nats), bits_per_byte, density if asked for."""
-        told = torch.zeros(4, dtype=torch.float64, device=self.device)   # loss sum, tokens, live codes, codes
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        told = torch.zeros(4, dtype=wide, device=self.device)            # loss sum, tokens, live codes, codes
         self.lm.eval()
         blocks = self.corpus.blocks("val", self.s.micro_batch, self.config.block_size, limit)
         for i, (x, y) in enumerate(blocks):
@@ -220,6 +249,14 @@ class Run:
         val = {"val_loss": loss, "bits_per_byte": loss / math.log(2) * self.corpus.n_tokens["val"]
                / self.corpus.n_bytes["val"]}
         return {**val, "density": (told[2] / told[3]).item()} if self.s.log_sparsity else val
+
+    def twin(self):
+        """Flags of the run to compare this one with: the other kind of model on the same data."""
+        kind = {"model": "gpt2" if self.s.model == "crate" else "crate"}
+        same = {name: getattr(self.s, name) for name in ("preset", "data", "tokenizer", "train_steps", "seed")
+                if getattr(self.s, name) != getattr(type(self.s), name)}
+        return [word for name, value in {**kind, **same}.items()
+                for word in ("--" + name.replace("_", "-"), str(value))]
 
     def save(self, name, resume=True, **facts):
         """Write the checkpoint out/NAME: last (with all that a resume needs) or best (weights only)."""
@@ -244,71 +281,18 @@ class Run:
             ids = self.lm.generate(start, 120, temperature=0.8, top_k=50,
                                    generator=torch.Generator(self.device).manual_seed(s.seed))
         text = self.tokenizer.decode([i for i in ids[0, 1:].tolist() if i < self.tokenizer.vocab_size])
-        figure = report.loss_curve(Path(s.out, "log.csv"), f"{s.init or s.model} {s.preset} on {s.data}")
+        log = Path(s.out, "log.csv")
+        figure = report.loss_curve(log, f"{s.init or s.model} {s.preset} on {s.data}")
         self.say("\nsample    " + text.strip().replace("\n", "\n          "))
         self.say(f"\nresult    validation loss {val['val_loss']:.4f} nats per token, "
                  f"{val['bits_per_byte']:.4f} bits per byte"
                  + (f", density {val['density']:.3f}" if s.log_sparsity else "")
                  + (f"; {self.skipped} steps skipped as not finite" if self.skipped else "")
-                 + f"\nfiles     {Path(s.out, 'last')} (also best), {Path(s.out, 'log.csv')}, {figure}\n"
-                 "next      "
-                 + ("python train.py --model gpt2" if s.model == "crate" else "python train.py")
-                 + f"\n          python train.py --resume {shlex.quote(s.out)} "
+                 + f"\nfiles     {Path(s.out, 'last')}, {Path(s.out, 'best')}, {log}, {figure}\n"
+                 f"next      python train.py {shlex.join(self.twin())}\n"
+                 f"          python train.py --resume {shlex.quote(s.out)} "
                  f"--train-steps {2 * s.train_steps}")
         return 0
-
-
-def parse(argv=None):
-    """Command line, --config file and checkpoint -> (Settings, Config, what else Run starts from)."""
-    parser = cli.Parser(prog="train.py", description=__doc__)
-    parser.add_argument("--config", help="a JSON file of settings by name; flags win over it")
-    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, exactly")
-    cli.add_fields(parser, Settings, "training")
-    cli.add_fields(parser, model.Config, "model (all from --model and --preset unless given)")
-    flags = vars(parser.parse_args(argv))
-    config_file, resumed = flags.pop("config"), flags.pop("resume")
-    training, shape = {f.name for f in fields(Settings)}, {f.name for f in fields(model.Config)}
-    given = {**(cli.read_json(config_file, sorted(training | shape)) if config_file else {}), **flags}
-    changes = {name: value for name, value in given.items() if name in shape}
-    given = {name: value for name, value in given.items() if name in training}
-    if resumed:
-        return resume(resumed, given, changes)
-    s = Settings(**given)
-    s.check()
-    s.out = s.out or f"out/{Path(s.init).name if s.init else f'{s.model}-{s.preset}'}"
-    if not s.overwrite and Path(s.out, "log.csv").exists():
-        raise UserError(f"{s.out} already holds a run; go on with --resume {s.out}, choose another --out, or "
-                        "replace it with --overwrite.")
-    if s.init:
-        lm, meta = checkpoint.load(s.init)
-        refuse_changes(changes, lm.config, s.init)
-        return s, lm.config, {"weights": lm.state_dict(), "meta": meta}
-    ids = data.load_tokenizer(s.tokenizer).vocab_size
-    size = {"vocab_size": -(-ids // 64) * 64, "block_size": 256 if s.preset.endswith("L") else 1024}
-    return s, model.preset(s.preset, s.model, **{**size, **changes}), {}
-
-
-def resume(folder, given, changes):
-    """Settings, Config and state of the run in `folder`, with single settings changed."""
-    if given.get("init"):
-        raise UserError("--init and --resume exclude each other: a resumed run has its own weights.")
-    meta, state, weights = checkpoint.load_resume(Path(folder, "last"))
-    s = Settings(**{**meta["training"]["settings"], **given, "out": folder})
-    s.check()
-    config = model.Config(**meta["config"])
-    refuse_changes(changes, config, folder)
-    if state["step"] >= s.train_steps:
-        raise UserError(f"the run in {folder} has done all its {state['step']} steps; "
-                        f"add --train-steps {2 * state['step']} to go on.")
-    return s, config, {"weights": weights, "meta": meta, "state": state}
-
-
-def refuse_changes(changes, config, place):
-    """Weights that exist have their shape: raise UserError for a flag that says otherwise."""
-    for name, value in changes.items():
-        if value != getattr(config, name):
-            raise UserError(f"--{name.replace('_', '-')} {value} differs from the {getattr(config, name)} of "
-                            f"{place}; leave it out, or start from new weights.")
 
 
 def main():

@@ -24,6 +24,8 @@ from crate_mini.foreign import import_foreign, is_foreign
 from crate_mini.model import LM, Config, to_dict
 
 FORMAT = 1
+# Tokenizer.hash of GPT-2's ranks, which released models were trained with
+GPT2_TOKENIZER = "f6f7c3d6d682894818f9dab9e062428d232232b17a0f696e11a81e630c1a9e1e"
 DATA = re.compile(r"(?:weights|resume)-(\d+)\.pt")  # and, with match, what atomic_write left of one
 
 
@@ -63,7 +65,8 @@ def load(path, device="cpu"):
     path = Path(path)
     if is_foreign(path):  # the tokenizer of all published CRATE-LM and GPT-2 models is GPT-2's
         model = import_foreign(path)
-        meta = {"config": to_dict(model.config), "tokenizer": {"spec": "gpt2"}, "training": {}}
+        meta = {"config": to_dict(model.config), "training": {},
+                "tokenizer": {"spec": "gpt2", "hash": GPT2_TOKENIZER}}
         return model.to(device), meta
     meta, weights = _read(path, "weights")
     return _build(meta["config"], weights, path).to(device), meta

@@ -5,9 +5,9 @@ A field's comment in the source is its help text: each setting is explained once
 
 import argparse
 import difflib
-import errno
 import inspect
 import json
+import os
 import re
 import sys
 import types
@@ -15,6 +15,8 @@ import typing
 from dataclasses import fields
 
 from crate_mini import UserError
+
+NO_MEMORY = "out of memory|an.t allocate|not enough memory|Storage size calculation overflowed"
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,23 +82,26 @@ def kind_of(field):
     return field.type
 
 
-def read_json(path, known):
-    """A flat JSON object of settings from a file; raises UserError for a bad file or an unknown name."""
+def read_json(path, known=None):
+    """A JSON object from a file; raises UserError for a bad file or a name that is not among the known."""
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
-    except (OSError, ValueError) as e:
-        raise UserError(f"--config {path!r} cannot be read as JSON: {e}; try {{\"lr\": 0.001}}.") from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} cannot be read as JSON: {e}; settings look like {{\"lr\": 0.001}}.") from e
     if not isinstance(found, dict):
-        raise UserError(f"--config {path!r} holds no JSON object; try a file with {{\"lr\": 0.001}}.")
+        raise UserError(f"{path} holds no JSON object; settings look like {{\"lr\": 0.001}}.")
     for name in found:
-        if name not in known:
-            raise UserError(f"--config {path!r} names {name!r}, which is no setting{nearest(name, known)}.")
+        if known is not None and name not in known:
+            raise UserError(f"{path} names {name!r}, which is no setting{nearest(name, known)}.")
     return found
 
 
 def run(main):
     """Call a script's main; user errors become one sentence on stderr and exit code 2, Ctrl-C becomes 130."""
+    for stream in (sys.stdout, sys.stderr):  # a sample may hold what a console cannot show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         sys.exit(main())
     except UserError as e:
@@ -104,12 +109,13 @@ def run(main):
     except KeyboardInterrupt:
         print("\ninterrupted; the same command starts again, finished parts are kept.", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that nothing is flushed into the pipe at exit
+        sys.exit(141)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPIPE, errno.EFBIG):
-            raise
-        message = f"{e.strerror}: {e.filename or 'while writing'}; free or choose another place with --out."
+        message = f"{e.strerror}: {e.filename or 'while writing'}; free it or choose another place."
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and "memory" not in str(e):
+        if not isinstance(e, MemoryError) and not re.search(NO_MEMORY, str(e)):
             raise
         message = f"not enough memory ({str(e).splitlines()[0][:120]}); lower --micro-batch or --block-size."
     print(f"error: {message}", file=sys.stderr)

@@ -3,8 +3,10 @@
 Nothing here guesses: a GPU whose peak is not in the table gets no MFU, and a CPU's peak is measured.
 """
 
+import importlib.util
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -35,7 +37,7 @@ def choose_device(spec="auto"):
 
 def product_rate(device, dtype, n=1024, repeats=5):
     """Measured FLOP/s of an n x n x n product, best of several: a CPU's peak for MFU."""
-    a = torch.randn(n, n, device=device).to(dtype)
+    a = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
@@ -69,6 +71,8 @@ def choose_compile(device, spec="auto"):
         raise UserError(f"--compile {spec!r} is unknown; choose auto, on or off.")
     if spec != "auto":
         return spec == "on", "asked for"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return False, "Triton, which it needs on a GPU, is not installed"
     if device.type == "cuda":
         return True, "fuses what lies between the products; the first step takes about a minute"
     return False, "on a CPU it costs half a minute at start and gains nothing over the ops' own kernels"
@@ -95,7 +99,7 @@ def peak_flops(device, dtype):
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for key, value in PEAKS.items():
-            if key in name:
+            if re.search(rf"\b{key}\b(?! (?:Ti|D|NVL|Laptop|Mobile))", name):
                 return value, f"data sheet of {key}"
         return None, f"{name} is not in the table of peaks, so no MFU"
     return None, "no peak known for this device and dtype, so no MFU"
@@ -110,6 +114,15 @@ def peak_memory(device):
     import resource
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
+
+
+def total_memory(device):
+    """Bytes that the device has, or None where that cannot be asked."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def describe(device):

@@ -56,6 +56,8 @@ class Config:
             ok = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
             if not ok or (kind in (int, float) and isinstance(value, bool)):
                 raise UserError(f"{f.name}={value!r} is not of type {kind.__name__}; try {f.default!r}.")
+            if kind is int and not 0 <= value < (1000 if f.name == "n_layer" else 2 ** 31):
+                raise UserError(f"{f.name}={value} is out of range; try {f.default}.")
         for name, allowed in (("attention", ("mssa", "mhsa")), ("sparsifier", ("ista", "mlp")),
                               ("activation", ("relu", "gelu"))):
             if getattr(self, name) not in allowed:

@@ -20,7 +20,8 @@ class Log:
             rows = []
             if run.step and self.path.exists():
                 with open(self.path, newline="") as file:
-                    rows = [r for r in csv.reader(file) if r and r[0].isdigit() and int(r[0]) <= run.step]
+                    rows = [r for r in csv.reader(file) if len(r) == len(self.COLUMNS) and r[0].isdigit()
+                            and int(r[0]) <= run.step]
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(self.path) as file:
                 file.write("".join(",".join(row) + "\n" for row in [self.COLUMNS, *rows]).encode())

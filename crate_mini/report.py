@@ -44,7 +44,8 @@ def _axes(title):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    axes.set(title=title, xlabel="million tokens", ylabel="loss (nats per token)")
+    axes.set_title(title, parse_math=False)
+    axes.set(xlabel="million tokens", ylabel="loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes

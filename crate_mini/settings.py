@@ -1,9 +1,14 @@
-"""How a model is trained: every setting of train.py with its default and, as its comment, its help text."""
+"""How a model is trained: every setting of train.py with its default and, as its comment, its help text.
+
+`parse` makes of the command line, a --config file and a checkpoint: settings, a model's shape, and a state.
+"""
 
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 
-from crate_mini import UserError, cli
+from crate_mini import UserError, checkpoint, cli, data
+from crate_mini.model import Config, preset
 
 POSITIVE = ("train_steps", "batch_size", "micro_batch", "log_every", "eval_tokens")
 SHARES = ("beta1", "beta2", "val_fraction")
@@ -45,14 +50,19 @@ class Settings:
         """Raise UserError for a value that no run can have."""
         for f in fields(self):
             value, kind, flag = getattr(self, f.name), cli.kind_of(f), "--" + f.name.replace("_", "-")
-            if value is not None and not isinstance(value, (int, float) if kind is float else kind):
+            if value is None and f.default is None:
+                continue
+            allowed = (int, float) if kind is float else kind
+            if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
                 raise UserError(f"{flag} {value!r} is not of type {kind.__name__}, like {f.default!r}.")
-            if kind in (int, float) and value is not None and not 0 <= value < 2 ** 31:
+            if kind in (int, float) and not 0 <= value < 2 ** 31:
                 raise UserError(f"{flag} {value} must lie in 0 to 2147483647, for example {f.default}.")
+            if kind is str and "\0" in value:
+                raise UserError(f"{flag} {value!r} holds a zero byte, which no name can; leave it out.")
             if f.name in POSITIVE and value < 1:
                 raise UserError(f"{flag} {value} must be at least 1, for example {f.default}.")
-            if f.name in SHARES and value >= 1:
-                raise UserError(f"{flag} {value} must be below 1, for example {f.default}.")
+            if f.name in SHARES and not 0 < value < 1:
+                raise UserError(f"{flag} {value} must be above 0 and below 1, for example {f.default}.")
         if self.on_nonfinite not in ("stop", "skip"):
             raise UserError(f"--on-nonfinite {self.on_nonfinite!r} is unknown; choose stop or skip.")
 
@@ -63,3 +73,67 @@ class Settings:
             return self.lr * (step + 1) / self.warmup
         share = (step - self.warmup) / max(1, self.train_steps - 1 - self.warmup)
         return low + 0.5 * (self.lr - low) * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def parse(argv=None):
+    """Command line, --config file and checkpoint -> (Settings, Config, what else a run starts from)."""
+    parser = cli.Parser(prog="train.py", description="Train a CRATE language model or its GPT-2 twin.")
+    parser.add_argument("--config", help="a JSON file of settings by name; flags win over it")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, exactly")
+    cli.add_fields(parser, Settings, "training")
+    cli.add_fields(parser, Config, "model (all from --model and --preset unless given)")
+    flags = vars(parser.parse_args(argv))
+    config_file, resumed = flags.pop("config"), flags.pop("resume")
+    training, shape = {f.name for f in fields(Settings)}, {f.name for f in fields(Config)}
+    given = {**(cli.read_json(config_file, sorted(training | shape)) if config_file else {}), **flags}
+    changes = {name: value for name, value in given.items() if name in shape}
+    given = {name: value for name, value in given.items() if name in training}
+    if resumed:
+        return resume(resumed, given, changes)
+    s = Settings(**given)
+    s.check()
+    start = {}
+    if s.init:
+        lm, meta = checkpoint.load(s.init)
+        config, start = lm.config, {"weights": lm.state_dict(), "meta": meta}
+        refuse({**changes, **{k: given[k] for k in ("model", "preset") if k in given}}, config, s.init)
+        s.tokenizer = given.get("tokenizer", meta["tokenizer"]["spec"])
+        s.out = s.out or f"out/init-{Path(s.init).resolve().parent.name}"
+    else:
+        ids = data.load_tokenizer(s.tokenizer).vocab_size
+        size = {"vocab_size": -(-ids // 64) * 64, "block_size": 256 if s.preset.endswith("L") else 1024}
+        config = preset(s.preset, s.model, **{**size, **changes})
+        s.out = s.out or f"out/{s.model}-{s.preset}"
+    if not s.overwrite and Path(s.out, "last", "config.json").exists():
+        raise UserError(f"{s.out} already holds a run; go on with --resume {s.out}, choose another --out, or "
+                        "replace it with --overwrite.")
+    return s, config, start
+
+
+def resume(folder, given, changes):
+    """Settings, Config and state of the run in `folder`, with single settings changed."""
+    meta, state, weights = checkpoint.load_resume(Path(folder, "last"))
+    old, config = meta["training"]["settings"], Config(**meta["config"])
+    for name in ("init", "out"):
+        if name in given:
+            raise UserError(f"--{name} does not go with --resume, which continues the run in {folder}.")
+    for name in ("model", "preset"):
+        if given.get(name, old[name]) != old[name]:
+            raise UserError(f"--{name} {given[name]} differs from the {old[name]} of {folder}; leave it out.")
+    refuse(changes, config, folder)
+    s = Settings(**{**old, **given, "out": folder})
+    s.check()
+    finished = "val_loss" in meta["training"]                            # else it was killed on the last step
+    if state["step"] > s.train_steps or state["step"] == s.train_steps and finished:
+        raise UserError(f"the run in {folder} has done all its {state['step']} steps; "
+                        f"add --train-steps {2 * state['step']} to go on.")
+    return s, config, {"weights": weights, "meta": meta, "state": state}
+
+
+def refuse(changes, config, place):
+    """Weights that exist have their shape: raise UserError for a flag that says otherwise."""
+    for name, value in changes.items():
+        old = getattr(config, name, "weights")
+        if value != old:
+            raise UserError(f"--{name.replace('_', '-')} {value} differs from the {old} of {place}; leave it "
+                            "out, or start from new weights.")

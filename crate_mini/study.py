@@ -187,9 +187,9 @@ def speed_table(found):
 
 
 def one_run(folder, kind, seed, flags):
-    """Run train.py unless its result lies in `folder` already; returns what the table and a reader need."""
-    facts = folder / "facts.json"
-    if not facts.exists():
+    """Run train.py unless `folder` holds its result at this commit; returns what the table needs."""
+    facts, now = folder / "facts.json", machine.commit()
+    if not facts.exists() or json.loads(facts.read_text())["machine"]["commit"] != now:
         start = time.time()
         done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, "--overwrite"],
                               stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -232,7 +232,7 @@ def main():
         globals()[name](*rest)
     elif name == "tables":
         for file, show in (("default", table), ("speed", speed_table)):
-            print(show(json.loads((ROOT / "results" / f"{file}.json").read_text())), "\n")
+            print(show(cli.read_json(ROOT / "results" / f"{file}.json")), "\n")
     else:
         raise UserError("name a study, default, deps, speed TEXT RANKS or tables: "
                         "`python -m crate_mini.study default`.")

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -275,6 +276,52 @@ def test_init_starts_from_given_weights(text, tmp_path):
         train.Run(s, config, **start)
 
 
+def test_resume_takes_new_settings_and_refuses_other_models(text, tmp_path):
+    out = str(tmp_path / "a")
+    run(*TINY, "--data", text, "--train-steps", "2", "--out", out)
+    s, config, start = train.parse(["--resume", out, "--train-steps", "4", "--weight-decay", "0.5",
+                                    "--beta2", "0.9"])
+    groups = train.Run(s, config, **start).optimizer.param_groups
+    assert [g["weight_decay"] for g in groups] == [0.5, 0] and groups[0]["betas"] == (0.9, 0.9)
+    for flag, value in (("--model", "gpt2"), ("--preset", "S"), ("--out", "b"), ("--init", "b")):
+        with pytest.raises(UserError, match=flag):
+            train.parse(["--resume", out, "--train-steps", "4", flag, value])
+
+
+def test_a_kill_after_the_last_step_leaves_a_run_that_ends(text, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "a"
+    flags = [*TINY, "--data", text, "--train-steps", "3", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "finish", lambda self: 9)
+        assert run(*flags) == 9 and not (out / "loss.png").exists()
+    assert run("--resume", str(out)) == 0
+    assert (out / "loss.png").exists() and "\nresult " in capsys.readouterr().out
+
+
+def test_a_run_that_died_before_its_first_checkpoint_can_be_begun_again(text, tmp_path):
+    out = tmp_path / "a"
+    out.mkdir()
+    (out / "log.csv").write_text("step,tokens\n1,2\n")
+    assert run(*TINY, "--data", text, "--train-steps", "1", "--out", str(out)) == 0
+
+
+def test_the_chosen_dtype_is_kept_for_resumes(text, tmp_path):
+    flags = [f for f in TINY if f not in ("--dtype", "float32")]
+    run(*flags, "--data", text, "--train-steps", "1", "--out", str(tmp_path / "a"))
+    meta = json.loads((tmp_path / "a" / "last" / "config.json").read_text())
+    assert meta["training"]["settings"]["dtype"] in ("bfloat16", "float32")
+
+
+def test_foreign_weights_bring_their_tokenizer(tmp_path):
+    from crate_mini import foreign
+    lm = train.model.LM(train.model.preset("1L", "crate", vocab_size=50304, block_size=8))
+    torch.save({"model": foreign.export_foreign(lm), "model_args": {"n_head": 4}}, tmp_path / "theirs.pt")
+    s, config, start = train.parse(["--init", str(tmp_path / "theirs.pt")])
+    assert (s.tokenizer, config.vocab_size) == ("gpt2", 50304)
+    with pytest.raises(UserError, match="--tokenizer gpt2"):
+        train.checkpoint.check_tokenizer(start["meta"], data.load_tokenizer("pydocs"))
+
+
 def test_learning_rate_warms_up_and_falls_to_its_floor():
     s = Settings(lr=1.0, warmup=10, train_steps=110)
     rates = [s.lr_at(i) for i in range(110)]
@@ -290,6 +337,11 @@ BAD = {  # flags -> what the one sentence must name
     "nan": (["--lr", "nan"], "--lr"),
     "huge": (["--batch-size", "99999999999"], "--batch-size"),
     "no steps": (["--train-steps", "0"], "--train-steps"),
+    "nothing held out": (["--val-fraction", "0"], "--val-fraction"),
+    "layers without end": (["--n-layer", "999999999"], "n_layer"),
+    "more memory than there is": (["--expansion", "2000000000"], "memory"),
+    "zero byte": (["--out", "a\0b"], "zero byte"),
+    "endless name": (["--init", "x" * 5000], "xxx"),
     "unknown model": (["--model", "bert"], "crate, gpt2"),
     "unknown preset": (["--preset", "XL"], "1L"),
     "heads": (["--n-head", "3"], "n_head=3"),
@@ -355,15 +407,36 @@ STRANGE = ["--", "-x", "--resume", "--config", "--init", "--lrr", "--="]
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([*FLAGS, *STRANGE]), VALUES), max_size=4))
 def test_fuzzed_command_lines_are_parsed_or_refused(pairs):
-    """Never anything but a UserError; a parsed line must give a model that can be built."""
+    """Never anything but a UserError; a parsed line has a model that can be built."""
     try:
         s, config, _ = train.parse([word for pair in pairs for word in pair])
     except UserError as e:
         assert str(e).strip()
     else:
-        assert isinstance(s, Settings) and config.n_embd % config.n_head == 0
+        assert isinstance(s, Settings)
+        if config.n_layer < 50:
+            try:
+                with torch.device("meta"):
+                    train.model.LM(config)
+            except RuntimeError as e:
+                assert re.search(cli.NO_MEMORY, str(e))
 
 
 def test_peaks_refuse_to_guess():
     assert machine.peak_flops(torch.device("mps"), torch.float32)[0] is None
     assert machine.peak_flops(torch.device("cpu"), torch.float32)[0] > 1e8
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+    ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA H100 NVL", None), ("NVIDIA L40", None),
+    ("NVIDIA A10G", None),
+    ("NVIDIA RTX A1000 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None)])
+def test_the_table_of_peaks_knows_names_exactly(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert machine.peak_flops(torch.device("cuda"), torch.bfloat16)[0] == peak
+
+
+def test_errors_that_are_not_of_memory_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        cli.run(lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access")))
