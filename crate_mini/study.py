@@ -212,17 +212,19 @@ def one_run(folder, kind, seed, flags):
 
 def table(found):
     """The README's table, in Markdown: means over seeds; spread is the largest minus the smallest loss."""
-    lines = ["| model | validation loss | spread | bits per byte | density | tokens/s | minutes |",
-             "|---|---|---|---|---|---|---|"]
+    lines = ["| model | seeds | validation loss | spread | bits per byte | density | tokens/s | minutes |",
+             "|---|---|---|---|---|---|---|---|"]
     for kind in MODELS:
         rows = [r for r in found["runs"] if r["model"] == kind]
         m = {k: statistics.mean(r[k] for r in rows) for k in
              ("val_loss", "bits_per_byte", "density", "tokens_per_s", "minutes")}
-        spread = max(r["val_loss"] for r in rows) - min(r["val_loss"] for r in rows)
-        lines.append(f"| {NAMES[kind]} | {m['val_loss']:.3f} | {spread:.3f} | {m['bits_per_byte']:.3f} | "
-                     f"{m['density']:.2f} | {m['tokens_per_s']:,.0f} | {m['minutes']:.1f} |")
+        spread = f"{max(r['val_loss'] for r in rows) - min(r['val_loss'] for r in rows):.3f}"
+        spread = spread if len(rows) > 1 else "unknown"
+        lines.append(f"| {NAMES[kind]} | {len(rows)} | {m['val_loss']:.3f} | {spread} | "
+                     f"{m['bits_per_byte']:.3f} | {m['density']:.2f} | {m['tokens_per_s']:,.0f} | "
+                     f"{m['minutes']:.1f} |")
     for name, bits in found["baselines_bits_per_byte"].items():
-        lines.append(f"| {name} | | | {bits:.3f} | | | |")
+        lines.append(f"| {name} | | | | {bits:.3f} | | | |")
     return "\n".join(lines)
 
 

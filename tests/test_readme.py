@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from crate_mini import reference, study
+from crate_mini.settings import Settings
+from crate_mini.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,8 +71,7 @@ def test_default_table_is_the_one_in_results():
     found = json.loads((ROOT / "results" / "default.json").read_text())
     assert study.table(found) in README
     assert found["machine"]["commit"][:12] in README and found["command"] in README
-    best = min(found["runs"], key=lambda r: r["seed"])
-    assert best["sample"].splitlines()[0].strip()[:40] in README
+    assert found["runs"][0]["sample"].splitlines()[2].strip()[:40] in README
 
 
 def test_names_and_files_exist():
@@ -83,4 +84,5 @@ def test_names_and_files_exist():
         known = helped.stdout + "--nnodes --node-rank --master-addr --standalone"   # the last are torchrun's
         for flag in set(re.findall(r"`(--[a-z0-9-]+)", README)):
             assert flag in known, flag
-    assert len(README.splitlines()) <= 260
+    assert f"a vocabulary of {load_tokenizer(Settings.tokenizer).vocab_size:,}" in README
+    assert f"{Settings.train_steps} steps" in README and len(README.splitlines()) <= 260

@@ -50,5 +50,5 @@ def test_table_has_a_row_for_each_model_and_baseline():
     runs = [{"model": k, "seed": s, "minutes": 3.0, "val_loss": 3 + s / 10, "bits_per_byte": 1.5,
              "density": 0.4, "tokens_per_s": 9000} for k in study.MODELS for s in (0, 1)]
     text = study.table({"runs": runs, "baselines_bits_per_byte": {"gzip -9": 2.0, "trigram": 1.8}})
-    assert "| crate+ | 3.050 | 0.100 | 1.500 | 0.40 | 9,000 | 3.0 |" in text
-    assert text.endswith("| trigram | | | 1.800 | | | |")
+    assert "| crate+ | 2 | 3.050 | 0.100 | 1.500 | 0.40 | 9,000 | 3.0 |" in text
+    assert text.endswith("| trigram | | | | 1.800 | | | |")
