@@ -178,10 +178,15 @@ class Run:
             if self.signal and not last:
                 self.say(f"\nstopped after step {self.step} and saved; go on with\n"
                          f"  python train.py --resume {shlex.quote(s.out)}")
-                if self.world > 1:  # who leaves first has torchrun end the others, the saving one too
-                    dist.barrier()
-                return 128 + self.signal
-        return self.finish()
+                return self.leave(128 + self.signal)
+        self.finish()
+        return self.leave(0)
+
+    def leave(self, code):
+        """Return the exit code when all processes are here: who left alone would take the others down."""
+        if self.world > 1:
+            dist.barrier()
+        return code
 
     def one_step(self):
         """One optimizer step on the global batch of self.step. Returns loss, gradient norm, learning rate."""
@@ -271,11 +276,11 @@ class Run:
                                   "command": shlex.join(["python", *sys.argv]), **facts})
 
     def finish(self):
-        """The whole held-out split, a sample, the figure, and what to type next. Returns exit code 0."""
+        """The whole held-out split, a sample, the figure, and what to type next."""
         s, val = self.s, self.validate()
         self.save("last", **val)
         if self.rank:
-            return 0
+            return
         start = torch.tensor([[self.tokenizer.eot]], device=self.device)
         with self.amp():
             ids = self.lm.generate(start, 120, temperature=0.8, top_k=50,
@@ -292,7 +297,6 @@ class Run:
                  f"next      python train.py {shlex.join(self.twin())}\n"
                  f"          python train.py --resume {shlex.quote(s.out)} "
                  f"--train-steps {2 * s.train_steps}")
-        return 0
 
 
 def main():

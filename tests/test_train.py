@@ -292,8 +292,8 @@ def test_a_kill_after_the_last_step_leaves_a_run_that_ends(text, tmp_path, monke
     out = tmp_path / "a"
     flags = [*TINY, "--data", text, "--train-steps", "3", "--out", str(out)]
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "finish", lambda self: 9)
-        assert run(*flags) == 9 and not (out / "loss.png").exists()
+        patch.setattr(train.Run, "finish", lambda self: None)
+        assert run(*flags) == 0 and not (out / "loss.png").exists()
     assert run("--resume", str(out)) == 0
     assert (out / "loss.png").exists() and "\nresult " in capsys.readouterr().out
 
@@ -339,7 +339,7 @@ BAD = {  # flags -> what the one sentence must name
     "no steps": (["--train-steps", "0"], "--train-steps"),
     "nothing held out": (["--val-fraction", "0"], "--val-fraction"),
     "layers without end": (["--n-layer", "999999999"], "n_layer"),
-    "more memory than there is": (["--expansion", "2000000000"], "memory"),
+    "more memory than there is": (["--expansion", "2000000000"], "GiB"),
     "zero byte": (["--out", "a\0b"], "zero byte"),
     "endless name": (["--init", "x" * 5000], "xxx"),
     "unknown model": (["--model", "bert"], "crate, gpt2"),
