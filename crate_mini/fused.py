@@ -70,8 +70,11 @@ def check_ista(op, x, D, eta, lam=0.0, lams=None, decoder=None, steps=1, **argum
 
 # ---- calling C ------------------------------------------------------------------------------------------
 
+VERSION = 0         # of the CUDA kernels: 0 the best, 1.. from naive to fast, for bench.py
+
+
 def call(kernel, *arguments, like, space=None, versions=True):
-    """Run a kernel on like's device; on CUDA with `space()` bytes of working memory, version 0: the best."""
+    """Run a kernel on like's device; on CUDA with `space()` bytes of working memory, and its version."""
     arguments = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     if like.device.type == "cpu":
         return getattr(_C, f"{kernel}_cpu")(*arguments, torch.get_num_threads())
@@ -79,7 +82,7 @@ def call(kernel, *arguments, like, space=None, versions=True):
          "with nvcc on the PATH builds them")
     with torch.cuda.device(like.device):
         work = [] if space is None else [like.new_empty(space(), dtype=torch.uint8)]
-        arguments += [w.data_ptr() for w in work] + [0] * versions
+        arguments += [w.data_ptr() for w in work] + [VERSION] * versions
         error = getattr(_C, f"{kernel}_cuda")(*arguments, torch.cuda.current_stream().cuda_stream)
     if error:
         raise RuntimeError(f"{kernel}: CUDA error {error}, a cudaError_t.")
@@ -215,9 +218,8 @@ ista_step.register_autograd(ista_step_gradient, setup_context=ista_step_context)
 
 # ---- ista_decode, without gradient ----------------------------------------------------------------------
 
-@custom_op("crate_mini::ista_decode", mutates_args=())
-def ista_decode(x: Tensor, D: Tensor, atoms: Tensor, decoder_atoms: Tensor, lams: Tensor | None, eta: float,
-                lam: float, steps: int) -> tuple[Tensor, Tensor]:
+def decode(x: Tensor, D: Tensor, atoms: Tensor, decoder_atoms: Tensor, lams: Tensor | None, eta: float,
+           lam: float, steps: int) -> tuple[Tensor, Tensor]:
     """(y, a) of a few rows; atoms, decoder_atoms (h, d) are D and the decoder transposed."""
     atom = (D.shape[1:] + x.shape[-1:], "(h, d)")
     check_ista("ista_decode", x, D, eta, lam, lams, None, steps, atoms=(atoms, *atom),
@@ -229,6 +231,9 @@ def ista_decode(x: Tensor, D: Tensor, atoms: Tensor, decoder_atoms: Tensor, lams
     call("ista_decode", *sizes(x, D), steps, eta, lam, x, D, atoms, decoder_atoms, lams, y, a, like=x,
          space=lambda: _C.ista_workspace_cuda(*sizes(x, D)), versions=False)
     return outputs
+
+
+ista_decode = custom_op("crate_mini::ista_decode", decode, mutates_args=())     # costs as much as the work
 
 
 @ista_decode.register_fake

@@ -9,6 +9,7 @@ for a linear layer; LayerNorm statistics and the kernels' thresholds stay float3
 import math
 import os
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,11 +21,13 @@ from crate_mini._stamp import source_stamp
 
 MODES = ("auto", "fused", "reference")
 REBUILD = "`pip install -e .` in the repository builds it"
-# Where the kernels were measured to be faster than PyTorch, by instruction set (python -m crate_mini.bench).
-FASTER = {"avx512_bf16": (torch.float32, torch.bfloat16), "avx512": (torch.float32,)}
-DECODE_ROWS = 4             # up to so many rows without gradient, skipping zero codes is faster
+# Up to which width d the kernels were measured to be faster than PyTorch (python -m crate_mini.bench).
+FASTER = {"avx512_bf16": {torch.float32: math.inf, torch.bfloat16: math.inf},
+          "avx512": {torch.float32: math.inf}, "avx2": {torch.float32: 128}}
+DECODE_ROWS = 4             # without gradient, up to so many rows are worth skipping zero codes for
 
 
+@cache
 def _choose(wanted):
     """(wanted, name, reason); name None: the wish cannot be met, and reason is what to tell."""
     if wanted not in MODES:
@@ -43,7 +46,8 @@ def _choose(wanted):
         if wanted == "fused":
             return wanted, "fused", f"{about}, as asked"
         if names:
-            return wanted, "fused", f"{about}, for {' and '.join(names)}; other types in PyTorch"
+            return wanted, "fused", (f"{about}, for ISTA in {' and '.join(names)}; PyTorch where it is "
+                                     "faster: LayerNorm with projection, few rows, other types or widths")
         return wanted, "reference", f"plain PyTorch, faster than our kernels on this processor ({isa})"
     if wanted == "fused":
         return wanted, None, f"CRATE_BACKEND=fused, but {lack}."
@@ -51,7 +55,7 @@ def _choose(wanted):
 
 
 _wanted, _name, _reason = _choose(os.environ.get("CRATE_BACKEND", "auto"))
-_faster = FASTER.get(fused._C.isa_name(), ()) if fused._C else ()
+_faster = FASTER.get(fused._C.isa_name(), {}) if fused._C else {}
 _cuda = bool(fused._C) and fused._C.build_info()["cuda"]
 
 
@@ -74,12 +78,24 @@ def use_backend(name):
         _wanted, _name, _reason = before
 
 
-def _takes(t, dtype):
-    """Whether the kernels do this call: on t's device, computing in dtype."""
-    if _name == "fused" and (t.device.type == "cpu" or (t.device.type == "cuda" and _cuda)):
-        return _wanted == "fused" or dtype in _faster
-    backend()               # tells if there is none
-    return False
+def _takes(op, t, dtype, grad=False):
+    """Whether the kernels do this call, on t (..., d) and its device, computing in dtype."""
+    if _name != "fused" or t.device.type not in ("cpu", "cuda") or (t.is_cuda and not _cuda):
+        backend()           # tells if there is none
+        return False
+    return _wanted == "fused" or _pays(op, t, dtype, grad)
+
+
+def _pays(op, t, dtype, grad):
+    """The measured rules behind `auto`, see the table of `python -m crate_mini.bench`."""
+    rows, d = math.prod(t.shape[:-1]), t.shape[-1] if t.dim() else 0
+    if t.is_cuda or d > _faster.get(dtype, -1):
+        return False        # CUDA: not before it has been measured on the device
+    if op == "ista":        # packing D costs as much as some rows' products
+        return 3 * rows >= 2 * d
+    if op == "ista_decode":     # where D is small, a call's overhead decides
+        return rows <= DECODE_ROWS and (dtype == torch.bfloat16 or d >= 256)
+    return op == "ista_step" and not grad     # mssa_project: 0.7 to 1.05 times as fast as PyTorch's two calls
 
 
 def _autocast(t):
@@ -104,6 +120,10 @@ def _compute_dtype(t):
     return torch.get_autocast_dtype(t.device.type) if _autocast(t) and t.dtype != torch.float64 else t.dtype
 
 
+def _needs_grad(*arguments):
+    return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in arguments)
+
+
 def _cast(dtype, *tensors):
     return [t if t is None else t.to(dtype) for t in tensors]
 
@@ -125,7 +145,7 @@ def mssa_project(z, weight, bias, U, n_head, eps=1e-5):
     """
     _tensors("mssa_project", ("bias",), mixed=True, z=z, weight=weight, bias=bias, U=U)
     dtype = _compute_dtype(U)
-    if not _takes(z, dtype):
+    if not _takes("mssa_project", z, dtype):
         return reference.mssa_project(z, weight, bias, U, n_head, eps)
     weight, bias = _cast(fused.acc(dtype), weight, bias)
     return torch.ops.crate_mini.mssa_project(z, weight, bias, U.to(dtype), n_head, eps)
@@ -135,20 +155,20 @@ def ista(x, D, eta, lam, steps, decoder=None):
     """Sparse codes and their reconstruction: x (..., d) -> y (..., d), a (..., h). Spec: reference.ista."""
     _tensors("ista", ("decoder",), x=x, D=D, decoder=decoder)
     dtype = _compute_dtype(x)
-    if not _takes(x, dtype):
-        return reference.ista(x, D, eta, _like(lam, dtype), steps, decoder)
-    keep = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (x, D, lam, decoder))
-    if not keep and math.prod(x.shape[:-1]) <= DECODE_ROWS and not torch.compiler.is_compiling():
+    grad = _needs_grad(x, D, lam, decoder)
+    if not grad and math.prod(x.shape[:-1]) <= DECODE_ROWS and not torch.compiler.is_compiling():
         return ista_decode(x, D, eta, lam, steps, decoder)
+    if not _takes("ista", x, dtype):
+        return reference.ista(x, D, eta, _like(lam, dtype), steps, decoder)
     (x, D, decoder), (lams, lam) = _cast(dtype, x, D, decoder), _thresholds(lam, dtype)
-    return torch.ops.crate_mini.ista(x, D, decoder, lams, eta, lam, steps, keep)[:2]
+    return torch.ops.crate_mini.ista(x, D, decoder, lams, eta, lam, steps, grad)[:2]
 
 
 def ista_step(a, r, D, eta, lam):
     """One step, ReLU(a + eta r D - eta lam): a (..., h) or None, r (..., d) -> (..., h). Spec: reference."""
     _tensors("ista_step", ("a",), r=r, a=a, D=D)
     dtype = _compute_dtype(r)
-    if not _takes(r, dtype):
+    if not _takes("ista_step", r, dtype, _needs_grad(a, r, D, lam)):
         return reference.ista_step(a, r, D, eta, _like(lam, dtype))
     (a, r, D), (lams, lam) = _cast(dtype, a, r, D), _thresholds(lam, dtype)
     return torch.ops.crate_mini.ista_step(a, r, D, lams, eta, lam)
@@ -160,6 +180,7 @@ register_optimizer_step_post_hook(lambda *_: _atoms.clear())    # fused ones cha
 
 def _transposed(w, dtype):
     """w and its transpose in dtype, made once per value of w (in-place changes count in w._version)."""
+    fused.need(w.dim() == 2, "ista_decode", f"D has shape {tuple(w.shape)}, expected (d, h)")
     if w.is_inference():
         return w.to(dtype), w.to(dtype).T.contiguous()
     now = w._version, w.data_ptr(), dtype
@@ -174,9 +195,10 @@ def ista_decode(x, D, eta, lam, steps, decoder=None):
     """`ista` of a few rows without gradient: products that read codes touch only the non-zero ones."""
     _tensors("ista_decode", ("decoder",), x=x, D=D, decoder=decoder)
     dtype = _compute_dtype(x)
-    if not _takes(x, dtype):
+    if not _takes("ista_decode", x, dtype):
         return reference.ista(x, D, eta, _like(lam, dtype), steps, decoder)
     lams, lam = _thresholds(lam, dtype)
     dictionary, atoms = _transposed(D, dtype)
-    return torch.ops.crate_mini.ista_decode(x.to(dtype), dictionary, atoms, atoms if decoder is None else
-                                            _transposed(decoder, dtype)[1], lams, eta, lam, steps)
+    decode = torch.ops.crate_mini.ista_decode if torch.compiler.is_compiling() else fused.decode
+    written = atoms if decoder is None else _transposed(decoder, dtype)[1]
+    return decode(x.to(dtype), dictionary, atoms, written, lams, eta, lam, steps)

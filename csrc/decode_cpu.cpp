@@ -1,8 +1,8 @@
 // ISTA for a few rows without gradient: one or a few tokens at a time, for generation and steering.
 //
 // With so few rows every product is bound by reading D, and after the threshold most codes are zero: products
-// that read codes (D a) take only the atoms of non-zero codes, rows of the transposed dictionary. So a step reads
-// D once, plus the density of the codes times D, instead of twice. Codes and residuals stay in acc between steps.
+// that read codes (D a) take only the atoms of non-zero codes, rows of the transposed dictionary. A step then
+// reads D once, plus the codes' density times D, instead of twice. Codes and residuals stay in acc.
 #include <algorithm>
 #include <vector>
 
@@ -12,28 +12,27 @@
 namespace crate_mini {
 namespace {
 
-constexpr int64_t BLOCK = 256;                       // columns a thread sums at once: they fit the first cache level
+constexpr int64_t BLOCK = 128;                       // columns that a thread sums at once, in registers
 
-// out[n][j] = base[n][j] + scale * sum over i of A[n][i] rows[i][j]; zeros of A are skipped: their row is not read.
-template <class T>
-void combine_rows(int64_t N, int64_t K, int64_t n, const Acc<T>* A, const T* rows, Acc<T> scale, const Acc<T>* base,
-                  Acc<T>* out) {
+// out[n][j] = base[n][j] + scale * sum over i of A[n][i] rows[i][j], without reading the rows of zeros in A.
+template <class T> void combine_rows(int64_t N, int64_t K, int64_t n, const Acc<T>* A, const T* rows,
+                                     Acc<T> scale, const Acc<T>* base, Acc<T>* out) {
   const Isa<T>& m = isa<T>();
 #pragma omp for schedule(static)
   for (int64_t b = 0; b < (n + BLOCK - 1) / BLOCK; b++) {
     int64_t j = b * BLOCK, width = std::min(BLOCK, n - j);
     for (int64_t r = 0; r < N; r++) {
-      Acc<T> sums[BLOCK] = {};
-      for (int64_t i = 0; i < K; i++)
-        if (A[r * K + i] != 0) m.axpy(width, A[r * K + i], rows + i * n + j, sums);
-      for (int64_t l = 0; l < width; l++) out[r * n + j + l] = (base ? base[r * n + j + l] : 0) + scale * sums[l];
+      Acc<T> sums[BLOCK];
+      m.combine(K, A + r * K, rows + j, n, width, sums);
+      for (int64_t l = 0; l < width; l++)
+        out[r * n + j + l] = (base ? base[r * n + j + l] : 0) + scale * sums[l];
     }
   }
 }
 
-template <class T>
-void decode(int64_t N, int64_t d, int64_t h, int64_t S, double eta, double lam, const T* x, const T* D, const T* Dt,
-            const T* dect, const void* lams, T* y, T* a, int threads) {
+template <class T> void decode(int64_t N, int64_t d, int64_t h, int64_t S, double eta, double lam, const T* x,
+                               const T* D, const T* Dt, const T* dect, const void* lams, T* y, T* a,
+                               int threads) {
   using A = Acc<T>;
   A *in = scratch<A>(ROWS_OUT, N * d), *r = scratch<A>(RESIDUALS, N * d), *code = scratch<A>(STEPS, N * h);
   for (int64_t i = 0; i < N * d; i++) in[i] = lift(x[i]);
@@ -57,13 +56,13 @@ void decode(int64_t N, int64_t d, int64_t h, int64_t S, double eta, double lam, 
 
 }  // namespace
 
-void ista_decode_cpu(int dtype, int64_t N, int64_t d, int64_t h, int64_t S, double eta, double lam, const void* x,
-                     const void* D, const void* Dt, const void* dect, const void* lams, void* y, void* a,
-                     int threads) {
+void ista_decode_cpu(int dtype, int64_t N, int64_t d, int64_t h, int64_t S, double eta, double lam,
+                     const void* x, const void* D, const void* Dt, const void* dect, const void* lams,
+                     void* y, void* a, int threads) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    decode<T>(N, d, h, S, eta, lam, (const T*)x, (const T*)D, (const T*)Dt, (const T*)dect, lams, (T*)y, (T*)a,
-              threads);
+    decode<T>(N, d, h, S, eta, lam, (const T*)x, (const T*)D, (const T*)Dt, (const T*)dect, lams, (T*)y,
+              (T*)a, threads);
   });
 }
 

@@ -14,7 +14,7 @@
 namespace crate_mini {
 namespace {
 
-constexpr int64_t TILE = 48;                         // rows that go through the steps together; even, 8 x 12
+constexpr int64_t TILE = 48;                         // rows that go through the steps together; even, 4 x 12
 constexpr int64_t PAD = 32;                          // values between rows that would share a cache set
 constexpr int64_t SLAB = 16 * TILE;                  // rows whose products into gD are summed in registers
 
@@ -22,7 +22,7 @@ template <class T> struct Dictionary {               // D (d, h) packed for both
   const Isa<T>& m;
   int64_t d, h;
   char *forth, *back;                                // r -> D^T r, sums over d; a -> D a, sums over h
-  T* aside;                                          // per thread: a tile of codes at a kinder distance, or null
+  T* aside;  // per thread: a tile of codes at a kinder distance, or null
 
   Dictionary(const Isa<T>& m, int64_t d, int64_t h, int threads, Slot forth, Slot back)
       : m(m), d(d), h(h), forth(scratch_bytes(forth, m.packed_bytes(d, h))),
@@ -33,8 +33,8 @@ template <class T> struct Dictionary {               // D (d, h) packed for both
   void correlate(int64_t M, const T* r, const Finish<T>& f, bool absent = false) const {
     m.product(M, h, absent ? 0 : d, m.plain(r, d), forth, f);
   }
-  // Rows a multiple of 4096 bytes apart fall into one set of the first cache level, which holds 8 of the 12 that
-  // a product reads side by side; copied to another distance, all stay.
+  // Rows a multiple of 4096 bytes apart fall into one set of the first cache level, which holds 8 of the 12
+  // that a product reads side by side; copied to another distance, all stay.
   void synthesize(int64_t M, const T* a, const Finish<T>& f) const {
     int64_t row = h;
     if (aside) {
@@ -52,15 +52,18 @@ template <class T> Finish<T> threshold(int64_t h, double eta, const T* a, const 
   return f;
 }
 
-template <class T> Finish<T> combine(int64_t ld, double scale, double base_scale, const T* base, const T* mask, T* out) {
+template <class T>
+Finish<T> combine(int64_t ld, double scale, double base_scale, const T* base, const T* mask, T* out) {
   Finish<T> f;                                       // out = [mask > 0] (scale (.) + base_scale base)
-  f.ld = ld, f.scale = Acc<T>(scale), f.base_scale = Acc<T>(base_scale), f.base = base, f.mask = mask, f.out = out;
+  f.ld = ld, f.scale = Acc<T>(scale), f.base_scale = Acc<T>(base_scale), f.base = base, f.mask = mask,
+  f.out = out;
   return f;
 }
 
 template <class T> const Acc<T>* make_shift(int64_t h, double eta, double lam, const void* lams) {
   auto* shift = scratch<Acc<T>>(SHIFT, h);
-  for (int64_t j = 0; j < h; j++) shift[j] = -Acc<T>(eta) * (lams ? static_cast<const Acc<T>*>(lams)[j] : Acc<T>(lam));
+  for (int64_t j = 0; j < h; j++)
+    shift[j] = -Acc<T>(eta) * (lams ? static_cast<const Acc<T>*>(lams)[j] : Acc<T>(lam));
   return shift;
 }
 
@@ -79,7 +82,7 @@ void forward(int64_t N, int64_t d, int64_t h, int64_t S, double eta, double lam,
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < N; i += TILE) {
       int64_t M = std::min(TILE, N - i);
-      T* code = S > 1 && trail_a ? trail_a + i * h : a + i * h;      // without a trail a step overwrites the last
+      T* code = S > 1 && trail_a ? trail_a + i * h : a + i * h;  // without a trail a step overwrites the last
       dict.correlate(M, x + i * d, threshold<T>(h, eta, nullptr, shift, code));
       for (int64_t t = 2; t <= S; t++) {
         T* r = trail_r ? trail_r + ((t - 2) * N + i) * d : y + i * d;
@@ -109,8 +112,8 @@ void step_forward(int64_t N, int64_t d, int64_t h, double eta, double lam, const
   }
 }
 
-// gD = sum of terms left^T right over rows, left (rows, d), right (rows, h), slab by slab: while a slab is in cache
-// all its terms are summed in registers, and one partial sum per slab and element travels to memory.
+// gD = sum of terms left^T right over rows, left (rows, d), right (rows, h), slab by slab: while a slab is in
+// cache all its terms are summed in registers, and one partial sum per slab and element travels to memory.
 template <class T> struct DictionaryGradient {
   const Isa<T>& m;
   int64_t d, h, terms;
@@ -134,16 +137,18 @@ template <class T> struct DictionaryGradient {
     for (int64_t p = 0; p < m.panels(h); p++) {
       int64_t j = p * m.cols, n = std::min(m.cols, h - j);
       char* panel = panels + size_t(thread_number() * terms) * m.panel_bytes(SLAB);
-      for (int64_t t = 0; t < terms; t++) m.pack(rows, n, right[t] + j, h, 1, panel + size_t(t) * m.panel_bytes(rows));
+      for (int64_t t = 0; t < terms; t++)
+        m.pack(rows, n, right[t] + j, h, 1, panel + size_t(t) * m.panel_bytes(rows));
       Finish<T> f;
-      f.ld = h, f.out = out + j, f.wide_base = first ? nullptr : partial + j, f.wide_out = last ? nullptr : partial + j;
+      f.ld = h, f.out = out + j, f.wide_base = first ? nullptr : partial + j,
+      f.wide_out = last ? nullptr : partial + j;
       int64_t K = terms * m.round_up(rows);
       m.product(d, n, K, m.transposed(left, K), panel, f);
     }
   }
 };
 
-// sums[j] -= column sums of G (rows, h); columns are shared among the threads, so the order of a sum is fixed.
+// sums[j] -= column sums of G (rows, h). Threads share the columns, so the order within a sum is fixed.
 template <class T> void subtract_columns(int64_t rows, int64_t h, const T* G, Acc<T>* sums) {
   constexpr int64_t C = 64;
 #pragma omp for schedule(static)
@@ -156,13 +161,13 @@ template <class T> void subtract_columns(int64_t rows, int64_t h, const T* G, Ac
   }
 }
 
-template <class T> struct Backward {                 // the call's arguments, see ista_backward_cpu in kernels.h
+template <class T> struct Backward {  // the call's arguments, see ista_backward_cpu in kernels.h
   int64_t N, d, h, S;
   double eta;
   const T *gy, *ga, *x, *D, *decoder, *a, *trail_a, *trail_r;
   T *gx, *gD, *gdec;
   Acc<T>* glam;
-  T *G, *gr;                                         // of one slab: G_1.. G_S (SLAB, h), gr_2.. gr_S (SLAB, d)
+  T *G, *gr;  // of one slab: G_1.. G_S (SLAB, h), gr_2.. gr_S (SLAB, d)
 
   const T* codes(int64_t t) const { return t == S ? a : trail_a + (t - 1) * N * h; }
   const T* residual(int64_t t) const { return t == 1 ? x : trail_r + (t - 2) * N * d; }
@@ -171,7 +176,8 @@ template <class T> struct Backward {                 // the call's arguments, se
 
   // Rows at.. at + M, the i-th of their slab: all products but those into gD.
   void rows(const Dictionary<T>& dict, const Dictionary<T>& dec, int64_t at, int64_t i, int64_t M) const {
-    dec.correlate(M, gy + at * d, combine(h, eta, eta, ga ? ga + at * h : nullptr, a + at * h, step_grad(S, i)), !gy);
+    dec.correlate(M, gy + at * d,
+                  combine(h, eta, eta, ga ? ga + at * h : nullptr, a + at * h, step_grad(S, i)), !gy);
     for (int64_t t = S; t > 1; t--) {
       dict.synthesize(M, step_grad(t, i), combine<T>(d, 1, 0, nullptr, nullptr, residual_grad(t, i)));
       dict.correlate(M, residual_grad(t, i), combine<T>(h, -eta, 1, step_grad(t, i), codes(t - 1) + at * h,
@@ -198,7 +204,8 @@ template <class T> struct Backward {                 // the call's arguments, se
       dict.pack_forth(D);
       dict.pack_back(D);
       if (!tied) dec.pack_forth(decoder);
-      for (int64_t s = 0; s < N; s += SLAB) slab(dict, tied ? dict : dec, sum, sum_dec, s, into_gD, into_gdec);
+      for (int64_t s = 0; s < N; s += SLAB)
+        slab(dict, tied ? dict : dec, sum, sum_dec, s, into_gD, into_gdec);
     }
   }
 
@@ -206,7 +213,7 @@ template <class T> struct Backward {                 // the call's arguments, se
             DictionaryGradient<T>& sum_dec, int64_t s, bool into_gD, bool into_gdec) {
     int64_t n = std::min(SLAB, N - s);
     bool first = s == 0, last = s + SLAB >= N;
-    std::vector<const T*> right;                     // of gD: per step r_t^T G_t and -gr_t^T a_{t-1}, then gy^T a_S
+    std::vector<const T*> right;  // of gD: per step r_t^T G_t and -gr_t^T a_{t-1}, then gy^T a_S
     for (int64_t t = 1; t <= S; t++) right.push_back(step_grad(t, 0));
     for (int64_t t = 2; t <= S; t++) right.push_back(codes(t - 1) + s * h);
     right.push_back(a + s * h);
@@ -225,9 +232,9 @@ template <class T> struct Backward {                 // the call's arguments, se
   }
 };
 
-template <class T>
-void step_backward(int64_t N, int64_t d, int64_t h, double eta, const T* g, const T* out, const T* r, const T* D,
-                   T* ga, T* gr, T* gD, Acc<T>* glam, int threads) {
+template <class T> void step_backward(int64_t N, int64_t d, int64_t h, double eta, const T* g, const T* out,
+                                      const T* r, const T* D, T* ga, T* gr, T* gD, Acc<T>* glam,
+                                      int threads) {
   const Isa<T>& m = isa<T>();
   Dictionary<T> dict(m, d, h, threads, FORTH, BACK);
   DictionaryGradient<T> sum(m, d, h, 1, gD, LEFT, PARTIAL, PANELS, threads);
@@ -242,8 +249,11 @@ void step_backward(int64_t N, int64_t d, int64_t h, double eta, const T* g, cons
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < n; i += TILE) {
         int64_t M = std::min(TILE, n - i), at = s + i;
-        m.product(M, h, 0, m.plain(r, d), dict.back, combine<T>(h, 0, eta, g + at * h, out + at * h, G + i * h));
-        if (ga) m.product(M, h, 0, m.plain(r, d), dict.back, combine<T>(h, 0, 1, g + at * h, out + at * h, ga + at * h));
+        m.product(M, h, 0, m.plain(r, d), dict.back,
+                  combine<T>(h, 0, eta, g + at * h, out + at * h, G + i * h));
+        if (ga)
+          m.product(M, h, 0, m.plain(r, d), dict.back,
+                    combine<T>(h, 0, 1, g + at * h, out + at * h, ga + at * h));
         dict.synthesize(M, G + i * h, combine<T>(d, 1, 0, nullptr, nullptr, gr + at * d));
         sum.put(0, n, i, M, r + at * d);
       }
@@ -255,13 +265,13 @@ void step_backward(int64_t N, int64_t d, int64_t h, double eta, const T* g, cons
 
 }  // namespace
 
-void ista_forward_cpu(int dtype, int64_t N, int64_t d, int64_t h, int64_t S, double eta, double lam, const void* x,
-                      const void* D, const void* decoder, const void* lams, void* y, void* a, void* trail_a,
-                      void* trail_r, int threads) {
+void ista_forward_cpu(int dtype, int64_t N, int64_t d, int64_t h, int64_t S, double eta, double lam,
+                      const void* x, const void* D, const void* decoder, const void* lams, void* y, void* a,
+                      void* trail_a, void* trail_r, int threads) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    forward<T>(N, d, h, S, eta, lam, (const T*)x, (const T*)D, (const T*)decoder, lams, (T*)y, (T*)a, (T*)trail_a,
-               (T*)trail_r, threads);
+    forward<T>(N, d, h, S, eta, lam, (const T*)x, (const T*)D, (const T*)decoder, lams, (T*)y, (T*)a,
+               (T*)trail_a, (T*)trail_r, threads);
   });
 }
 
@@ -271,8 +281,9 @@ void ista_backward_cpu(int dtype, int64_t N, int64_t d, int64_t h, int64_t S, do
                        int threads) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    Backward<T>{N, d, h, S, eta, (const T*)gy, (const T*)ga, (const T*)x, (const T*)D, (const T*)decoder, (const T*)a,
-                (const T*)trail_a, (const T*)trail_r, (T*)gx, (T*)gD, (T*)gdec, (Acc<T>*)glam, nullptr, nullptr}
+    Backward<T>{N, d, h, S, eta, (const T*)gy, (const T*)ga, (const T*)x, (const T*)D, (const T*)decoder,
+                (const T*)a, (const T*)trail_a, (const T*)trail_r, (T*)gx, (T*)gD, (T*)gdec, (Acc<T>*)glam,
+                nullptr, nullptr}
         .run(threads);
   });
 }
@@ -285,12 +296,13 @@ void ista_step_forward_cpu(int dtype, int64_t N, int64_t d, int64_t h, double et
   });
 }
 
-void ista_step_backward_cpu(int dtype, int64_t N, int64_t d, int64_t h, double eta, const void* g, const void* out,
-                            const void* r, const void* D, void* ga, void* gr, void* gD, void* glam, int threads) {
+void ista_step_backward_cpu(int dtype, int64_t N, int64_t d, int64_t h, double eta, const void* g,
+                            const void* out, const void* r, const void* D, void* ga, void* gr, void* gD,
+                            void* glam, int threads) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    step_backward<T>(N, d, h, eta, (const T*)g, (const T*)out, (const T*)r, (const T*)D, (T*)ga, (T*)gr, (T*)gD,
-                     (Acc<T>*)glam, threads);
+    step_backward<T>(N, d, h, eta, (const T*)g, (const T*)out, (const T*)r, (const T*)D, (T*)ga, (T*)gr,
+                     (T*)gD, (Acc<T>*)glam, threads);
   });
 }
 

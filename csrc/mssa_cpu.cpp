@@ -69,31 +69,32 @@ template <class T> struct Project {                  // the call's arguments, se
     }
     for (int64_t j = 0; j < d; j++) {
       double weight_sum = 0, bias_sum = 0;
-      for (int64_t t = 0; t < tiles; t++) weight_sum += sums[t * 2 * d + j], bias_sum += sums[t * 2 * d + d + j];
+      for (int64_t t = 0; t < tiles; t++)
+        weight_sum += sums[t * 2 * d + j], bias_sum += sums[t * 2 * d + d + j];
       gweight[j] = Acc<T>(weight_sum);
       if (gbias) gbias[j] = Acc<T>(bias_sum);
     }
   }
 
-  void tile(const Isa<T>& m, const char* packed, const T* gu, char* gz, Acc<T>* sums, int64_t i, int64_t M, T* x,
-            Acc<T>* gx, int64_t rows, T* left) const {
+  void tile(const Isa<T>& m, const char* packed, const T* gu, char* gz, Acc<T>* sums, int64_t i, int64_t M,
+            T* x, Acc<T>* gx, int64_t rows, T* left) const {
     Finish<T> f;
     f.ld = d, f.wide_out = gx;
     m.product(M, d, d, m.plain(gu + i * d, d), packed, f);
-    m.norm_backward(M, d, row(i), z_is_acc, eps, weight, gx, gz + (row(i) - z), sums, sums + d);
-    m.norm(M, d, row(i), z_is_acc, eps, weight, bias, x);
+    m.norm_backward(M, d, row(i), z_is_acc, eps, weight, bias, gx, gz + (row(i) - z), sums, sums + d, x);
     m.interleave(rows, i % SLAB, M, d, x, false, left);
   }
 
-  void add_slab(const Isa<T>& m, int64_t rows, const T* left, const T* gu, char* panels, Acc<T>* partial, T* gU,
-                bool first, bool last) const {
+  void add_slab(const Isa<T>& m, int64_t rows, const T* left, const T* gu, char* panels, Acc<T>* partial,
+                T* gU, bool first, bool last) const {
 #pragma omp for schedule(dynamic)
     for (int64_t p = 0; p < m.panels(d); p++) {
       int64_t j = p * m.cols, n = std::min(m.cols, d - j);
       char* panel = panels + size_t(thread_number()) * m.panel_bytes(SLAB);
       m.pack(rows, n, gu + j, d, 1, panel);
       Finish<T> f;
-      f.ld = d, f.out = gU + j, f.wide_base = first ? nullptr : partial + j, f.wide_out = last ? nullptr : partial + j;
+      f.ld = d, f.out = gU + j, f.wide_base = first ? nullptr : partial + j,
+      f.wide_out = last ? nullptr : partial + j;
       m.product(d, n, m.round_up(rows), m.transposed(left, rows), panel, f);
     }
   }
@@ -105,17 +106,19 @@ void mssa_project_forward_cpu(int zdtype, int dtype, int64_t N, int64_t d, doubl
                               const void* weight, const void* bias, const void* U, void* u, int threads) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    Project<T>{zdtype != BF16, N, d, eps, (const char*)z, (const Acc<T>*)weight, (const Acc<T>*)bias, (const T*)U}
+    Project<T>{zdtype != BF16, N, d, eps, (const char*)z, (const Acc<T>*)weight, (const Acc<T>*)bias,
+               (const T*)U}
         .forward((T*)u, threads);
   });
 }
 
-void mssa_project_backward_cpu(int zdtype, int dtype, int64_t N, int64_t d, double eps, const void* gu, const void* z,
-                               const void* weight, const void* bias, const void* U, void* gz, void* gweight,
-                               void* gbias, void* gU, int threads) {
+void mssa_project_backward_cpu(int zdtype, int dtype, int64_t N, int64_t d, double eps, const void* gu,
+                               const void* z, const void* weight, const void* bias, const void* U, void* gz,
+                               void* gweight, void* gbias, void* gU, int threads) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    Project<T>{zdtype != BF16, N, d, eps, (const char*)z, (const Acc<T>*)weight, (const Acc<T>*)bias, (const T*)U}
+    Project<T>{zdtype != BF16, N, d, eps, (const char*)z, (const Acc<T>*)weight, (const Acc<T>*)bias,
+               (const T*)U}
         .backward((const T*)gu, (char*)gz, (Acc<T>*)gweight, (Acc<T>*)gbias, (T*)gU, threads);
   });
 }

@@ -1,8 +1,8 @@
 // C = finish(A B) on the CPU, and the rows of LayerNorm: the arithmetic under ista_cpu.cpp and mssa_cpu.cpp.
 //
 //   naive        three loops and one element at a time: the specification
-//   baseline     v2: B packed so that it is read in order, sums held in registers, vectors of any machine (SSE2, NEON)
-//   avx2         v3: the same text with registers twice as wide and fused multiply-add
+//   baseline     v2: B packed to be read in order, sums in registers, vectors of any machine (SSE2, NEON)
+//   avx2         v3: the same text with registers twice as wide, and multiply-add in one instruction
 //   avx512       v4: four times as wide, 24 sums in flight instead of 12
 //   avx512_bf16  v5: bf16 pairs multiplied and added in float by one instruction, no conversion
 // Check and time each: python -m crate_mini.bench --op ista_step --versions
@@ -12,6 +12,9 @@
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define CRATE_X86 1
 #include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)         // GCC 12 says so of its own immintrin.h (its bug 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #endif
 
 namespace crate_mini {
@@ -40,7 +43,8 @@ template <class T>
 void product(int64_t M, int64_t N, int64_t K, const Left<T>& A, const void* B, const Finish<T>& f) {
   for (int64_t i = 0; i < M; i++)
     for (int64_t j = 0; j < N; j++) {
-      const T *a = A.at + i / ROWS * A.strip + i % ROWS * A.row, *b = static_cast<const T*>(B) + j / C * K * C + j % C;
+      const T *a = A.at + i / ROWS * A.strip + i % ROWS * A.row,
+              *b = static_cast<const T*>(B) + j / C * K * C + j % C;
       Acc<T> sum = 0;
       for (int64_t k = 0; k < K; k++) sum += Acc<T>(lift(a[k * A.next])) * lift(b[k * C]);
       finish_element(f, i, j, sum);
@@ -57,6 +61,7 @@ void product(int64_t M, int64_t N, int64_t K, const Left<T>& A, const void* B, c
 #define FMA32(a, b, c) ((a) * (b) + (c))
 #define FMA64(a, b, c) ((a) * (b) + (c))
 #include "vector_cpu.h"
+#include "rows_cpu.h"
 #undef ISA
 #undef VEC_BYTES
 #undef ROWS
@@ -79,6 +84,7 @@ void product(int64_t M, int64_t N, int64_t K, const Left<T>& A, const void* B, c
 #define FMA32(a, b, c) ((VecF)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define FMA64(a, b, c) ((VecD)_mm256_fmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c)))
 #include "vector_cpu.h"
+#include "rows_cpu.h"
 #undef ISA
 #undef VEC_BYTES
 #undef ROWS
@@ -95,13 +101,15 @@ void product(int64_t M, int64_t N, int64_t K, const Left<T>& A, const void* B, c
 #define FMA32(a, b, c) ((VecF)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define FMA64(a, b, c) ((VecD)_mm512_fmadd_pd((__m512d)(a), (__m512d)(b), (__m512d)(c)))
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512")
 #endif
 #define ISA avx512
 #include "vector_cpu.h"
+#include "rows_cpu.h"
 #undef ISA
 #undef NATIVE_BF16
 #ifdef __clang__
@@ -114,6 +122,7 @@ void product(int64_t M, int64_t N, int64_t K, const Left<T>& A, const void* B, c
 #define ISA avx512_bf16
 #define NATIVE_BF16 1
 #include "vector_cpu.h"
+#include "rows_cpu.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -132,8 +141,9 @@ struct Version {                                     // one rung of the ladder
 };
 
 template <class T> constexpr Isa<T> naive_table() {
-  Isa<T> t = baseline::table<T>();                   // LayerNorm and axpy have no naive version of their own
-  t.cols = naive::C, t.group = 1, t.packed = sizeof(T), t.pack = naive::pack<T>, t.product = naive::product<T>;
+  Isa<T> t = baseline::table<T>();  // LayerNorm and combine have no naive version of their own
+  t.cols = naive::C, t.group = 1, t.packed = sizeof(T), t.pack = naive::pack<T>,
+  t.product = naive::product<T>;
   return t;
 }
 

@@ -54,9 +54,9 @@ template <class T> struct Finish {
   Acc<T>* wide_out = nullptr;                        // store in acc instead of T
 };
 
-// The left side A of a product: element (i, k) lies at at[i / rows * strip + i % rows * row + k / group * next +
-// k % group], with rows and group of the Isa that multiplies. A plain matrix has strip = rows * row, next = group;
-// a transposed one is copied so that what an inner loop reads lies together (`interleave`).
+// The left side A of a product, with rows and group of the Isa that multiplies: element (i, k) is
+// at[i / rows * strip + i % rows * row + k / group * next + k % group]. A plain matrix has strip = rows * row
+// and next = group; a transposed one is copied so that what an inner loop reads lies together.
 template <class T> struct Left {
   const T* at;
   int64_t row, next, strip;
@@ -67,36 +67,38 @@ template <class T> struct Left {
 template <class T> struct Isa {
   int64_t rows, cols, group;                         // rows of A whose sums are held at once
   size_t packed;                                     // bytes of a packed element
-  // One panel of K rows, n <= cols columns: B[k][j] = src[k * row + j * col]. Rounded up with zeros.
+  // One panel of K rows, n <= cols columns: B[k][j] = src[k * row + j * col], row or col 1; zeros beyond.
   void (*pack)(int64_t K, int64_t n, const T* src, int64_t row, int64_t col, void* panel);
   void (*product)(int64_t M, int64_t N, int64_t K, const Left<T>& A, const void* B, const Finish<T>& finish);
-  // Rows k.. k + M of the left side X^T of a product that sums over K rows, from X (M, n); k is a multiple of group.
-  // The layout is `transposed`'s: strips of `rows` columns of X, in them one row (or pair of rows) after another. An
-  // odd last row is completed with zeros. strips has room for n + rows columns, K rounded up.
+  // Rows k.. k + M of X^T as a left side that sums over K rows, from X (M, n); k is a multiple of group. Laid
+  // out as `transposed` says: strips of `rows` columns of X, in them one row (or pair of rows) after another,
+  // the last completed with zeros. strips has room for n + rows columns, K rounded up.
   void (*interleave)(int64_t K, int64_t k, int64_t M, int64_t n, const T* X, bool negate, T* strips);
   // Rows of LayerNorm, z of type T or float: x = normalised(z) * weight + bias.
   void (*norm)(int64_t M, int64_t d, const void* z, bool z_is_acc, double eps, const Acc<T>* weight,
                const Acc<T>* bias, T* x);
-  // Its gradient: gz from gx, and gweight, gbias (added to, d each).
+  // Its gradient: gz from gx; gweight and gbias (d) are added to; x as by norm, for what else needs it.
   void (*norm_backward)(int64_t M, int64_t d, const void* z, bool z_is_acc, double eps, const Acc<T>* weight,
-                        const Acc<T>* gx, void* gz, Acc<T>* gweight, Acc<T>* gbias);
-  // sums[j] += value * row[j]: the axpy of the decoding path.
-  void (*axpy)(int64_t n, Acc<T> value, const T* row, Acc<T>* sums);
+                        const Acc<T>* bias, const Acc<T>* gx, void* gz, Acc<T>* gweight, Acc<T>* gbias, T* x);
+  // One row A (K) times a matrix (K, n) of rows `stride` apart; those that meet a zero of A are not read.
+  void (*combine)(int64_t K, const Acc<T>* A, const T* rows, int64_t stride, int64_t n, Acc<T>* sums);
 
   Left<T> plain(const T* A, int64_t columns) const { return {A, columns, group, rows * columns}; }
-  Left<T> transposed(const T* strips, int64_t K) const { return {strips, group, rows * group, rows * round_up(K)}; }
+  Left<T> transposed(const T* strips, int64_t K) const {
+    return {strips, group, rows * group, rows * round_up(K)};
+  }
   int64_t round_up(int64_t K) const { return (K + group - 1) / group * group; }
   int64_t panels(int64_t N) const { return (N + cols - 1) / cols; }
   size_t panel_bytes(int64_t K) const { return size_t(round_up(K) * cols) * packed; }
   size_t packed_bytes(int64_t K, int64_t N) const { return panel_bytes(K) * size_t(panels(N)); }
 };
 
-template <class T> const Isa<T>& isa();              // the table in use: chosen once, see use_isa in kernels.h
+template <class T> const Isa<T>& isa();  // the table in use: chosen once, see use_isa in kernels.h
 
 // ---- shared by the files that compose products ----
 
-// Working memory of the calling thread, kept from call to call and grown when needed: fresh pages cost more than
-// the arithmetic that would fill them. Each use within one call has its own slot.
+// Working memory of the calling thread, kept from call to call and grown when needed: fresh pages cost more
+// than the arithmetic that would fill them. Each use within one call has its own slot.
 enum Slot { FORTH, BACK, DECODER_FORTH, DECODER_BACK, SHIFT, STEPS, RESIDUALS, LEFT, PARTIAL, PANELS,
             DECODER_LEFT, DECODER_PARTIAL, DECODER_PANELS, ROWS_OUT, SUMS, ASIDE, SLOTS };
 
@@ -128,7 +130,7 @@ inline int thread_number() {
 #endif
 }
 
-// Pack all of B (K, N); called by every thread of a parallel region, which shares the panels. Ends with a barrier.
+// Pack all of B (K, N). Every thread of a parallel region calls it, they share the panels; a barrier ends it.
 template <class T>
 void pack_all(const Isa<T>& m, int64_t K, int64_t N, const T* src, int64_t row, int64_t col, char* packed) {
 #pragma omp for schedule(static)

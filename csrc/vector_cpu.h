@@ -1,8 +1,8 @@
 // Included by product_cpu.cpp once per instruction set, with these set:
 //   ISA            name of the namespace
 //   VEC_BYTES      width of a register: 64 AVX512, 32 AVX2, 16 SSE2 and NEON
-//   ROWS           rows of C held in registers at once: ROWS x 2 vectors of sums (24 of 32 registers, or 12 of 16)
-//   FMA32 FMA64    fused multiply-add of two vectors into a third
+//   ROWS           rows of C held in registers, two vectors each: 24 sums of 32 registers, or 12 of 16
+//   FMA32 FMA64    multiply-add of two vectors into a third
 //   NATIVE_BF16    1: one instruction multiplies pairs of bf16 and adds both products in float
 // No include guard, and no call into the standard library: a library template compiled here would carry these
 // instructions, and the linker might hand that copy to a machine that lacks them.
@@ -60,9 +60,9 @@ template <class T> inline void store(T* p, Vec<T> v, int64_t n) {
   else store_part(p, v, n);
 }
 
-// ---- the inner loop: sums[i] = sum over k of A[i][k] B[k], R rows by two vectors, all sums in registers ----
-// It stands alone and leaves its sums in memory, once per tile: mixed with what follows the sums, the compiler runs
-// out of registers and spills inside the loop. Rows of A are reached from every third one, for the same reason.
+// ---- the inner loop: sums[i] = sum over k of A[i][k] B[k], R rows by V vectors, all sums in registers ----
+// It stands alone and leaves its sums in memory, once per tile: mixed with what follows them, the compiler
+// runs out of registers and spills inside the loop. Rows of A are reached from every third one, likewise.
 template <class T, int R> struct Rows {
   const T* third[(R + 2) / 3];
   int64_t row;
@@ -78,45 +78,44 @@ template <class T, int R> struct Rows {
   }
 };
 
-template <class T, int R>
+template <class T, int R, int V>  // V vectors of the panel's two: one where the other is empty
 __attribute__((noinline)) void accumulate(int64_t K, const T* A, int64_t row, int64_t next, const Acc<T>* B,
                                           Vec<T>* sums) {
-  Vec<T> c[R][2] = {};
+  Vec<T> c[R][V] = {}, b[V];
   Rows<T, R> rows(A, row);
   for (int64_t k = 0; k < K; k++, rows.advance(next), B += 2 * W<T>) {
-    Vec<T> b0 = load(B), b1 = load(B + W<T>);
+    for (int v = 0; v < V; v++) b[v] = load(B + v * W<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++) {
       Vec<T> a = lift(*rows[i]) - Vec<T>{};          // in every lane; x - 0 is x, whatever x
-      c[i][0] = multiply_add(a, b0, c[i][0]);
-      c[i][1] = multiply_add(a, b1, c[i][1]);
+      for (int v = 0; v < V; v++) c[i][v] = multiply_add(a, b[v], c[i][v]);
     }
   }
   memcpy(sums, c, sizeof c);
 }
 
 #if NATIVE_BF16
-template <int R, int BYTES>                          // BYTES 4: a pair of neighbours along k; 2: the odd last one
-inline void pair_step(const Rows<bf16, R>& rows, const bf16* B, VecF (&c)[R][2]) {
-  __m512bh b0, b1;
-  memcpy(&b0, B, sizeof b0);
-  memcpy(&b1, B + 32, sizeof b1);
+template <int R, int V, int BYTES>  // BYTES 4: a pair of neighbours along k; 2: the odd last one
+inline void pair_step(const Rows<bf16, R>& rows, const bf16* B, VecF (&c)[R][V]) {
+  __m512i b[V];
+#pragma GCC unroll 2
+  for (int v = 0; v < V; v++) b[v] = _mm512_loadu_si512(B + v * 32);
 #pragma GCC unroll 16
   for (int i = 0; i < R; i++) {
     uint32_t pair = 0;
     memcpy(&pair, rows[i], BYTES);
     __m512bh a = (__m512bh)_mm512_set1_epi32(int(pair));
-    c[i][0] = (VecF)_mm512_dpbf16_ps((__m512)c[i][0], a, b0);
-    c[i][1] = (VecF)_mm512_dpbf16_ps((__m512)c[i][1], a, b1);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) c[i][v] = (VecF)_mm512_dpbf16_ps((__m512)c[i][v], a, (__m512bh)b[v]);
   }
 }
-template <class T, int R>
+template <class T, int R, int V>
 __attribute__((noinline)) void accumulate(int64_t K, const bf16* A, int64_t row, int64_t next, const bf16* B,
                                           VecF* sums) {
-  VecF c[R][2] = {};
+  VecF c[R][V] = {};
   Rows<bf16, R> rows(A, row);
-  for (int64_t k = 0; k + 1 < K; k += 2, rows.advance(next), B += 64) pair_step<R, 4>(rows, B, c);
-  if (K % 2) pair_step<R, 2>(rows, B, c);
+  for (int64_t k = 0; k + 1 < K; k += 2, rows.advance(next), B += 64) pair_step<R, V, 4>(rows, B, c);
+  if (K % 2) pair_step<R, V, 2>(rows, B, c);
   memcpy(sums, c, sizeof c);
 }
 #endif
@@ -129,7 +128,7 @@ template <> struct PackedOf<bf16> { using type = bf16; };
 template <class T> using Packed = typename PackedOf<T>::type;
 template <class T> constexpr int64_t GROUP = sizeof(Packed<T>) == 2 ? 2 : 1;
 
-inline void assign(bf16 v, bf16& out) { out = v; }   // packing copies bits where it can and converts where not
+inline void assign(bf16 v, bf16& out) { out = v; }  // packing copies bits where it can and converts where not
 template <class T, class A> inline void assign(T v, A& out) { out = lift(v); }
 
 // Two rows of B as pairs along k, written whole: the compiler makes this one vector loop. k1 null: zeros.
@@ -140,21 +139,34 @@ inline void pack_rows(int64_t n, const bf16* k0, const bf16* k1, bf16* dst) {
   }
 }
 
+// Columns of src as rows of B: a cache line of each is read whole before the next line is asked for, because
+// lines of neighbouring columns may compete for the same places in the cache.
+template <class T, int64_t C>
+inline void pack_columns(int64_t K, int64_t n, const T* src, int64_t col, Packed<T>* dst) {
+  constexpr int64_t G = GROUP<T>, LINE = 64 / sizeof(T);
+  for (int64_t k = 0; k < K; k += LINE) {
+    int64_t deep = K - k < LINE ? K - k : LINE;
+    for (int64_t j = 0; j < n; j++) {
+      if (k + 3 * LINE < K) __builtin_prefetch(src + k + 3 * LINE + j * col);
+      for (int64_t i = 0; i < deep; i += G)
+        if (G == 2 && i + 1 < deep) memcpy(dst + (k + i) * C + j * G, src + k + i + j * col, 4);
+        else assign(src[k + i + j * col], dst[(k + i) * C + j * G]);
+    }
+  }
+}
+
 template <class T> void pack(int64_t K, int64_t n, const T* src, int64_t row, int64_t col, void* panel) {
   constexpr int64_t C = 2 * W<T>, G = GROUP<T>;
   auto* dst = static_cast<Packed<T>*>(panel);
   if (n < C || K % G) memset(panel, 0, size_t((K + G - 1) / G * G * C) * sizeof *dst);
+  if (row == 1) return pack_columns<T, C>(K, n, src, col, dst);
   for (int64_t k = 0; k < K; k += G)
     if constexpr (G == 2) {
-      if (col == 1 && n == C) pack_rows(C, src + k * row, k + 1 < K ? src + (k + 1) * row : nullptr, dst + k * C);
-      else if (col == 1) pack_rows(n, src + k * row, k + 1 < K ? src + (k + 1) * row : nullptr, dst + k * C);
-      else if (row == 1 && k + 1 < K)                // the pair lies together already
-        for (int64_t j = 0; j < n; j++) memcpy(dst + k * C + 2 * j, src + k + j * col, 4);
-      else
-        for (int64_t i = 0; i < G && k + i < K; i++)
-          for (int64_t j = 0; j < n; j++) dst[k * C + 2 * j + i] = src[(k + i) * row + j * col];
+      const T *k0 = src + k * row, *k1 = k + 1 < K ? k0 + row : nullptr;
+      if (n == C) pack_rows(C, k0, k1, dst + k * C);
+      else pack_rows(n, k0, k1, dst + k * C);
     } else {
-      for (int64_t j = 0; j < n; j++) assign(src[k * row + j * col], dst[k * C + j]);
+      for (int64_t j = 0; j < n; j++) assign(src[k * row + j], dst[k * C + j]);
     }
 }
 
@@ -203,9 +215,8 @@ inline void finish_row(const Finish<T>& f, int64_t i, int64_t j, int64_t n, Vec<
   else P::put(f.out + at, v, n);
 }
 
-template <class T, int R>
-void tile(int64_t K, const Left<T>& A, const Packed<T>* B, const Finish<T>& f, int64_t i, int64_t j, int64_t n) {
-  Vec<T> sums[R][2];
+template <class T, int R> void tile(int64_t K, const Left<T>& A, const Packed<T>* B, const Finish<T>& f,
+                                    int64_t i, int64_t j, int64_t n) {
   for (int64_t r = 0; r < R; r++)                    // what Finish will touch arrives while the sums are made
     for (int64_t at = (i + r) * f.ld + j, end = at + n; at < end; at += 64 / int64_t(sizeof(T))) {
       if (f.base) __builtin_prefetch(f.base + at);
@@ -213,21 +224,31 @@ void tile(int64_t K, const Left<T>& A, const Packed<T>* B, const Finish<T>& f, i
       if (f.mask) __builtin_prefetch(f.mask + at);
       if (f.out) __builtin_prefetch(f.out + at, 1);
     }
-  accumulate<T, R>(K, A.at + i / ROWS * A.strip + i % ROWS * A.row, A.row, A.next, B, sums[0]);
-  for (int r = 0; r < R; r++)
-    if (n == 2 * W<T>) {
+  const T* a = A.at + i / ROWS * A.strip + i % ROWS * A.row;
+  if (n > W<T>) {
+    Vec<T> sums[R][2];
+    accumulate<T, R, 2>(K, a, A.row, A.next, B, sums[0]);
+    for (int r = 0; r < R; r++) {
       finish_row<T, true>(f, i + r, j, n, sums[r][0]);
-      finish_row<T, true>(f, i + r, j + W<T>, n, sums[r][1]);
-    } else {
-      finish_row<T, false>(f, i + r, j, n, sums[r][0]);
-      if (n > W<T>) finish_row<T, false>(f, i + r, j + W<T>, n - W<T>, sums[r][1]);
+      if (n == 2 * W<T>) finish_row<T, true>(f, i + r, j + W<T>, n, sums[r][1]);
+      else finish_row<T, false>(f, i + r, j + W<T>, n - W<T>, sums[r][1]);
     }
+  } else {
+    Vec<T> sums[R];
+    accumulate<T, R, 1>(K, a, A.row, A.next, B, sums);
+    for (int r = 0; r < R; r++) finish_row<T, false>(f, i + r, j, n, sums[r]);
+  }
 }
 
 // Panels outside, rows inside: a panel of B stays in the first cache level while the rows of A pass by.
 template <class T>
 void product(int64_t M, int64_t N, int64_t K, const Left<T>& A, const void* B, const Finish<T>& f) {
   constexpr int64_t C = 2 * W<T>, G = GROUP<T>;
+  if (!K) {                                          // no product, only what would follow it
+    for (int64_t i = 0; i < M; i++)
+      for (int64_t j = 0; j < N; j += W<T>) finish_row<T, false>(f, i, j, N - j, Vec<T>{});
+    return;
+  }
   auto* panel = static_cast<const Packed<T>*>(B);
   for (int64_t j = 0; j < N; j += C, panel += (K + G - 1) / G * G * C) {
     int64_t i = 0, n = N - j < C ? N - j : C;
@@ -236,91 +257,6 @@ void product(int64_t M, int64_t N, int64_t K, const Left<T>& A, const void* B, c
     for (; i + 2 <= M; i += 2) tile<T, 2>(K, A, panel, f, i, j, n);
     if (i < M) tile<T, 1>(K, A, panel, f, i, j, n);
   }
-}
-
-// ---- LayerNorm, a row at a time ----
-template <class T> inline Acc<T> total(Vec<T> v) {
-  Acc<T> lanes[W<T>], sum = 0;
-  store(lanes, v);
-  for (int64_t i = 0; i < W<T>; i++) sum += lanes[i];
-  return sum;
-}
-
-template <class T, class Z> inline void moments(int64_t d, const Z* z, double eps, Acc<T>& mean, Acc<T>& rstd) {
-  Vec<T> sum{}, square{};
-  for (int64_t j = 0; j < d; j += W<T>) sum += load(z + j, d - j);
-  mean = total<T>(sum) / Acc<T>(d);
-  for (int64_t j = 0; j < d; j += W<T>) {            // second pass: no cancellation when |mean| >> deviation
-    int64_t n = d - j;
-    Vec<T> c = load(z + j, n) - mean;
-    if (n < W<T>) for (int64_t l = n; l < W<T>; l++) c[l] = 0;
-    square += c * c;
-  }
-  rstd = Acc<T>(1 / __builtin_sqrt(double(total<T>(square)) / double(d) + eps));
-}
-
-template <class T, class Z>
-void norm_rows(int64_t M, int64_t d, const Z* z, double eps, const Acc<T>* weight, const Acc<T>* bias, T* x) {
-  for (int64_t i = 0; i < M; i++, z += d, x += d) {
-    Acc<T> mean, rstd;
-    moments<T>(d, z, eps, mean, rstd);
-    for (int64_t j = 0; j < d; j += W<T>) {
-      Vec<T> v = (load(z + j, d - j) - mean) * rstd * load(weight + j, d - j);
-      store(x + j, bias ? v + load(bias + j, d - j) : v, d - j);
-    }
-  }
-}
-
-template <class T>
-void norm(int64_t M, int64_t d, const void* z, bool z_is_acc, double eps, const Acc<T>* weight, const Acc<T>* bias,
-          T* x) {
-  if (z_is_acc) norm_rows<T>(M, d, static_cast<const Acc<T>*>(z), eps, weight, bias, x);
-  else norm_rows<T>(M, d, static_cast<const T*>(z), eps, weight, bias, x);
-}
-
-// With n = (z - mean) rstd and g = gx weight: gz = rstd (g - mean(g) - n mean(g n)).
-template <class T, class Z>
-void norm_backward_rows(int64_t M, int64_t d, const Z* z, double eps, const Acc<T>* weight, const Acc<T>* gx, Z* gz,
-                        Acc<T>* gweight, Acc<T>* gbias) {
-  for (int64_t i = 0; i < M; i++, z += d, gx += d, gz += d) {
-    Acc<T> mean, rstd;
-    moments<T>(d, z, eps, mean, rstd);
-    Vec<T> sum_g{}, sum_gn{};
-    for (int64_t j = 0; j < d; j += W<T>) {          // gx is 0 past the end, and with it every term
-      int64_t n = d - j;
-      Vec<T> up = load(gx + j, n), unit = (load(z + j, n) - mean) * rstd, g = up * load(weight + j, n);
-      sum_g += g;
-      sum_gn += g * unit;
-      store(gweight + j, load(gweight + j, n) + up * unit, n);
-      store(gbias + j, load(gbias + j, n) + up, n);
-    }
-    Acc<T> mean_g = total<T>(sum_g) / Acc<T>(d), mean_gn = total<T>(sum_gn) / Acc<T>(d);
-    for (int64_t j = 0; j < d; j += W<T>) {
-      int64_t n = d - j;
-      Vec<T> unit = (load(z + j, n) - mean) * rstd;
-      store(gz + j, rstd * (load(gx + j, n) * load(weight + j, n) - mean_g - unit * mean_gn), n);
-    }
-  }
-}
-
-template <class T>
-void norm_backward(int64_t M, int64_t d, const void* z, bool z_is_acc, double eps, const Acc<T>* weight,
-                   const Acc<T>* gx, void* gz, Acc<T>* gweight, Acc<T>* gbias) {
-  if (z_is_acc)
-    norm_backward_rows<T>(M, d, static_cast<const Acc<T>*>(z), eps, weight, gx, static_cast<Acc<T>*>(gz), gweight,
-                          gbias);
-  else
-    norm_backward_rows<T>(M, d, static_cast<const T*>(z), eps, weight, gx, static_cast<T*>(gz), gweight, gbias);
-}
-
-template <class T> void axpy(int64_t n, Acc<T> value, const T* row, Acc<T>* sums) {
-  int64_t j = 0;
-  for (; j + W<T> <= n; j += W<T>) store(sums + j, load(sums + j) + value * load(row + j));
-  for (; j < n; j++) sums[j] += value * lift(row[j]);
-}
-
-template <class T> constexpr Isa<T> table() {
-  return {ROWS, 2 * W<T>, GROUP<T>, sizeof(Packed<T>), pack<T>, product<T>, interleave<T>, norm<T>, norm_backward<T>, axpy<T>};
 }
 
 }  // namespace ISA
