@@ -78,24 +78,23 @@ def use_backend(name):
         _wanted, _name, _reason = before
 
 
-def _takes(op, t, dtype, grad=False):
+def _takes(op, t, dtype):
     """Whether the kernels do this call, on t (..., d) and its device, computing in dtype."""
     if _name != "fused" or t.device.type not in ("cpu", "cuda") or (t.is_cuda and not _cuda):
         backend()           # tells if there is none
         return False
-    return _wanted == "fused" or _pays(op, t, dtype, grad)
+    return _wanted == "fused" or _pays(op, t, dtype)
 
 
-def _pays(op, t, dtype, grad):
+def _pays(op, t, dtype):
     """The measured rules behind `auto`, see the table of `python -m crate_mini.bench`."""
     rows, d = math.prod(t.shape[:-1]), t.shape[-1] if t.dim() else 0
     if t.is_cuda or d > _faster.get(dtype, -1):
         return False        # CUDA: not before it has been measured on the device
-    if op == "ista":        # packing D costs as much as some rows' products
-        return 3 * rows >= 2 * d
     if op == "ista_decode":     # where D is small, a call's overhead decides
         return rows <= DECODE_ROWS and (dtype == torch.bfloat16 or d >= 256)
-    return op == "ista_step" and not grad     # mssa_project: 0.7 to 1.05 times as fast as PyTorch's two calls
+    # Packing D costs as much as some rows' products. mssa_project: 0.7 to 1.05 times as fast as PyTorch.
+    return op in ("ista", "ista_step") and 3 * rows >= 2 * d
 
 
 def _autocast(t):
@@ -118,10 +117,6 @@ def _tensors(op, optional=(), mixed=False, **arguments):
 def _compute_dtype(t):
     """What a linear layer would compute in, given this input: autocast's dtype if it is on."""
     return torch.get_autocast_dtype(t.device.type) if _autocast(t) and t.dtype != torch.float64 else t.dtype
-
-
-def _needs_grad(*arguments):
-    return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in arguments)
 
 
 def _cast(dtype, *tensors):
@@ -155,7 +150,7 @@ def ista(x, D, eta, lam, steps, decoder=None):
     """Sparse codes and their reconstruction: x (..., d) -> y (..., d), a (..., h). Spec: reference.ista."""
     _tensors("ista", ("decoder",), x=x, D=D, decoder=decoder)
     dtype = _compute_dtype(x)
-    grad = _needs_grad(x, D, lam, decoder)
+    grad = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (x, D, lam, decoder))
     if not grad and math.prod(x.shape[:-1]) <= DECODE_ROWS and not torch.compiler.is_compiling():
         return ista_decode(x, D, eta, lam, steps, decoder)
     if not _takes("ista", x, dtype):
@@ -168,7 +163,7 @@ def ista_step(a, r, D, eta, lam):
     """One step, ReLU(a + eta r D - eta lam): a (..., h) or None, r (..., d) -> (..., h). Spec: reference."""
     _tensors("ista_step", ("a",), r=r, a=a, D=D)
     dtype = _compute_dtype(r)
-    if not _takes("ista_step", r, dtype, _needs_grad(a, r, D, lam)):
+    if not _takes("ista_step", r, dtype):
         return reference.ista_step(a, r, D, eta, _like(lam, dtype))
     (a, r, D), (lams, lam) = _cast(dtype, a, r, D), _thresholds(lam, dtype)
     return torch.ops.crate_mini.ista_step(a, r, D, lams, eta, lam)
