@@ -126,30 +126,36 @@ def held_out_bits(path, source):
     return total / count / math.log(2) * corpus.n_tokens["val"] / corpus.n_bytes["val"]
 
 
-def speed(text, ranks, out=ROOT / "out" / "study" / "speed", steps=12):
-    """Tokens/s from the median step of short runs of train.py, one after the other, beside a bare loop."""
+def speed(text, ranks, out=ROOT / "out" / "study" / "speed"):
+    """Tokens/s of short runs of train.py, one after the other; and, taking turns, beside a bare loop."""
     found = {"command": "python -m crate_mini.study speed TEXT RANKS", "seeds": [Settings.seed],
              "text": Path(text).name, "machine": machine.describe(torch.device("cpu")), "rows": []}
     cells = itertools.product((ranks, "pydocs"), ("off", "on"), ("bfloat16", "float32"), ("crate", "gpt2"))
     for spec, mode, dtype, kind in cells:
-        flags = {"data": text if spec == ranks else "pydocs", "tokenizer": spec, "model": kind,
-                 "dtype": dtype, "compile": mode, "train-steps": steps, "log-every": 1, "eval-every": 0,
-                 "eval-tokens": 256, "val-fraction": 0.01, "out": out}
-        words = [f"--{name}={value}" for name, value in flags.items()]
-        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words, "--overwrite"], cwd=ROOT,
-                              stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise UserError(f"train.py ended with code {done.returncode}; its message is above.")
-        with open(out / "log.csv", newline="") as file:  # the last row's time includes the validation
-            ends = [int(r["tokens"]) / float(r["tokens_per_s"]) for r in csv.DictReader(file)][:-1]
-        rate = 4096 / statistics.median(np.diff(ends[1:]))
         found["rows"].append({"ids": 50304 if spec == ranks else 8192, "model": kind, "dtype": dtype,
-                              "compile": mode, "tokens_per_s": round(rate)})
+                              "compile": mode, "tokens_per_s":
+                              train_rate(out, text if spec == ranks else "pydocs", spec, mode, dtype, kind)})
         print(found["rows"][-1], flush=True)
-    found["bare_loop"] = bare_loop()
+    turns = [(train_rate(out, "pydocs", "pydocs", "off", "bfloat16", "crate"), bare_loop()) for _ in range(3)]
+    found["loop"] = {"train.py": [a for a, _ in turns], "bare": [b for _, b in turns],
+                     "ratio": round(statistics.median(a / b for a, b in turns), 3)}
     with atomic_write(ROOT / "results" / "speed.json") as file:
         file.write(json.dumps(found, indent=1).encode() + b"\n")
     print(speed_table(found))
+
+
+def train_rate(out, text, spec, mode, dtype, kind, steps=14):
+    """Tokens/s from the median step of one short run of train.py."""
+    flags = {"data": text, "tokenizer": spec, "model": kind, "dtype": dtype, "compile": mode, "out": out,
+             "train-steps": steps, "log-every": 1, "eval-every": 0, "eval-tokens": 256, "val-fraction": 0.01}
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words, "--overwrite"], cwd=ROOT,
+                          stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"train.py ended with code {done.returncode}; its message is above.")
+    with open(out / "log.csv", newline="") as file:  # the last row's time includes the validation
+        ends = [int(r["tokens"]) / float(r["tokens_per_s"]) for r in csv.DictReader(file)][:-1]
+    return round(4096 / statistics.median(np.diff(ends[1:])))
 
 
 def bare_loop(steps=12):

@@ -1,5 +1,6 @@
 """The baselines of the README's table."""
 
+import itertools
 import math
 import random
 
@@ -52,3 +53,12 @@ def test_table_has_a_row_for_each_model_and_baseline():
     text = study.table({"runs": runs, "baselines_bits_per_byte": {"gzip -9": 2.0, "trigram": 1.8}})
     assert "| crate+ | 2 | 3.050 | 0.100 | 1.500 | 0.40 | 9,000 | 3.0 |" in text
     assert text.endswith("| trigram | | | | 1.800 | | | |")
+
+
+def test_speed_table_has_every_cell():
+    cells = itertools.product((50304, 8192), ("crate", "gpt2"), ("bfloat16", "float32"), ("off", "on"))
+    rows = [{"ids": v, "model": k, "dtype": t, "compile": c, "tokens_per_s": 1000 * (i + 1)}
+            for i, (v, k, t, c) in enumerate(cells)]
+    text = study.speed_table({"rows": rows})
+    assert "| 50,304 | CRATE (paper) | 1.0 k | 2.0 k | 3.0 k | 4.0 k |" in text
+    assert text.endswith("| 8,192 | GPT-2 twin | 13.0 k | 14.0 k | 15.0 k | 16.0 k |")
