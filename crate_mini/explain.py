@@ -1,0 +1,311 @@
+"""Explanations without a language model: what fires a neuron, said in tables, labels and patterns.
+
+    Backoff     mean activation by previous and current token, else by current token, else the mean: `ngram`
+    Table       the same by current token alone (`token`), or by the few tokens of a label (`label@10`), or by
+                the tokens of five excerpts: all that a language model would be shown (the evidence ceiling)
+    labels      what a page shows: top tokens, left neighbours, class of token; and raised next tokens
+    Trie        Neuron2Graph: the shortest patterns that keep half of the activation (needs the model)
+
+All of them are simulators: called with tokens (n, w + 1), whose column 0 is the token before the window (-1:
+there is none), they return the activations (n, w) that they expect of a neuron, or (n, w, h) of all at once.
+V tokens, h neurons of a site, P frequent pairs of tokens.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+SHRINK = 1.0        # a mean counts as if so many more tokens had been seen, at what is expected without it
+SHOWN = 10          # tokens in a label
+SAW = {             # one line under each table: what the simulator saw
+    "token": "token_r: saw the current token only (mean activation per token over the fit part, shrunk).",
+    "ngram": "ngram_r: saw the last two tokens only (mean per frequent pair, else per token, shrunk); "
+             "r is predictability from them, not meaning.",
+    "label": f"label_r@{SHOWN}: saw only the tokens of the printed label (up to {SHOWN}) and their means.",
+    "null": "null_r: the ngram table of another neuron of the same site, drawn by the seed.",
+    "init": "init_r: ngram_r of the same architecture at random initialisation, same corpus and windows.",
+    "five excerpts": "five excerpts: saw the tokens of five excerpts, those a language model would be shown: "
+                     "the number its explanation has to beat.",
+    "trie": "trie: saw up to 32 tokens of context through patterns of the top excerpts of the fit part."}
+
+
+class Table:
+    """Expected activation by current token. values (V + 1, h): the last row, reached as -1, is no token."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __call__(self, tokens, j=slice(None)):
+        """tokens (n, w + 1) -> (n, w, h), or (n, w) of neuron j."""
+        return self.values[:, j][tokens[:, 1:]]
+
+
+class Backoff(Table):
+    """Means by pair of tokens over means by token over the mean, each shrunk to the next; all neurons.
+
+    m_v = (sum over the tokens v + k m) / (c_v + k), m_uv = (sum over the pairs uv + k m_v) / (c_uv + k), with
+    k = SHRINK. counts (V,), token_sum (V, h), pairs (P, 2), pair_counts (P,), pair_sum (P, h) as recorded.
+    """
+
+    def __init__(self, counts, token_sum, pairs, pair_counts, pair_sum, shrink=SHRINK):
+        self.counts, self.token_sum, self.mean = counts, token_sum, token_sum.sum(0) / max(counts.sum(), 1)
+        values = (token_sum + shrink * self.mean) / (counts[:, None] + shrink)
+        super().__init__(np.concatenate((values, self.mean[None])).astype(np.float32))
+        key = pairs[:, 0].astype(np.int64) * len(counts) + pairs[:, 1]
+        order = np.argsort(key)
+        self.keys, self.pairs, self.pair_counts = key[order], pairs[order], pair_counts[order]
+        sums = pair_sum[order] + shrink * self.values[self.pairs[:, 1]]
+        self.pair = (sums / (self.pair_counts[:, None] + shrink)).astype(np.float32)
+
+    def __call__(self, tokens, j=slice(None)):
+        out = super().__call__(tokens, j)
+        if len(self.keys):
+            last, now = tokens[:, :-1].astype(np.int64), tokens[:, 1:]
+            key = np.where((last < 0) | (now < 0), -1, last * len(self.counts) + now)
+            at = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
+            known = self.keys[at] == key
+            out[known] = self.pair[:, j][at[known]]
+        return out
+
+
+def five_table(tokens, acts, shrink=SHRINK):
+    """The Table (one neuron) of a few excerpts, tokens (n, w + 1) and acts (n, w).
+
+    A token that they do not show is taken to be like their quietest: excerpts are chosen for being loud, so
+    their mean says nothing about other text.
+    """
+    ids, place = np.unique(tokens[:, 1:], return_inverse=True)
+    place, acts = place.ravel(), acts.ravel()
+    keep = np.isfinite(acts)
+    count = np.bincount(place[keep], minlength=len(ids))
+    total = np.bincount(place[keep], acts[keep], minlength=len(ids))
+    mean = acts[keep].mean() if keep.any() else 0.0
+    means = (total + shrink * mean) / (count + shrink)
+    return Sparse(dict(zip(ids.tolist(), means.tolist())), float(means.min()) if len(means) else 0.0)
+
+
+class Sparse:
+    """A table with few tokens, of one neuron: {id: activation}, and one value for the rest."""
+
+    def __init__(self, shown, rest):
+        self.ids = np.array(sorted(shown), dtype=np.int64)
+        self.values, self.rest = np.array([shown[i] for i in self.ids.tolist()], np.float32), rest
+
+    def __call__(self, tokens):
+        """tokens (n, w + 1) -> (n, w)."""
+        now = tokens[:, 1:]
+        if not len(self.ids):
+            return np.full(now.shape, self.rest, np.float32)
+        at = np.minimum(np.searchsorted(self.ids, now), len(self.ids) - 1)
+        return np.where(self.ids[at] == now, self.values[at], np.float32(self.rest))
+
+
+def label_table(label):
+    """Simulator of exactly what a label shows: its tokens at their printed means, all others at `rest`."""
+    return Sparse({id: mean for id, mean, *_ in label["tokens"]}, label["rest"])
+
+
+# ---- labels ----------------------------------------------------------------------------------------------
+
+def classes(tokens):
+    """{class: (V,) bool} by fixed tests on the text of each token (bytes); a token may be in several."""
+    texts = [t.decode("utf-8", "replace") for t in tokens]
+    tests = {"newline": lambda t: "\n" in t,
+             "blank": lambda t: not t.strip() and "\n" not in t,
+             "digit": lambda t: t.strip().isdigit(),
+             "punctuation": lambda t: t.strip() and not any(c.isalnum() or c == "\ufffd" for c in t),
+             "capital": lambda t: t.strip()[:1].isupper(),
+             "word start": lambda t: t[:1] == " " and t[1:2].isalpha(),
+             "suffix": lambda t: t[:1].islower()}
+    return {name: np.array([bool(test(t)) for t in texts]) for name, test in tests.items()}
+
+
+def class_fit(backoff, members):
+    """(C, h): correlation over the text of each neuron's token table with each class; members (C, V) bool."""
+    weight = backoff.counts / max(backoff.counts.sum(), 1)
+    x = backoff.values[:-1] - weight @ backoff.values[:-1]
+    spread, share = weight @ x ** 2, members @ weight
+    both = (members * weight) @ x
+    return both / np.sqrt(np.maximum(np.outer(share * (1 - share), spread), 1e-30))
+
+
+def position_fit(acts, start):
+    """(h,) correlation with the position in the context, the larger of: its log, being the first.
+
+    acts (W, w, h) of windows that begin `start` (W,) tokens into their context.
+    """
+    position = (start[:, None] + np.arange(acts.shape[1])).ravel()
+    y = acts.reshape(len(position), -1).astype(np.float32)
+    y = y - y.mean(0)
+    best = np.zeros(y.shape[1], np.float32)
+    for x in (np.log1p(position), position == 0):
+        x = (x - x.mean()).astype(np.float32)
+        r = x @ y / np.maximum(np.sqrt((x ** 2).sum() * (y ** 2).sum(0)), 1e-30)
+        best = np.where(abs(r) > abs(best), r, best)
+    return best
+
+
+def labels(backoff, tokens, position=None, shown=SHOWN, clear=0.5):
+    """One dict per neuron, what a reader is shown; tokens: the bytes of each id; position: position_fit's.
+
+    tokens  up to `shown` x [id, shrunk mean, count, share of all activation]: the highest, above the mean
+    rest    mean of all tokens that are not shown (it follows from the shares)
+    left    up to 5 ids before a shown token, after which it fires more than it does on average
+    class   the class, or "position", whose correlation with the neuron is `clear` or more; else "mixed"
+    """
+    members = classes(tokens)
+    fit = class_fit(backoff, np.array(list(members.values()))[:, :len(backoff.counts)])
+    names, n, found = [*members, "position"], backoff.counts.sum(), []
+    fit = np.vstack([fit, np.zeros_like(fit[:1]) if position is None else abs(position)])
+    for j, mean in enumerate(backoff.mean):
+        x = np.where(backoff.counts > 0, backoff.values[:-1, j], -np.inf)
+        top = np.argsort(-x, kind="stable")[:shown]
+        top = top[x[top] > np.float32(mean)]
+        total, some = backoff.token_sum[:, j].sum(), backoff.token_sum[top, j].sum()
+        rows = [[int(i), rounded(x[i]), int(backoff.counts[i]),
+                 rounded(backoff.token_sum[i, j] / total) if total > 0 else None] for i in top]
+        best = int(fit[:, j].argmax())
+        found.append({"tokens": rows, "rest": rounded((total - some) / max(n - backoff.counts[top].sum(), 1)),
+                      "left": _left(backoff, j, top),
+                      "class": names[best] if fit[best, j] >= clear else "mixed"})
+    return found
+
+
+def _left(backoff, j, top, most=5, share=0.05):
+    """Ids before the tokens `top` that add activation: each at least `share` of what those tokens carry."""
+    mine = np.isin(backoff.pairs[:, 1], top)
+    extra = (backoff.pair[mine, j] - backoff.values[backoff.pairs[mine, 1], j]) * backoff.pair_counts[mine]
+    gain = np.bincount(backoff.pairs[mine, 0], np.maximum(extra, 0), minlength=1)
+    order = np.argsort(-gain, kind="stable")[:most]
+    return order[gain[order] > max(share * backoff.token_sum[top, j].sum(), 0)].tolist()
+
+
+def rounded(value, digits=4):
+    """A number as it is printed: so many significant digits."""
+    return float(f"{float(value):.{digits}g}")
+
+
+@torch.no_grad()
+def raised(model, layer, levels, contexts, directions=None, top=5, batch=256):
+    """Ids (h, top) of the next tokens whose log-probability rises most when a neuron is raised: causal.
+
+    Each neuron is set to at least its level (h,), commonly its observed maximum, at the last token of each of
+    the contexts (C, T), one forward pass per neuron and context; the change is averaged over contexts.
+    directions (h, codes): what one unit of an SAE's feature adds to the codes, instead of setting a code.
+    """
+    device = next(model.parameters()).device
+    contexts, W = contexts.to(device), model.tokens.weight
+    C, found, change = len(contexts), [], None
+
+    def push(module, inputs, codes):
+        """Rows are (neuron, context) pairs; only each one's last token is touched."""
+        codes = codes.clone()
+        last = codes[:, -1]
+        if directions is None:
+            at = torch.arange(len(last), device=device)
+            last[at, change[0]] = torch.maximum(last[at, change[0]], change[1])
+        else:
+            last += change[1][:, None] * directions[change[0]]
+        return codes
+
+    def after(idx):
+        return F.log_softmax(F.linear(model.trunk(idx)[0][:, -1], W).float(), -1)
+
+    base = after(contexts)
+    hook = model.blocks[layer].sparsifier.code.register_forward_hook(
+        lambda *given: None if change is None else push(*given))
+    try:
+        for first in range(0, len(levels), max(1, batch // C)):
+            some = torch.arange(first, min(len(levels), first + max(1, batch // C)), device=device)
+            change = some.repeat_interleave(C), levels.to(device)[some].float().repeat_interleave(C)
+            moved = after(contexts.repeat(len(some), 1)).view(len(some), C, -1) - base
+            found.append(moved.mean(1).topk(min(top, moved.shape[-1])).indices)
+    finally:
+        hook.remove()
+    return torch.cat(found).cpu().numpy()
+
+
+# ---- Neuron2Graph ----------------------------------------------------------------------------------------
+
+ANY, END, BEGIN = -2, -3, -4    # edges: any token; the value of a pattern; of one that begins a context
+
+
+class Trie:
+    """Patterns over the last tokens, read backwards; the first that matches, the shortest, gives the value.
+
+    Neuron2Graph (Foote et al. 2023) in the compact form of OpenAI's SAE paper (Gao et al. 2024): one pattern
+    per excerpt, no language model that varies it. A pattern lists tokens from the newest to the oldest, ANY
+    for one that does not matter; an anchored one matches only where the context begins with it.
+    """
+
+    def __init__(self):
+        self.root, self.patterns = {}, []
+
+    def add(self, pattern, value, anchored=False):
+        """Add a pattern; of equal ones the largest value counts."""
+        node, end = self.root, BEGIN if anchored else END
+        for token in pattern:
+            node = node.setdefault(int(token), {})
+        node[end] = max(value, node.get(end, value))
+        self.patterns.append([[int(t) for t in pattern], rounded(value), bool(anchored)])
+
+    def __call__(self, tokens):
+        """tokens (n, w + 1) -> (n, w) expected activations, 0 where no pattern matches."""
+        return np.array([[self._match(row, t) for t in range(1, len(row))] for row in tokens.tolist()],
+                        np.float32).reshape(len(tokens), -1)
+
+    def _match(self, row, t):
+        nodes = [self.root]
+        while nodes and t >= 0 and row[t] >= 0:
+            nodes = [node[edge] for node in nodes for edge in (row[t], ANY) if edge in node]
+            t -= 1
+            ends = (END, BEGIN) if t >= 0 and row[t] < 0 else (END,)
+            for node in nodes:
+                for end in ends:
+                    if end in node:
+                        return node[end]
+        return 0.0
+
+
+def fit_trie(activate, excerpts, pad, ratio=0.5, longest=32):
+    """A Trie of excerpts [(ids up to the token that fires, its activation)].
+
+    activate(list of id lists) -> activation at each one's last token. Per excerpt: the shortest suffix, of at
+    most `longest` tokens, that keeps `ratio` of the activation; it is anchored if it does not keep that with
+    a `pad` token in front; a token in it is literal if `pad` in its place costs `ratio` or more.
+    """
+    trie = Trie()
+    for ids, value in excerpts:
+        suffixes = [ids[-n:] for n in range(1, min(longest, len(ids)) + 1)]
+        enough = [(s, a) for s, a in zip(suffixes, activate(suffixes)) if a >= ratio * value > 0]
+        if not enough:
+            continue
+        ids, full = enough[0]
+        front, *without = activate([[pad, *ids], *([*ids[:i], pad, *ids[i + 1:]] for i in range(len(ids)))])
+        pattern = [t if full - a >= ratio * full else ANY for t, a in zip(ids, without)]
+        trie.add(pattern[::-1], value, front < ratio * full)
+    return trie
+
+
+def at_last(model, layer, j, encode=None):
+    """`activate` of fit_trie: neuron j of a layer, or of an SAE's encode, each row being a whole context."""
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def activate(rows):
+        length = max(map(len, rows))
+        idx = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
+        ends = torch.tensor([len(row) - 1 for row in rows], device=device)
+        codes = model.trunk(idx)[1][layer][torch.arange(len(rows), device=device), ends]
+        return (codes if encode is None else encode(codes.float()))[:, j].float().tolist()
+
+    return activate
+
+
+def firing(true, predicted, level):
+    """{"precision", "recall", "f1"} of predicted for true, fired being >= level; None for 0 / 0."""
+    fires, said = true >= level, predicted >= level
+    both = int((fires & said).sum())
+    return {"precision": both / int(said.sum()) if said.any() else None,
+            "recall": both / int(fires.sum()) if fires.any() else None,
+            "f1": 2 * both / int(fires.sum() + said.sum()) if fires.any() or said.any() else None}
