@@ -30,7 +30,11 @@ template <class T> inline Vec<T> load(const T* p) {
 template <> inline VecF load(const bf16* p) {
   Halves narrow;
   memcpy(&narrow, p, sizeof narrow);
+#if VEC_BYTES == 64                                  // one instruction; what follows becomes several here
+  return (VecF)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)narrow), 16);
+#else
   return (VecF)(__builtin_convertvector(narrow, Words) << 16);
+#endif
 }
 inline void store(float* p, VecF v) { memcpy(p, &v, sizeof v); }
 inline void store(double* p, VecD v) { memcpy(p, &v, sizeof v); }
@@ -78,10 +82,25 @@ template <class T, int R> struct Rows {
   }
 };
 
+// Written out, because "= {}" and memcpy make the compiler fill and copy the sums in memory.
+template <class V, int R, int N> inline void clear(V (&c)[R][N]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < N; v++) c[i][v] = V{};
+}
+template <class V, int R, int N> inline void keep(const V (&c)[R][N], V* sums) {
+#pragma GCC unroll 16
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < N; v++) sums[i * N + v] = c[i][v];
+}
+
 template <class T, int R, int V>  // V vectors of the panel's two: one where the other is empty
 __attribute__((noinline)) void accumulate(int64_t K, const T* A, int64_t row, int64_t next, const Acc<T>* B,
                                           Vec<T>* sums) {
-  Vec<T> c[R][V] = {}, b[V];
+  Vec<T> c[R][V], b[V];
+  clear(c);
   Rows<T, R> rows(A, row);
   for (int64_t k = 0; k < K; k++, rows.advance(next), B += 2 * W<T>) {
     for (int v = 0; v < V; v++) b[v] = load(B + v * W<T>);
@@ -91,7 +110,7 @@ __attribute__((noinline)) void accumulate(int64_t K, const T* A, int64_t row, in
       for (int v = 0; v < V; v++) c[i][v] = multiply_add(a, b[v], c[i][v]);
     }
   }
-  memcpy(sums, c, sizeof c);
+  keep(c, sums);
 }
 
 #if NATIVE_BF16
@@ -112,11 +131,12 @@ inline void pair_step(const Rows<bf16, R>& rows, const bf16* B, VecF (&c)[R][V])
 template <class T, int R, int V>
 __attribute__((noinline)) void accumulate(int64_t K, const bf16* A, int64_t row, int64_t next, const bf16* B,
                                           VecF* sums) {
-  VecF c[R][V] = {};
+  VecF c[R][V];
+  clear(c);
   Rows<bf16, R> rows(A, row);
   for (int64_t k = 0; k + 1 < K; k += 2, rows.advance(next), B += 64) pair_step<R, V, 4>(rows, B, c);
   if (K % 2) pair_step<R, V, 2>(rows, B, c);
-  memcpy(sums, c, sizeof c);
+  keep(c, sums);
 }
 #endif
 
@@ -200,17 +220,21 @@ template <class T, bool WHOLE> struct Part {           // access to n columns: a
   }
 };
 
+template <class V> inline V relu(V v) { return (v < V{}) ? V{} : v; }             // a NaN passes
+#if VEC_BYTES == 64
+template <> inline VecF relu(VecF v) { return (VecF)_mm512_max_ps(_mm512_setzero_ps(), (__m512)v); }
+#endif
+
 template <class T, bool WHOLE>
 inline void finish_row(const Finish<T>& f, int64_t i, int64_t j, int64_t n, Vec<T> v) {
   using P = Part<T, WHOLE>;
-  const Vec<T> zero{};
+  const Vec<T> zero{}, base_scale = f.base_scale - zero;
   int64_t at = i * f.ld + j;
-  v = v * f.scale;
-  if (f.base) v += f.base_scale * P::get(f.base + at, n);
-  if (f.wide_base) v += f.base_scale * P::get(f.wide_base + at, n);
-  if (f.shift) v += P::get(f.shift + j, n);
+  v = multiply_add(v, f.scale - zero, f.shift ? P::get(f.shift + j, n) : zero);
+  if (f.base) v = multiply_add(base_scale, P::get(f.base + at, n), v);
+  if (f.wide_base) v = multiply_add(base_scale, P::get(f.wide_base + at, n), v);
   if (f.mask) v = (P::get(f.mask + at, n) <= zero) ? zero : v;
-  if (f.relu) v = (v < zero) ? zero : v;
+  if (f.relu) v = relu(v);
   if (f.wide_out) P::put(f.wide_out + at, v, n);
   else P::put(f.out + at, v, n);
 }

@@ -21,10 +21,10 @@ FAULTS = {  # name: (noticed by, version, file, right, wrong with PLANTED for it
     "an odd last row is forgotten": (
         "test_ista_forward", "baseline", "vector_cpu.h", "if (i < M) tile<", "if (i < M && !PLANTED) tile<"),
     "no threshold": (
-        "test_ista_step", "baseline", "vector_cpu.h", "if (f.shift) v +=", "if (f.shift && !PLANTED) v +="),
+        "test_ista_step", "baseline", "vector_cpu.h", "f.shift ? P::get", "f.shift && !PLANTED ? P::get"),
     "ReLU turns NaN into zero": (
         "test_an_odd_value_spoils_its_row_only", "baseline", "vector_cpu.h",
-        "(v < zero) ? zero : v", "(PLANTED ? ~(v >= zero) : v < zero) ? zero : v"),
+        "(v < V{}) ? V{} : v", "(PLANTED ? ~(v >= V{}) : v < V{}) ? V{} : v"),
     "gradients pass where no code was": (
         "test_ista_backward", "baseline", "vector_cpu.h", "if (f.mask) v =", "if (f.mask && !PLANTED) v ="),
     "a long sum forgets its earlier slabs": (
