@@ -25,12 +25,12 @@ class Settings:
     out: str | None = None       # folder of the run (default out/MODEL-PRESET)
     overwrite: bool = False      # replace the run that --out already holds
     seed: int = 1337             # of the initial weights, the batches and the sample
-    train_steps: int = 700       # optimizer steps
+    train_steps: int = 1000      # optimizer steps
     batch_size: int = 16         # sequences of a step, over all processes and micro-batches
     micro_batch: int = 16        # sequences a process holds at a time; the rest of its share is accumulated
-    lr: float = 2e-3             # peak learning rate
+    lr: float = 3e-3             # peak learning rate
     min_lr: float | None = None  # at the end of the cosine (default lr / 10)
-    warmup: int = 150            # steps of linear warm-up; CRATE needs a long one (eta |D|^2 starts near 2)
+    warmup: int = 250            # steps of linear warm-up; CRATE needs a long one (eta |D|^2 starts near 2)
     weight_decay: float = 0.1    # on every tensor of two or more dimensions, as in the paper
     beta1: float = 0.9           # AdamW
     beta2: float = 0.95          # AdamW
