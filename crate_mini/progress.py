@@ -51,3 +51,16 @@ class Log:
             print(f"\r{line}\033[K", end="\n" if due and val else "", flush=True)
         else:
             print(line, flush=True)
+
+
+def track(items, what, every=3.0):
+    """Yield the items of a list and say now and then how many are done and how long the rest will take."""
+    start = said = time.perf_counter()
+    moving = sys.stdout.isatty()
+    for done, item in enumerate(items, 1):
+        yield item
+        now, last = time.perf_counter(), done == len(items)
+        if now - said >= every or last and said > start:
+            said, left = now, int((now - start) / done * (len(items) - done))
+            line = f"{what:<9} {done}/{len(items)}  ETA {left // 60}:{left % 60:02d}"
+            print(f"\r{line}\033[K" if moving else line, end="" if moving and not last else "\n", flush=True)
