@@ -6,8 +6,9 @@
     labels      what a page shows: top tokens, left neighbours, class of token; and raised next tokens
     Trie        Neuron2Graph: the shortest patterns that keep half of the activation (needs the model)
 
-All of them are simulators: called with tokens (n, w + 1), whose column 0 is the token before the window (-1:
-there is none), they return the activations (n, w) that they expect of a neuron, or (n, w, h) of all at once.
+All of them are simulators: called with tokens (.., w + 1), whose column 0 is the token before the window (-1:
+there is none), they return the activations (.., w) that they expect; a table does so of neuron j, an int or
+ints that broadcast against (.., w), or else of all neurons at once, (.., w, h).
 V tokens, h neurons of a site, P frequent pairs of tokens.
 """
 
@@ -36,8 +37,8 @@ class Table:
         self.values = values
 
     def __call__(self, tokens, j=slice(None)):
-        """tokens (n, w + 1) -> (n, w, h), or (n, w) of neuron j."""
-        return self.values[:, j][tokens[:, 1:]]
+        """tokens (.., w + 1) -> (.., w, h), or (.., w) of neurons j."""
+        return self.values[tokens[..., 1:], j]
 
 
 class Backoff(Table):
@@ -60,27 +61,26 @@ class Backoff(Table):
     def __call__(self, tokens, j=slice(None)):
         out = super().__call__(tokens, j)
         if len(self.keys):
-            last, now = tokens[:, :-1].astype(np.int64), tokens[:, 1:]
+            last, now = tokens[..., :-1].astype(np.int64), tokens[..., 1:]
             key = np.where((last < 0) | (now < 0), -1, last * len(self.counts) + now)
             at = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
             known = self.keys[at] == key
-            out[known] = self.pair[:, j][at[known]]
+            own = j if isinstance(j, slice) else np.broadcast_to(j, at.shape)[known]
+            out[known] = self.pair[at[known], own]
         return out
 
 
 def five_table(tokens, acts, shrink=SHRINK):
-    """The Table (one neuron) of a few excerpts, tokens (n, w + 1) and acts (n, w).
+    """The Sparse table of a few excerpts of a neuron, tokens (n, w + 1) and acts (n, w); -1 pads.
 
     A token that they do not show is taken to be like their quietest: excerpts are chosen for being loud, so
     their mean says nothing about other text.
     """
-    ids, place = np.unique(tokens[:, 1:], return_inverse=True)
-    place, acts = place.ravel(), acts.ravel()
-    keep = np.isfinite(acts)
-    count = np.bincount(place[keep], minlength=len(ids))
-    total = np.bincount(place[keep], acts[keep], minlength=len(ids))
-    mean = acts[keep].mean() if keep.any() else 0.0
-    means = (total + shrink * mean) / (count + shrink)
+    real = tokens[:, 1:] >= 0
+    ids, place, count = np.unique(tokens[:, 1:][real], return_inverse=True, return_counts=True)
+    acts = acts[real]
+    total = np.bincount(place, acts, minlength=len(ids))
+    means = (total + shrink * acts.mean()) / (count + shrink) if len(ids) else total
     return Sparse(dict(zip(ids.tolist(), means.tolist())), float(means.min()) if len(means) else 0.0)
 
 
@@ -186,12 +186,12 @@ def rounded(value, digits=4):
 
 
 @torch.no_grad()
-def raised(model, layer, levels, contexts, directions=None, top=5, batch=256):
-    """Ids (h, top) of the next tokens whose log-probability rises most when a neuron is raised: causal.
+def raised(model, layer, neurons, levels, contexts, directions=None, top=5, batch=256):
+    """Ids (n, top) of the next tokens whose log-probability rises most when a neuron is raised: causal.
 
-    Each neuron is set to at least its level (h,), commonly its observed maximum, at the last token of each of
-    the contexts (C, T), one forward pass per neuron and context; the change is averaged over contexts.
-    directions (h, codes): what one unit of an SAE's feature adds to the codes, instead of setting a code.
+    Each of n neurons is set to at least its level (n,), commonly its observed maximum, at the last token of
+    each of the contexts (C, T), in a forward pass of its own; the change is averaged over contexts.
+    directions (h, codes): what one unit of each SAE feature adds to the codes, instead of setting a code.
     """
     device = next(model.parameters()).device
     contexts, W = contexts.to(device), model.tokens.weight
@@ -216,8 +216,9 @@ def raised(model, layer, levels, contexts, directions=None, top=5, batch=256):
         lambda *given: None if change is None else push(*given))
     try:
         for first in range(0, len(levels), max(1, batch // C)):
-            some = torch.arange(first, min(len(levels), first + max(1, batch // C)), device=device)
-            change = some.repeat_interleave(C), levels.to(device)[some].float().repeat_interleave(C)
+            some, to = (torch.as_tensor(v[first:first + max(1, batch // C)], device=device)
+                        for v in (neurons, levels))
+            change = some.repeat_interleave(C), to.float().repeat_interleave(C)
             moved = after(contexts.repeat(len(some), 1)).view(len(some), C, -1) - base
             found.append(moved.mean(1).topk(min(top, moved.shape[-1])).indices)
     finally:
@@ -302,7 +303,7 @@ def at_last(model, layer, j, encode=None):
     return activate
 
 
-def firing(true, predicted, level):
+def precision_recall(true, predicted, level):
     """{"precision", "recall", "f1"} of predicted for true, fired being >= level; None for 0 / 0."""
     fires, said = true >= level, predicted >= level
     both = int((fires & said).sum())

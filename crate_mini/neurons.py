@@ -1,0 +1,135 @@
+"""`interpret.py neurons`: six stages, each from files to files, so that any can be run again alone.
+
+    record    text, model                 -> record*               activations.py
+    select    record                      -> select-SITE.npz       excerpts of every protocol
+    explain   record, model               -> explain-SITE.jsonl    labels, raised next tokens, tries
+    simulate  record, select, explain     -> simulate-SITE.npz     what each simulator expects, where
+    score     all of them                 -> scores.jsonl, excerpts.jsonl, summary.json
+    report    scores, excerpts, summary   -> index.html, human.html, neuronpedia.jsonl
+
+SITE is the name of a Site: L0 for the codes of layer 0. The folder `init` holds the record of the same
+architecture untrained, the control; `probe` the short record that finds the thresholds of density matching.
+What the stages share is a `Run`; they are in stages.py and results.py.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from crate_mini import UserError, activations, atomic_write, explain, results, stages
+
+STAGES = {"record": stages.record, "select": stages.select, "explain": stages.explain_all,
+          "simulate": stages.simulate, "score": results.score_all, "report": results.report}
+PARTS = ("tokens", "acts", "doc", "origin")     # of Excerpts
+
+
+def run(r, start="record"):
+    """All stages of a Run from `start` on. What earlier stages have written stays, whatever later ones do."""
+    if start not in STAGES:
+        raise UserError(f"--from {start!r} is no stage; choose one of {', '.join(STAGES)}.")
+    for name in list(STAGES)[list(STAGES).index(start):]:
+        began = time.monotonic()
+        STAGES[name](r)
+        r.log(f"{name:9s} {time.monotonic() - began:.1f} s")
+
+
+@dataclass
+class Run:
+    """What the stages share: a model with its text, what is asked, and the folder that everything lies in."""
+    model: object
+    meta: dict
+    tokenizer: object
+    corpus: object
+    folder: Path
+    sites: list
+    path: str = ""              # of the checkpoint, for the header
+    command: str = ""
+    seed: int = 0
+    tokens: int = 1_000_000
+    n: int = 0                  # neurons of a site that are scored, drawn by the seed; 0: all
+    controls: tuple = ("init", "shuffle")
+    density: float = 0.0        # match-density: share of tokens on which a neuron may fire; 0: as it is
+    trie: int = 0               # neurons of a site that get a trie
+    dedup: bool = True          # top windows: at most one of a document
+    directions: dict = field(default_factory=dict)  # {site: (width, h)}: what a unit of a feature is in codes
+    log: Callable = print
+    _record: object = None
+
+    @property
+    def record(self):
+        """The record in the folder, opened when first asked for."""
+        if self._record is None:
+            self._record = activations.load(self.folder)
+        return self._record
+
+    @record.setter
+    def record(self, found):
+        self._record = found
+
+    def rng(self, site, purpose):
+        """A generator of its own for every site and purpose."""
+        return np.random.default_rng([self.seed, *f"{site.name}/{purpose}".encode()])
+
+    def neurons(self, site):
+        """Numbers of the site's neurons that are scored, sorted: every one is as likely as any other."""
+        if not self.n or self.n >= site.width:
+            return np.arange(site.width)
+        return np.sort(self.rng(site, "neurons").choice(site.width, self.n, replace=False))
+
+    @property
+    def saw(self):
+        """{simulator: what it saw}, of those in this run."""
+        absent = {"null": "shuffle" not in self.controls, "init": "init" not in self.controls,
+                  "trie": not self.trie}
+        return {name: sentence for name, sentence in explain.SAW.items() if not absent.get(name)}
+
+    def file(self, stage, site, kind="npz"):
+        """Path of what a stage writes for a site."""
+        return self.folder / f"{stage}-{site.name}.{kind}"
+
+    def read(self, stage, site):
+        """The arrays that a stage has written for a site; UserError if it has not, or not of this record."""
+        path = self.file(stage, site)
+        try:
+            with np.load(path) as file:
+                arrays = dict(file)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"Cannot read {path} ({error}); make it with --from {stage}.") from None
+        if str(arrays.pop("stamp", "")) != self.record.header["stamp"]:
+            raise UserError(f"{path} is of another record than is there now; make it with --from {stage}.")
+        return SimpleNamespace(**arrays)
+
+    def write(self, stage, site, arrays):
+        """Write arrays for `read`."""
+        with atomic_write(self.file(stage, site)) as file:
+            np.savez(file, stamp=np.array(self.record.header["stamp"]), **arrays)
+
+    def chosen(self, selected, protocol, part, i):
+        """The Excerpts of scored neuron number i from what `select` has written."""
+        found = {name: getattr(selected, f"{protocol}_{part}_{name}")[i] for name in PARTS}
+        n = int((found["origin"] != "").sum())
+        return SimpleNamespace(**{name: value[:n] for name, value in found.items()})
+
+    def explained(self, site):
+        """The lines that `explain` has written; UserError if they are not of the neurons that are scored."""
+        path = self.file("explain", site, "jsonl")
+        try:
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            if [line["neuron"] for line in lines] == self.neurons(site).tolist():
+                return lines
+            reason = "it is of other neurons"
+        except (OSError, ValueError, KeyError) as error:
+            reason = error
+        raise UserError(f"Cannot use {path} ({reason}); make it with --from explain.")
+
+    def tables(self, site, neurons, record=None):
+        """The n-gram tables of some neurons of a site, from the fit part of a record, by default this one."""
+        record = record or self.record
+        shared, own = record.shared, record.site(site.name)
+        return explain.Backoff(shared["counts"], own["token_sum"][:, neurons], shared["pairs"],
+                               shared["pair_counts"], own["pair_sum"][:, neurons])

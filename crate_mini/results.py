@@ -1,0 +1,140 @@
+"""The last stages of `interpret.py neurons`: score (numbers of every neuron, and their summary), report.
+
+    uniform       token_r, ngram_r, label_r@10, controls null_r and init_r; f1 and auprc of the n-gram table
+    PROTOCOL[..]  the authorities' protocols, each with its simulator's name
+    trie_..       of the neurons that have one
+"""
+
+import json
+
+import numpy as np
+
+from crate_mini import activations, atomic_write, explain, human, metrics, pages, score, summary
+
+TRIE = ("trie_r", "trie_precision", "trie_recall", "trie_f1")
+AROUND = 24                     # tokens of an excerpt on a page
+DRAWS = 200                     # redraws of windows for a neuron's own interval
+
+
+def partners(n, live, rng):
+    """(n,) for each of n neurons another one, each live one once if it can be: whose table null_r tries."""
+    order = rng.permutation(np.flatnonzero(live) if live.sum() > 1 else n)
+    other = np.full(n, order[0])
+    other[order] = np.roll(order, 1)
+    return other
+
+
+def uniform_scores(r, site, sims, neurons):
+    """{metric: (values, why)} of the uniform windows, and the intervals of ngram_r (n, 2)."""
+    own = r.record.site(site.name)
+    true = own["uniform_score_acts"][..., neurons]
+    main = score.uniform(true, sims.uniform_ngram, firing=True, draws=DRAWS, seed=r.seed)
+    found = {"token_r": score.uniform(true, sims.uniform_token)["r"], "ngram_r": main["r"],
+             f"label_r@{explain.SHOWN}": score.uniform(true, sims.uniform_label)["r"]}
+    if "shuffle" in r.controls:
+        other = partners(len(neurons), own["max"][neurons] > 0, r.rng(site, "null"))
+        found["null_r"] = score.uniform(true, sims.uniform_ngram[..., other])["r"]
+    if hasattr(sims, "uniform_init"):
+        init = activations.load(r.folder / "init").site(site.name)["uniform_score_acts"][..., neurons]
+        found["init_r"] = score.uniform(init, sims.uniform_init)["r"]
+    return found | {"f1": main["f1"], "auprc": main["auprc"]}, main["ci95"]
+
+
+def protocol_scores(r, sims, selected, i):
+    """{"PROTOCOL[simulator]": (number, reason)} of the scored neuron number i."""
+    found = {}
+    for source, name, simulator in (
+            *(("openai_tar", name, sim) for sim in ("ngram", "five excerpts")
+              for name in ("openai_tar", "openai_random")),
+            *((name, name, "ngram") for name in ("anthropic_crate", "anthropic_2023"))):
+        array = getattr(sims, f"{source}_{simulator.split()[0]}")[i]
+        found[f"{name}[{simulator}]"] = score.protocol(name, r.chosen(selected, source, "score", i), array)
+    return found
+
+
+def trie_scores(r, site, j, patterns):
+    """Of a neuron's patterns: r on the uniform windows; precision, recall, F1 at half of its maximum on top
+    windows of the score part, which is how Neuron2Graph judges (so: where it fires, easy positives)."""
+    trie, own = explain.Trie(), r.record.site(site.name)
+    for pattern, value, anchored in patterns:
+        trie.add(pattern, value, anchored)
+    true, windows = own["uniform_score_acts"][..., j].astype(np.float32), r.record.shared["uniform_score"]
+    value, why = metrics.pearson(true.ravel(), trie(windows).ravel())
+    top = own["top_score_doc"][j] >= 0
+    found = explain.precision_recall(own["top_score_acts"][j][top], trie(own["top_score_tokens"][j][top]),
+                                     own["max"][j] / 2)
+    reason = "no pattern fires" if patterns else "no pattern found"
+    return {"trie_r": (value[0], why[0]), **{f"trie_{k}": (v, None if v is not None else reason)
+                                            for k, v in found.items()}}
+
+
+def score_all(r):
+    """scores.jsonl, excerpts.jsonl, summary.json."""
+    rows, shown, header = [], [], r.record.header
+    for site in r.sites:
+        js, own = r.neurons(site), r.record.site(site.name)
+        sims, selected, lines = r.read("simulate", site), r.read("select", site), r.explained(site)
+        uniform, ci95 = uniform_scores(r, site, sims, js)
+        tables = r.tables(site, js)
+        for i, (j, line) in enumerate(zip(js.tolist(), lines)):
+            others = protocol_scores(r, sims, selected, i)
+            if r.trie:
+                missing = dict.fromkeys(TRIE, (None, "not drawn: --trie is the number of neurons with one"))
+                others |= trie_scores(r, site, j, line["trie"]) if "trie" in line else missing
+            stats = {name: own[name][j] for name in ("density", "max", "mean")}
+            mine = {name: (values[i], why[i]) for name, (values, why) in uniform.items()}
+            rows.append(score.row(site.name, site.layer, j, stats, line["label"], mine, others,
+                                  {"ngram_r": ci95[i]}))
+            shown.append({"site": site.name, "neuron": j, "hist": own["hist"][j].tolist(),
+                          **excerpts_of(r, own, j, i, sims, tables)})
+    score.write_rows(r.folder / "scores.jsonl", rows)
+    score.write_rows(r.folder / "excerpts.jsonl", shown)
+    found = summary.summarise(rows, r.saw, len(r.model.blocks), r.seed, len(r.record.shared["uniform_score"]))
+    found = {"schema": 1, "command": r.command, "machine": header["machine"], "record": header,
+             "match_density": r.density or None, **found}
+    with atomic_write(r.folder / "summary.json") as file:
+        file.write(json.dumps(found, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def excerpts_of(r, own, j, i, sims, tables):
+    """What a page shows of neuron j: five top windows of each part, two from each fifth of its range, three at random."""
+    top = [(float(own[f"top_{part}_acts"][j, k].max()), part, k) for part in ("fit", "score")
+           for k in range(5) if own[f"top_{part}_doc"][j, k] >= 0]
+    rows = []
+    for _, part, k in sorted(top, key=lambda t: -t[0]):
+        tokens, acts = own[f"top_{part}_tokens"][j, k], own[f"top_{part}_acts"][j, k]
+        sim = tables(tokens[None], i)[0] if part == "score" else None    # tables know the fit part by heart
+        rows.append(cut(tokens, acts, sim, own[f"top_{part}_doc"][j, k], part))
+    shared, acts = r.record.shared, own["uniform_score_acts"][..., j]
+    peaks, limit = acts.max(1), max(float(own["max"][j]), 1e-30)
+
+    def window(w):
+        return cut(shared["uniform_score"][w], acts[w], sims.uniform_ngram[w, :, i],
+                   shared["uniform_score_doc"][w], "score")
+
+    fifth = np.where(peaks > 0, np.minimum(np.floor(5 * (peaks / limit)), 4), -1)
+    order = np.random.default_rng([r.seed, j]).permutation(len(peaks))
+    between = [[w for w in order if fifth[w] == step][:2] for step in (4, 3, 2, 1, 0)]
+    return {"top": rows, "intervals": [window(w) for some in between for w in some],
+            "random": [window(w) for w in order[:3]]}
+
+
+def cut(tokens, acts, sim, doc, part):
+    """An excerpt for a page: AROUND tokens with the peak inside."""
+    at = int(np.argmax(acts))
+    start = int(np.clip(at - AROUND // 2, 0, len(acts) - AROUND))
+    some = slice(start, start + AROUND)
+
+    def printed(values):
+        return None if values is None else [explain.rounded(v, 3) for v in values[some]]
+
+    return {"tokens": tokens[1:][some].tolist(), "acts": printed(acts), "sim": printed(sim),
+            "at": at - start, "doc": int(doc), "part": part}
+
+
+def report(r):
+    """Pages of the result files: index.html, and human.html if there are neurons to ask people about."""
+    for name, make in (("index.html", pages.index), ("human.html", human.page)):
+        if content := make(r.folder, r.tokenizer.token_bytes, r.seed):
+            with atomic_write(r.folder / name) as file:
+                file.write(content)
