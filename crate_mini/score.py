@@ -93,8 +93,8 @@ def thresholds(acts, share):
     if not 0 < share < 1:
         raise UserError(f"--match-density {share} must be above 0 and below 1, for example 0.01.")
     acts = np.asarray(acts).reshape(-1, np.shape(acts)[-1])
-    at = len(acts) - 1 - round(share * len(acts))
-    return np.maximum(np.partition(acts, at, axis=0)[at], 0).astype(np.float32)
+    at = len(acts) - 1 - min(max(1, round(share * len(acts))), len(acts) - 1)
+    return np.maximum(np.partition(acts, at, axis=0)[at], 0)
 
 
 def cut(acts, limits):
