@@ -42,28 +42,31 @@ def l0_by_layer(curves, target):
 def scores_by_layer(summaries, target, metrics=SCORES):
     """Draw mean scores with 95 % intervals by site, one panel a model; summaries {name: summary.json}.
 
-    metrics as SCORES; one that a site lacks, or that no neuron has, is left out.
+    metrics as SCORES; one that a site lacks, or that no neuron has, is left out. A line joins the codes of
+    the layers, another the features of an autoencoder.
     """
     figure, axes = grid(len(summaries), min(3, len(summaries)), (5.2, 4), sharey=True)
     for axis, (name, summary) in zip(axes, summaries.items()):
         sites = summary["sites"]
         for metric, (label, color, style) in metrics.items():
-            found = [(x, site[metric]) for x, site in enumerate(sites.values())
-                     if (site.get(metric) or {}).get("mean") is not None]
-            if found:
-                x, stats = zip(*found)
+            lines = {}                                                   # one for codes, one each autoencoder
+            for x, (site, found) in enumerate(sites.items()):
+                if (found.get(metric) or {}).get("mean") is not None:
+                    lines.setdefault(site.partition(".")[2], []).append((x, found[metric]))
+            for line in lines.values():
+                x, stats = zip(*line)
                 mean = [s["mean"] for s in stats]
-                ends = [s["ci95"] if s.get("ci95") else (s["mean"], s["mean"]) for s in stats]
-                bars = [[max(0, m - e[0]) for m, e in zip(mean, ends)],
-                        [max(0, e[1] - m) for m, e in zip(mean, ends)]]
+                ends = zip(*(s["ci95"] or (s["mean"], s["mean"]) for s in stats))
+                bars = [[abs(e - m) for e, m in zip(end, mean)] for end in ends]
                 axis.errorbar(x, mean, bars, fmt=style, color=color, capsize=3, markersize=5, label=label)
         axis.axhline(0, color="black", linewidth=.6)
-        axis.set_xticks(range(len(sites)), sites, rotation=30 if len(sites) > 4 else 0)
+        slant = {"rotation": 30, "ha": "right"} if len(sites) > 4 else {}
+        axis.set_xticks(range(len(sites)), sites, **slant)
         axis.set_xlim(-.4, len(sites) - .6)
         axis.set_title(name, fontsize=10)
         axis.set(xlabel="site", ylabel="mean correlation" if axis is axes[0] else "")
-    _shared_legend(figure, axes)
-    figure.suptitle("how well tokens predict the neurons; bars: 95 % over neurons, controls in grey")
+    shared_legend(figure, axes)
+    figure.suptitle("means over neurons, with 95 % intervals")
     return write(figure, target)
 
 
@@ -88,9 +91,10 @@ def score_against_density(models, target, metric="ngram_r", control="null_r"):
         dead = sum(n["status"] == "dead" for n in neurons)
         axis.set_title(f"{name}: {len(points[metric])} neurons, {dead} dead, "
                        f"{len(neurons) - len(points[metric]) - dead} without score", fontsize=9)
-        axis.set(xscale="log", xlabel="density (share of tokens above 0)",
+        least = min((x for x, _ in points[metric]), default=1e-4)
+        axis.set(xscale="log", xlim=(least / 2, 1.2), xlabel="density (share of tokens above 0)",
                  ylabel=f"correlation ({metric})" if axis is axes[0] else "")
-    _shared_legend(figure, axes)
+    shared_legend(figure, axes)
     return write(figure, target)
 
 
@@ -159,10 +163,11 @@ def grid(n, columns, shape, sharey=False):
     return figure, list(axes.flat[:n])
 
 
-def _shared_legend(figure, axes):
+def shared_legend(figure, axes):
     """One legend below all panels, each name once."""
     found = {text: line for axis in axes for line, text in zip(*axis.get_legend_handles_labels())}
-    figure.legend(found.values(), found, frameon=False, loc="outside lower center", ncols=len(found) or 1)
+    figure.legend(found.values(), found, frameon=False, loc="outside lower center",
+                  ncols=max(1, min(len(found), int(figure.get_figwidth() // 2))))
 
 
 def write(figure, target):

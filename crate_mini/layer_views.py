@@ -1,18 +1,19 @@
 """layers.json, which `interpret.py layers` wrote, as a printed table and as a figure."""
 
-from crate_mini.figures import BLUE, GREY, RED, grid, write
+from crate_mini.figures import BLUE, GREY, RED, grid, shared_legend, write
 
 MODELS = {"trained": (BLUE, "o-"), "untrained": (GREY, "s--")}
+WIDE = 6         # columns side by side in the printed table; the others go below
 COLUMNS = (  # title, cell of a layer (None where it does not apply), what it says
     ("R^c(Z|U)", lambda n: _pair(n, "U"),
      "nats, before > after attention, tokens of unit length in each head; compression lowers it"),
     ("orthonormal", lambda n: _pair(n, "orthonormal U"),
      "the same with every head's basis made orthonormal: comparable between layers and models"),
     ("R(Z)", lambda n: _pair(n, "whole"),
-     "the same without subspaces, of the whole stream; the theory wants it large"),
+     "the same of the whole stream, d dimensions at once; the theory wants it large"),
     ("density", lambda n: f"{n['density']:.3f}", "share of codes above 0, mean over neurons and tokens"),
     ("10-90 %", lambda n: f"{n['density_deciles'][0]:.2f}-{n['density_deciles'][8]:.2f}",
-     "of the neurons have their density between these"),
+     "the densities that a tenth and nine tenths of the neurons stay below"),
     ("dead", lambda n: str(n["dead"]), "neurons never above 0 on this text"),
     ("objective", lambda n: n["lasso"] and " > ".join(f"{v:.3f}" for v in n["lasso"]),
      "lam |a|_1 + 1/2 |LN(z) - D a|^2, per coordinate: at a = 0, after each ISTA step"),
@@ -33,17 +34,19 @@ def _pair(layer, name):
 def table(result):
     """layers.json as text: a row per layer, trained and untrained, and below it one line on each column."""
     columns = [column for column in COLUMNS if column[1](result["trained"][0]) is not None]
-    rows = [["", "layer", *(title for title, _, _ in columns)]]
-    for model in MODELS:
-        rows += [[model if n["layer"] == 0 else "", str(n["layer"]), *(cell(n) for _, cell, _ in columns)]
-                 for n in result[model]]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in rows]
+    blocks, notes = [], {title: note for title, _, note in columns}
+    for part in (columns[:WIDE], columns[WIDE:]):
+        rows = [["", "layer", *(title for title, _, _ in part)]]
+        for model in MODELS:
+            rows += [[model * (n["layer"] == 0), str(n["layer"]), *(cell(n) for _, cell, _ in part)]
+                     for n in result[model]]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        blocks.append("\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in rows))
     if result["trained"][0]["projection"] != "U":
-        columns[0] = columns[0][0], None, columns[0][2] + "; no U here, the value projection stands in"
-    return "\n".join(lines + [""] + [f"{title:<12}{note}" for title, _, note in columns]
-                     + [f"{'on':<12}{result['tokens']:,} held-out tokens in windows of {result['window']}; "
-                        f"untrained: the same model from seed {result['seed']}"])
+        notes["R^c(Z|U)"] += "; no U here: the value projection stands in"
+    notes["on"] = (f"{result['tokens']:,} held-out tokens in windows of {result['window']}; "
+                   f"untrained: the same model from seed {result['seed']}")
+    return "\n\n".join([*blocks, "\n".join(f"{title:<12}{note}" for title, note in notes.items())])
 
 
 def figure(result, target):
@@ -52,16 +55,22 @@ def figure(result, target):
     panels = [lambda axes: _rates(axes, result, "U", f"coding rate R^c(Z|{of})"),
               lambda axes: _rates(axes, result, "orthonormal U", f"R^c, {of} orthonormal in each head"),
               lambda axes: _rates(axes, result, "whole", "R(Z), the whole stream"),
-              lambda axes: _densities(axes, result), lambda axes: _coherence(axes, result)]
+              lambda axes: _densities(axes, result)]
     if result["trained"][0]["lasso"]:
         panels += [lambda axes: _objective(axes, result), lambda axes: _errors(axes, result),
                    lambda axes: _steps(axes, result)]
+    panels += [lambda axes: _coherence(axes, result)]
     picture, axes = grid(len(panels), 3 if len(panels) < 6 else 4, (3.7, 3.1))
     for axis, draw in zip(axes, panels):
         draw(axis)
     c = result["checkpoint"]["config"]
-    picture.suptitle(f"{c['attention']} + {c['sparsifier']}, {c['n_layer']} layers, d = {c['n_embd']}: "
-                     f"trained (blue), untrained (grey); {result['tokens']:,} held-out tokens")
+    picture.suptitle(f"{c['attention']} + {c['sparsifier']}, {c['n_layer']} layers, d = {c['n_embd']}; "
+                     f"{result['tokens']:,} held-out tokens")
+    for name, (color, style) in MODELS.items():
+        axes[0].plot([], [], style, color=color, label=name)
+    for name, face in (("attention input", "white"), ("after attention", BLUE)):
+        axes[0].plot([], [], "o", color=BLUE, markerfacecolor=face, label=name)
+    shared_legend(picture, axes)
     return write(picture, target)
 
 
@@ -76,9 +85,6 @@ def _rates(axes, result, name, title):
             axes.plot(at[0], before["mean"], "o", color=color, markerfacecolor="white", zorder=3)
             axes.plot(at[1], after["mean"], "o", color=color, zorder=3)
     least, most = result["rate_bounds"]["whole" if name == "whole" else "U"]
-    axes.plot([], [], "o", color=GREY, markerfacecolor="white", label="attention input")
-    axes.plot([], [], "o", color=GREY, label="after attention")
-    axes.legend(frameon=False, fontsize=7)
     _label(axes, result, "nats", f"{title}\npossible: {least:.0f} to {most:.0f}; bars: std over windows")
 
 
@@ -105,12 +111,13 @@ def _by_layer(axes, result, value, ylabel, title):
 
 
 def _errors(axes, result):
-    _by_layer(axes, result, lambda n: n["reconstruction_error"], "|LN(z) - D a|^2 / |LN(z)|^2",
-              "reconstruction error")
+    _by_layer(axes, result, lambda n: n["reconstruction_error"], "share left out",
+              "reconstruction error\n|LN(z) - D a|^2 / |LN(z)|^2")
 
 
 def _steps(axes, result):
     _by_layer(axes, result, lambda n: n["dictionary"]["eta_norm2"], "eta |D|^2", "size of the ISTA step")
+    axes.set_ylim(0, 1.1 * max(2.1, *(n["dictionary"]["eta_norm2"] for m in MODELS for n in result[m])))
     axes.axhline(2, color=RED, linewidth=1)
     axes.axhline(1, color=RED, linewidth=1, linestyle=":")
     for y, text in ((2, "may diverge above"), (1, "sure to descend below")):
@@ -120,14 +127,11 @@ def _steps(axes, result):
 
 def _coherence(axes, result):
     _by_layer(axes, result, lambda n: n["dictionary"]["coherence"], "|cos|",
-              "coherence of the atoms\nlargest; dots: mean over pairs")
+              "coherence of the atoms\nlargest; dots: mean; red: least possible")
     for model, (color, _) in MODELS.items():
         mean = [n["dictionary"]["mean_cosine"] for n in result[model]]
         axes.plot(range(len(mean)), mean, ":", color=color)
-    least = result["trained"][0]["dictionary"]["welch"]
-    axes.axhline(least, color=RED, linewidth=1, linestyle=":")
-    axes.annotate("the largest cannot be below", (1, least), xycoords=("axes fraction", "data"), color=RED,
-                  fontsize=7, ha="right", va="top")
+    axes.axhline(result["trained"][0]["dictionary"]["welch"], color=RED, linewidth=1)
     axes.set_ylim(0, 1.05)
 
 
