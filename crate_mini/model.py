@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from crate_mini import UserError, head, ops
+from crate_mini.past import attend, remember
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class MSSA(nn.Module):
     u = U^T LN(z); head k: softmax(causal(u_k u_k^T / sqrt(p))) u_k; output: P [heads] + b. Shapes (B, T, d).
     Equation (CRATE, MSSA): the output map is U; the released code frees it and scales by 1/sqrt(p), as here.
     """
+    past = None     # while generating, what this layer keeps of earlier tokens
 
     def __init__(self, config):
         super().__init__()
@@ -120,12 +122,15 @@ class MSSA(nn.Module):
         if self.query is not None:  # B starts at zero, so that training starts from the paper's attention
             q = u + (u.flatten(-2) @ self.query[0] @ self.query[1]).view_as(u)
         q, u = q.transpose(1, 2), u.transpose(1, 2)                                          # (B, K, T, p)
-        y = F.scaled_dot_product_attention(q, u, u, is_causal=True)
+        if self.past:
+            u, = self.past.extend(self, u)
+        y = attend(q, u, u)
         return self.out(y.transpose(1, 2).flatten(-2))                                       # (B, T, d)
 
 
 class MHSA(nn.Module):
     """GPT-2's attention: as MSSA, with separate query, key and value projections. (B, T, d) -> (B, T, d)."""
+    past = None
 
     def __init__(self, config):
         super().__init__()
@@ -137,7 +142,9 @@ class MHSA(nn.Module):
     def forward(self, z):
         qkv = self.qkv(self.norm(z)).unflatten(-1, (3, self.n_head, -1))                     # (B, T, 3, K, p)
         q, k, v = qkv.transpose(1, 3).unbind(2)                                            # each (B, K, T, p)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if self.past:
+            k, v = self.past.extend(self, k, v)
+        y = attend(q, k, v)
         return self.out(y.transpose(1, 2).flatten(-2))                                       # (B, T, d)
 
 
@@ -164,8 +171,8 @@ class ISTA(nn.Module):
         D, lam = self.D, self.lam if self.log_lam is None else self.log_lam.exp()
         y, a = ops.ista(self.norm(z), D, self.eta, lam, self.steps, self.decoder)
         seen = self.code(a)
-        if seen is not a:  # a hook replaced the codes: decode what it returned
-            y = seen @ (D if self.decoder is None else self.decoder).T
+        if seen is not a:  # a hook replaced the codes: where it left them as they were, y stays to the bit
+            y = y + (seen - a) @ (D if self.decoder is None else self.decoder).T
         return y, seen
 
 
@@ -204,6 +211,7 @@ class Block(nn.Module):
 
 class LM(nn.Module):
     """Token and learned position embeddings, L blocks, final LayerNorm, head tied to the token embedding."""
+    past = None
 
     def __init__(self, config):
         super().__init__()
@@ -235,13 +243,16 @@ class LM(nn.Module):
 
     def trunk(self, idx):
         """All but the head: ids (B, T) -> (stream after the final norm (B, T, d), [codes (B, T, h)] * L)."""
-        T = idx.shape[1]
-        if T > self.config.block_size:
-            raise UserError(f"{T} tokens exceed the model's context, block_size={self.config.block_size}.")
-        z, codes = self.tokens(idx) + self.positions.weight[:T], []
+        begin = self.past.length if self.past else 0
+        end = begin + idx.shape[1]
+        if end > self.config.block_size:
+            raise UserError(f"{end} tokens exceed the model's context, block_size={self.config.block_size}.")
+        z, codes = self.tokens(idx) + self.positions.weight[begin:end], []
         for block in self.blocks:
             z, a = block(z)
             codes.append(a)
+        if self.past:
+            self.past.length = end
         return self.norm(z), codes
 
     def forward(self, idx, targets=None):
@@ -255,19 +266,26 @@ class LM(nn.Module):
         return loss
 
     @torch.no_grad()
-    def generate(self, idx, n_new, temperature=1.0, top_k=None, generator=None):
-        """Continue ids (B, T) by n_new tokens; temperature 0 is greedy. Returns (B, T + n_new)."""
-        for _ in range(n_new):
-            x, _ = self.trunk(idx[:, -self.config.block_size:])
-            logits = F.linear(x[:, -1], self.tokens.weight).float()
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k is not None:
-                    floor = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits = logits.masked_fill(logits < floor, -math.inf)
-                new = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
-            idx = torch.cat((idx, new), 1)
+    def generate(self, idx, n_new, temperature=1.0, top_k=None, generator=None, cache=True):
+        """Continue ids (B, T) by n_new tokens; temperature 0 is greedy. Returns (B, T + n_new).
+
+        Beyond block_size the window slides, and all positions with it: there no cache can help.
+        """
+        with remember(self, idx.shape[1]) as past:
+            for _ in range(n_new):
+                slid = idx.shape[1] - self.config.block_size
+                if slid > 0 or not cache:
+                    past.slid, past.length = max(0, slid), 0
+                x, _ = self.trunk(idx[:, past.slid + past.length:])
+                logits = F.linear(x[:, -1], self.tokens.weight).float()
+                if temperature == 0:
+                    new = logits.argmax(-1, keepdim=True)
+                else:
+                    if top_k is not None:
+                        floor = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                        logits = logits.masked_fill(logits < floor, -math.inf)
+                    new = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
+                idx = torch.cat((idx, new), 1)
         return idx
 
     def n_params(self):

@@ -92,8 +92,8 @@ def test_arrows_in_the_package(path):
     found = set(imports(path))
     assert not found & SCRIPTS, f"{name(path)} imports a script"
     own = {n.split(".")[1] for n in found if n.startswith("crate_mini.")} - {"UserError", "__version__"}
-    allowed = {"reference": set(), "_stamp": set(), "fused": {"_C"}, "head": set(),
-               "ops": {"fused", "reference", "_stamp", "_C"}, "model": {"ops", "head"}}
+    allowed = {"reference": set(), "_stamp": set(), "fused": {"_C"}, "head": set(), "past": set(),
+               "ops": {"fused", "reference", "_stamp", "_C"}, "model": {"ops", "head", "past"}}
     assert own <= allowed.get(path.stem, own), f"{name(path)} imports {own}"
     assert not own & {"bench", "study"} or path.stem in ("bench", "study")
 
