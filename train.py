@@ -278,6 +278,9 @@ class Run:
     def finish(self):
         """The whole held-out split, a sample, the figure, and what to type next."""
         s, val = self.s, self.validate()
+        if not math.isfinite(val["val_loss"]):
+            raise UserError(f"validation loss {val['val_loss']} after the last step; try a lower --lr; the best "
+                            f"weights, if any were, are in {Path(s.out, 'best')}.")
         self.save("last", **val)
         if self.rank:
             return

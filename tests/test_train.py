@@ -12,6 +12,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -212,6 +213,60 @@ def test_two_processes_train_as_one(text, tmp_path):
         assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-5)
         assert (one["val_loss"] == two["val_loss"] == "" or
                 float(one["val_loss"]) == pytest.approx(float(two["val_loss"]), rel=1e-5))
+
+
+def pair(*flags, before=""):
+    """train.py in two processes of one run, started as torchrun starts them; `before` runs in each first."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+           "WORLD_SIZE": "2"}
+    code = f"import train\n{before}\ntrain.cli.run(train.main)"
+    return [subprocess.Popen([sys.executable, "-c", code, *TINY, "--device", "cpu", *flags],
+                             env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(text, tmp_path):
+    out = tmp_path / "run"
+    both = pair("--data", text, "--train-steps", "100000", "--out", str(out))
+    for line in both[0].stdout:
+        if line.startswith("step 5/"):
+            break
+    both[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2, said
+    assert f"python train.py --resume {out}" in said[0][0]
+    done = int(rows(out)[-1]["step"])
+    assert json.loads((out / "last" / "config.json").read_text())["training"]["step"] == done
+    assert run("--resume", str(out), "--train-steps", str(done + 1)) == 0
+
+
+POISON = """
+import math, os
+step, calls = train.model.LM.forward, []
+def poisoned(self, idx, targets=None):
+    calls.append(self.training)
+    return step(self, idx, targets) * (math.nan if sum(calls) == 5 and os.environ["RANK"] == "1" else 1)
+train.model.LM.forward = poisoned
+"""
+
+
+@pytest.mark.parametrize("choice, code", [("stop", 2), ("skip", 0)])
+def test_two_processes_agree_on_a_loss_that_only_one_finds_not_finite(choice, code, text, tmp_path):
+    both = pair("--data", text, "--train-steps", "7", "--out", str(tmp_path / "run"), "--on-nonfinite", choice,
+                before=POISON)
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [code] * 2, said
+    assert "Traceback" not in said[0][1] + said[1][1]
+    assert ("nan at step 5, learning rate" if code else "1 steps skipped") in said[0][code > 0]
+
+
+def test_a_run_that_diverges_to_the_end_says_so(text, tmp_path):
+    flags = [*TINY, "--data", text, "--train-steps", "9", "--lr", "1e9", "--clip", "0", "--on-nonfinite", "skip"]
+    with pytest.raises(UserError, match=r"validation loss (nan|inf) after the last step; .*/best"):
+        run(*flags, "--out", str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
