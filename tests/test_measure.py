@@ -232,7 +232,7 @@ def test_batches_add_up_and_measuring_leaves_no_trace():
 def test_untrained_is_where_training_starts_and_draws_from_no_one():
     config = model.Config(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=12, unit_norm=True)
     torch.manual_seed(7)
-    start, state = model.LM(config).state_dict(), torch.get_rng_state()
+    start, _, state = model.LM(config).state_dict(), torch.rand(3), torch.get_rng_state()
     again = measure.untrained(config, 7).state_dict()
     assert start.keys() == again.keys() and all(torch.equal(start[k], again[k]) for k in start)
     assert torch.equal(torch.get_rng_state(), state)
