@@ -110,21 +110,35 @@ def figures(neurons, metric, place, name):
         f"<figure><h3>{t}</h3>{svg}<figcaption>{c}</figcaption></figure>" for t, svg, c in charts) + "</div>"
 
 
+def _two(v):
+    """Two decimals, and no minus before 0."""
+    return f"{v:.2f}".replace("-0.00", "0.00")
+
+
 def _cell(stat, n):
     """A mean with its interval, drawn and written, as a table cell; n: how many were live, dead, ..."""
     if not stat or stat.get("mean") is None:
         return '<td class="missing">–</td>'
     mean, (low, high) = stat["mean"], stat.get("ci95") or (stat["mean"],) * 2
     place = ";".join(f"--{k}:{min(1, max(0, v)):.3f}" for k, v in (("m", mean), ("l", low), ("h", high)))
-    bounds = f"{low:.2f} to {high:.2f}" if stat.get("ci95") else "no interval"
-    left_out = ", ".join(f"{n[k]} {k}" for k in ("dead", "undefined", "failed") if n.get(k))
+    if "variance" in stat:
+        bounds, count = f"variance {stat['variance']:.2g}", f"layers {', '.join(map(str, stat['layers']))}"
+    else:
+        bounds = f"{_two(low)} to {_two(high)}" if stat.get("ci95") else "no interval"
+        left_out = ", ".join(f"{n[k]} {k}" for k in ("dead", "undefined", "failed") if n.get(k))
+        lower = f"; {stat['mean_undefined_as_0']:.3f} with those as 0" if left_out else ""
+        count = f"n {stat['n']:,}" + (f", without {left_out}{lower}" if left_out else "")
     return (f'<td><b>{mean:.3f}</b> <small>{bounds}</small><span class="range" style="{place}"></span>'
-            f'<small>n {stat["n"]:,}{f", without {left_out}" if left_out else ""}</small></td>')
+            f"<small>{count}</small></td>")
 
 
 def means(summary):
-    """The table of means: a row a metric, a column a site, then the mean of the layers' means."""
-    columns = {**summary["sites"], **{f"all layers, {k}": v for k, v in summary.get("overall", {}).items()}}
+    """The table of means: a row a metric, a column a site; then means of the layers' means."""
+    columns = dict(summary["sites"])
+    for family, found in summary.get("overall", {}).items():
+        name = "" if family == "codes" else f", {family}"
+        columns[f"all layers{name}"] = found
+        columns[f"as the paper averages{name}"] = {m: stat["paper"] for m, stat in found.items()}
     metrics = dict.fromkeys(m for c in columns.values() for m in c if m not in ("n", "density"))
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
     rows = "".join(

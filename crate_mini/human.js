@@ -69,7 +69,7 @@ function question(q) {
   return [
     el("h2", {}, intruder ? "Which excerpt does not belong?" : "Which label describes these excerpts?"),
     el("p", {}, intruder
-      ? "Four of these are where one neuron fires hardest; one is another neuron’s. The box marks the place."
+      ? "Four of these are where one neuron fires hardest, one is another neuron’s. The box marks where."
       : "Colour is how strongly one neuron fires on each token; these texts were not used to make the label. "
         + "A label names the tokens it fires on most, each with its share."),
     ...intruder ? [] : [el("div", { class: "given" }, ...q.given.map(excerpt))],

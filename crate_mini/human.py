@@ -80,8 +80,8 @@ def _intruder(x, others, token, rng):
 
 def _label(x, others, token, rng):
     """x's excerpts, and its label among three of others; None if there are not three that differ."""
-    own = label_text(x["label"], token)
-    labels = list(dict.fromkeys(label_text(y["label"], token) for y in others))
+    own = label_text(x["label"], token, 10)
+    labels = list(dict.fromkeys(label_text(y["label"], token, 10) for y in others))
     decoys = [text for text in labels if text != own][:DECOYS]
     if len(decoys) < DECOYS:
         return None

@@ -1,5 +1,5 @@
 "use strict";
-// The index, and one neuron at a time, from the JSON in #data. Texts are only ever set as text, not as markup.
+// The index, and one neuron at a time, from the JSON in #data. Texts are only ever set as text, not markup.
 const data = JSON.parse(document.getElementById("data").textContent);
 const { sites, tokens, metrics, neurons } = data;
 const $ = id => document.getElementById(id);
@@ -198,9 +198,9 @@ function excerpts(n) {
     ["intervals", "across the range", "windows whose peak lies in each fifth of it"],
     ["random", "uniformly random", "windows as the draw fell"]];
   const found = blocks.filter(([key]) => n[key]);
-  if (n.status === "dead" || !found.length) return el("div", { class: "excerpts" }, el("p", { class: "notice" },
-    n.status === "dead" ? "Dead: never positive on the recorded tokens, so there is nothing to show."
-      : "No excerpts were kept for this neuron."));
+  const nothing = n.status === "dead" ? "Dead: never positive on the recorded tokens; nothing to show."
+    : found.length ? "" : "No excerpts were kept for this neuron.";
+  if (nothing) return el("div", { class: "excerpts" }, el("p", { class: "notice" }, nothing));
   return el("div", { class: "excerpts" },
     el("p", { class: "legend" },
       el("span", {}, "value", el("i", { class: "ramp" }), number(n.max)),
@@ -213,13 +213,13 @@ function excerpts(n) {
 
 function histogram(n) {
   if (!n.hist || !n.hist.some(c => c > 0)) return null;
-  const top = Math.log1p(Math.max(...n.hist));
+  const highest = Math.max(...n.hist), top = Math.log1p(highest);
   const bars = n.hist.map(c => el("i", { "--v": Math.log1p(c) / top }));
   return el("div", {}, el("h3", {}, "Positive values"),
     el("div", { class: "histogram", role: "img",
       "aria-label": `counts of positive values up to the largest, ${number(n.max)}` }, ...bars),
     el("p", { class: "ends" }, el("span", {}, "0"),
-      el("span", {}, `log count, highest bar ${number(Math.max(...n.hist))}`), el("span", {}, number(n.max))));
+      el("span", {}, `log count, highest bar ${number(highest)}`), el("span", {}, number(n.max))));
 }
 
 function table(title, rows) {
@@ -235,7 +235,8 @@ function scores(n) {
   return metrics.map((m, k) => {
     const score = n.scores && n.scores[k], why = n.why && n.why[m], bounds = n.ci95 && n.ci95[m];
     if (missing(score)) return why && el("tr", {}, el("td", { colspan: 3 }, `${m}: `, el("small", {}, why)));
-    return pair(m, el("small", {}, bounds ? bounds.map(v => v.toFixed(2)).join(" to ") : ""), score.toFixed(3));
+    const interval = bounds ? bounds.map(v => v.toFixed(2)).join(" to ") : "";
+    return pair(m, el("small", {}, interval), score.toFixed(3));
   }).filter(Boolean);
 }
 

@@ -68,7 +68,7 @@ def label_text(label, token, n=5):
     """A label in one line: its class and first n tokens with their shares of activation, or its own text."""
     if label.get("text"):
         return label["text"]
-    tokens = ", ".join(f"“{token(t[0])}”{'' if t[3] is None else f' {t[3]:.0%}'}"
+    tokens = ", ".join(f"“{token(t[0])}”{'' if t[3] is None else f' {100 * t[3]:.2g} %'}"
                        for t in label.get("tokens", [])[:n])
     return ": ".join(part for part in (label.get("class"), tokens) if part)
 

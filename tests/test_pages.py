@@ -62,8 +62,9 @@ def results(folder, sites=("L0", "L1"), n=6, vocabulary=60, dead=(), seed=0, sho
     pairs = [neuron(rng, vocabulary, s, j, "dead" if s in dead or j == 3 else "live", shown)
              for s in sites for j in range(n)]
     values = [v for v in (flat(p[0]["scores"])["ngram_r"] for p in pairs) if v is not None]
-    stat = {"n": len(values), "mean": float(np.mean(values)) if values else None,
+    stat = {"n": len(values), "mean": float(np.mean(values)) if values else None, "mean_undefined_as_0": .3,
             "ci95": [.1, .2] if values else None}
+    paper = {"mean": stat["mean"], "variance": .01, "layers": [0]}
     counts = {"total": n, "live": n - 1, "dead": 1, "undefined": 0, "failed": 0}
     trained = {"path": "out/a<b>/best", "sha256": "c0ffee" * 10, "kind": "crate",
                "training": {"step": 9, "best_val_loss": 4.5},
@@ -73,7 +74,7 @@ def results(folder, sites=("L0", "L1"), n=6, vocabulary=60, dead=(), seed=0, sho
              "summary.json": {"machine": {"commit": "abc"}, "what_the_simulator_saw": {"ngram": "two tokens"},
                               "sites": {s: {"n": {"ngram_r": counts}, "density": {"mean": .1},
                                             "ngram_r": stat} for s in sites},
-                              "overall": {"codes": {"ngram_r": stat}}}}
+                              "overall": {"codes": {"ngram_r": {**stat, "paper": paper}}}}}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     for name, lines in zip(("scores.jsonl", "excerpts.jsonl"), zip(*pairs)):
@@ -309,7 +310,7 @@ def test_questions_have_one_right_answer(tmp_path):
     scores, excerpts = results(tmp_path, n=12)
     own = {(e["site"], e["neuron"]): [[pages.visible(PLAIN[t]) for t in x["tokens"]] for x in e["top"]
                                       if x["part"] == "score"] for e in excerpts}
-    labels = {(s["site"], s["neuron"]): pages.label_text(s["label"], lambda t: PLAIN[t].decode())
+    labels = {(s["site"], s["neuron"]): pages.label_text(s["label"], lambda t: PLAIN[t].decode(), 10)
               for s in scores}
     data = Page(human.page(tmp_path, PLAIN.__getitem__, seed=0, n=9)).data
     assert [q["task"] for q in data["questions"]] == ["intruder"] * 9 + ["label"] * 9
