@@ -3,6 +3,7 @@
     layers     coding rate, sparsity, lasso objective by layer: does the network do what the theory says?
     neurons    what fires each neuron, and how well does that predict it? scores, controls, pages
     sae        sparse autoencoders on one layer's codes, the baseline: how sparse, at what loss?
+    selftest   planted neurons: which simulators, which metrics can be believed? (needs no CKPT)
     report     pages to look at from what `neurons` wrote: index.html, human.html; counts people's answers
 
 Each command's settings are one dataclass below; results go to the folder `interpret` beside the checkpoint.
@@ -30,13 +31,12 @@ from crate_mini import (
     sae_fit,
     summary,
 )
-from crate_mini import (
-    neurons as scoring,
-)
 from crate_mini.activations import Site, sites
+from crate_mini.neurons import Run, run
 from crate_mini.sae import SAE, beside, load, save
+from crate_mini.selftest import solve, told
 
-L1 = 2e-5, 8e-5, 3e-4            # of the autoencoders by default
+L1 = 5e-5, 1e-4, 2e-4            # of the autoencoders by default
 COMMANDS = {}                    # name: (settings, function); filled by @command
 
 
@@ -139,12 +139,12 @@ class Autoencoders:
     With neither --l1 nor --k: ReLU with three L1 weights. Features are scored with `neurons --sae FILE`.
     """
     layer: int | None = None     # whose codes, from 0 (default the last)
-    l1: str | None = None        # ReLU autoencoders of these L1 weights, like 2e-5,8e-5,3e-4 (CRATE-LM: 8e-5)
+    l1: str | None = None        # ReLU autoencoders of these L1 weights, like 5e-5,1e-4,2e-4 (CRATE-LM: 8e-5)
     k: str | None = None         # TopK autoencoders with so many features per token, like 8,16,32
     expansion: int = 4           # features per code; the paper has 16
-    steps: int = 1500            # of Adam
-    batch: int = 512             # tokens a step
-    lr: float = 1e-3             # peak learning rate
+    steps: int = 1200            # of Adam
+    batch: int = 256             # tokens a step
+    lr: float = 2e-3             # peak learning rate
     tokens: int = 65536          # held-out tokens to judge on
     seed: int = 1337             # of weights, windows, order, resampling
     data: str | None = None      # text to train and judge on (default the corpus of the checkpoint)
@@ -161,7 +161,7 @@ def sae(s, ckpt):
         if not 0 < getattr(s, name) < (sae_fit.BUFFER[0] if name == "batch" else 2 ** 31):
             raise UserError(f"--{name} {getattr(s, name)} must be above 0 and not absurd, for example "
                             f"{getattr(Autoencoders, name)}.")
-    l1, k = numbers(s.l1, "l1", float, "2e-5,8e-5,3e-4"), numbers(s.k, "k", int, "8,16,32")
+    l1, k = numbers(s.l1, "l1", float, "5e-5,1e-4,2e-4"), numbers(s.k, "k", int, "8,16,32")
     model, meta, _, corpus = opened(s, ckpt)
     machine.keep_memory()
     layer, h = len(model.blocks) - 1 if s.layer is None else s.layer, model.config.n_code
@@ -209,7 +209,7 @@ class Neurons:
     n: int = 0                   # neurons a layer, drawn by the seed (0: all)
     seed: int = 0                # of documents, windows, excerpts, neurons, partners, the untrained model
     tokens: int = 1_000_000      # held-out tokens to record, all there are if fewer
-    controls: str = "init,shuffle"  # init: an untrained model's neurons; shuffle: another neuron's table; none
+    controls: str = "init,shuffle"  # init: an untrained model; shuffle: another neuron's table; or none
     match_density: float = 0.0   # cut activations so that neurons fire on no more than this share of tokens,
                                  # like 0.01; in a folder of its own, density-0.01 (0: as they are)
     trie: int = 0                # neurons a layer that also get a context trie (about a second each)
@@ -241,12 +241,34 @@ def neurons(s, ckpt):
         directions = {site.name: sae.W for site, (_, sae, _) in zip(chosen, found)}
     parts = ["sae"] * bool(s.sae) + [f"density-{s.match_density:g}"] * bool(s.match_density)
     place = folder(s, ckpt).joinpath(*parts)
-    run = scoring.Run(model, meta, tokenizer, corpus, place, chosen, str(ckpt),
-                      shlex.join(["python", "interpret.py", *sys.argv[1:]]), s.seed, s.tokens, s.n, controls,
-                      s.match_density, s.trie, s.dedup, directions)
-    scoring.run(run, s.from_)
+    r = Run(model, meta, tokenizer, corpus, place, chosen, str(ckpt),
+            shlex.join(["python", "interpret.py", *sys.argv[1:]]), s.seed, s.tokens, s.n, controls,
+            s.match_density, s.trie, s.dedup, directions)
+    run(r, s.from_)
     found = cli.read_json(place / "summary.json")
     print(f"\n{summary.table(found)}\n\nfiles     {place / 'index.html'}, scores.jsonl, summary.json")
+
+
+@dataclass
+class Selftest:
+    """Planted neurons: does every simulator prefer the truth to lies, does every metric see what is worse?"""
+    documents: int = 1500        # of 64 to 192 characters, drawn at random
+    seed: int = 0                # of the documents and of what is drawn from them
+    out: str = "out/selftest"    # folder of the results
+
+
+@command(Selftest)
+def selftest(s, ckpt=None):
+    """selftest.json in the folder, and the table; needs no checkpoint."""
+    for name, least, most in (("documents", 100, 10 ** 6), ("seed", 0, 2 ** 31)):
+        if not least <= getattr(s, name) < most:
+            raise UserError(f"--{name} {getattr(s, name)} must lie in {least} to {most}; leave it out.")
+    Path(s.out).mkdir(parents=True, exist_ok=True)
+    found = solve(Path(s.out), s.documents, s.seed)
+    path = write_json(Path(s.out) / "selftest.json", {
+        "schema": 1, "command": shlex.join(["python", "interpret.py", *sys.argv[1:]]),
+        "machine": machine.describe(machine.choose_device("cpu")), **found})
+    print(f"\n{told(found)}\n\nfile      {path}")
 
 
 @dataclass
@@ -295,7 +317,8 @@ def main():
                         f"{', '.join(COMMANDS)}, as in `python interpret.py layers out/crate-3L/best`.")
     settings, function = COMMANDS[name]
     parser = cli.Parser(prog=f"interpret.py {name}", description=settings.__doc__)
-    parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint folder, like out/crate-3L/best")
+    parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint folder, like out/crate-3L/best",
+                        **({"nargs": "?"} if function.__defaults__ else {}))
     cli.add_fields(parser, settings, "settings")
     given = vars(parser.parse_args(sys.argv[2:]))
     ckpt = given.pop("ckpt")

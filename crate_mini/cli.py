@@ -62,16 +62,19 @@ def comments(cls):
 
 
 def add_fields(parser, cls, title):
-    """One flag per field of a dataclass, type and help from its declaration; absent unless given."""
+    """One flag per field of a dataclass, type and help from its declaration; absent unless given.
+
+    A field named like a word of Python ends in _, which its flag does not: from_ is --from.
+    """
     group, notes = parser.add_argument_group(title), comments(cls)
     for f in fields(cls):
-        flag, note = "--" + f.name.replace("_", "-"), notes.get(f.name, "").replace("%", "%%")
+        flag, note = "--" + f.name.rstrip("_").replace("_", "-"), notes.get(f.name, "").replace("%", "%%")
         text = f"{note} (default {f.default})"
         if f.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
-                               help=text)
+                               dest=f.name, help=text)
         else:
-            group.add_argument(flag, type=kind_of(f), default=argparse.SUPPRESS, help=text,
+            group.add_argument(flag, type=kind_of(f), default=argparse.SUPPRESS, help=text, dest=f.name,
                                metavar=kind_of(f).__name__.upper())
 
 

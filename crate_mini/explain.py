@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-SHRINK = 1.0        # a mean counts as if so many more tokens had been seen, at what is expected without it
 SHOWN = 10          # tokens in a label
 SAW = {             # one line under each table: what the simulator saw
     "token": "token_r: saw the current token only (mean activation per token over the fit part, shrunk).",
@@ -44,44 +43,67 @@ class Table:
 class Backoff(Table):
     """Means by pair of tokens over means by token over the mean, each shrunk to the next; all neurons.
 
-    m_v = (sum over the tokens v + k m) / (c_v + k), m_uv = (sum over the pairs uv + k m_v) / (c_uv + k), with
-    k = SHRINK. counts (V,), token_sum (V, h), pairs (P, 2), pair_counts (P,), pair_sum (P, h) as recorded.
+    m_v = (sum over the tokens v + k m) / (c_v + k), m_uv = (sum over the pairs uv + k' m_v) / (c_uv + k'): as
+    if k more tokens had been seen, at what is expected without them. counts (V,), token_sum (V, h),
+    pairs (P, 2), pair_counts (P,), pair_sum (P, h) as recorded; shrink: k and k', numbers or (h,).
     """
 
-    def __init__(self, counts, token_sum, pairs, pair_counts, pair_sum, shrink=SHRINK):
+    def __init__(self, counts, token_sum, pairs, pair_counts, pair_sum, shrink=(1.0, 1.0)):
+        self.sums, (k, k_pair) = (counts, token_sum, pairs, pair_counts, pair_sum), shrink
         self.counts, self.token_sum, self.mean = counts, token_sum, token_sum.sum(0) / max(counts.sum(), 1)
-        values = (token_sum + shrink * self.mean) / (counts[:, None] + shrink)
+        values = (token_sum + k * self.mean) / (counts[:, None] + k)
         super().__init__(np.concatenate((values, self.mean[None])).astype(np.float32))
         key = pairs[:, 0].astype(np.int64) * len(counts) + pairs[:, 1]
         order = np.argsort(key)
         self.keys, self.pairs, self.pair_counts = key[order], pairs[order], pair_counts[order]
-        sums = pair_sum[order] + shrink * self.values[self.pairs[:, 1]]
-        self.pair = (sums / (self.pair_counts[:, None] + shrink)).astype(np.float32)
+        self.pair_sum = pair_sum[order]
+        sums = self.pair_sum + k_pair * self.values[self.pairs[:, 1]]
+        self.pair = (sums / (self.pair_counts[:, None] + k_pair)).astype(np.float32)
+
+    def find(self, tokens):
+        """(which tokens end a frequent pair (.., w), the numbers of these pairs) of tokens (.., w + 1)."""
+        last, now = tokens[..., :-1].astype(np.int64), tokens[..., 1:]
+        if not len(self.keys):
+            return np.zeros(now.shape, bool), np.zeros(0, np.int64)
+        key = np.where((last < 0) | (now < 0), -1, last * len(self.counts) + now)
+        at = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
+        known = self.keys[at] == key
+        return known, at[known]
 
     def __call__(self, tokens, j=slice(None)):
-        out = super().__call__(tokens, j)
-        if len(self.keys):
-            last, now = tokens[..., :-1].astype(np.int64), tokens[..., 1:]
-            key = np.where((last < 0) | (now < 0), -1, last * len(self.counts) + now)
-            at = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
-            known = self.keys[at] == key
-            own = j if isinstance(j, slice) else np.broadcast_to(j, at.shape)[known]
-            out[known] = self.pair[at[known], own]
+        out, (known, at) = super().__call__(tokens, j), self.find(tokens)
+        out[known] = self.pair[at, j if isinstance(j, slice) else np.broadcast_to(j, known.shape)[known]]
         return out
 
+    def tuned(self, tokens, acts, grid=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)):
+        """The same with each neuron's k and k' chosen of `grid` on tokens (W, w + 1) that the sums contain.
 
-def five_table(tokens, acts, shrink=SHRINK):
-    """The Sparse table of a few excerpts of a neuron, tokens (n, w + 1) and acts (n, w); -1 pads.
+        Each token with its activation, acts (W, w, h), is left out of its own mean, which then predicts it:
+        the k of the smallest squared error.
+        """
+        known, at = self.find(tokens)
+        known, now = known.ravel(), tokens[:, 1:].ravel()
+        x = acts.reshape(len(now), -1).astype(np.float32)
 
-    A token that they do not show is taken to be like their quietest: excerpts are chosen for being loud, so
-    their mean says nothing about other text.
-    """
+        def best(sums, counts, prior, x):
+            errors = [((sums + k * prior) / (counts + k) - x) ** 2 for k in grid]
+            return np.array(grid)[np.argmin([e.sum(0) for e in errors], 0)]
+
+        rest, count = self.token_sum[now] - x, self.counts[now][:, None] - 1
+        k = best(rest, count, self.mean, x)
+        prior = ((rest + k * self.mean) / (count + k))[known]
+        k_pair = best(self.pair_sum[at] - x[known], self.pair_counts[at][:, None] - 1, prior, x[known])
+        return Backoff(*self.sums, (k, k_pair))
+
+
+def five_table(tokens, acts, shrink=0.3):
+    """The Sparse table of a few excerpts of a neuron, tokens (n, w + 1) and acts (n, w); tokens -1 pad."""
     real = tokens[:, 1:] >= 0
     ids, place, count = np.unique(tokens[:, 1:][real], return_inverse=True, return_counts=True)
     acts = acts[real]
-    total = np.bincount(place, acts, minlength=len(ids))
-    means = (total + shrink * acts.mean()) / (count + shrink) if len(ids) else total
-    return Sparse(dict(zip(ids.tolist(), means.tolist())), float(means.min()) if len(means) else 0.0)
+    total, mean = np.bincount(place, acts, minlength=len(ids)), float(acts.mean()) if len(ids) else 0.0
+    means = (total + shrink * mean) / (count + shrink)
+    return Sparse(dict(zip(ids.tolist(), means.tolist())), mean)
 
 
 class Sparse:
@@ -241,6 +263,14 @@ class Trie:
 
     def __init__(self):
         self.root, self.patterns = {}, []
+
+    @classmethod
+    def of(cls, patterns):
+        """The Trie with these `patterns`."""
+        trie = cls()
+        for pattern, value, anchored in patterns:
+            trie.add(pattern, value, anchored)
+        return trie
 
     def add(self, pattern, value, anchored=False):
         """Add a pattern; of equal ones the largest value counts."""

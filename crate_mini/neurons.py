@@ -28,11 +28,12 @@ STAGES = {"record": stages.record, "select": stages.select, "explain": stages.ex
 PARTS = ("tokens", "acts", "doc", "origin")     # of Excerpts
 
 
-def run(r, start="record"):
-    """All stages of a Run from `start` on. What earlier stages have written stays, whatever later ones do."""
-    if start not in STAGES:
-        raise UserError(f"--from {start!r} is no stage; choose one of {', '.join(STAGES)}.")
-    for name in list(STAGES)[list(STAGES).index(start):]:
+def run(r, start="record", until="report"):
+    """The stages of a Run from `start` to `until`. What earlier ones have written stays, whatever happens."""
+    names = list(STAGES)
+    if start not in names:
+        raise UserError(f"--from {start!r} is no stage; choose one of {', '.join(names)}.")
+    for name in names[names.index(start):names.index(until) + 1]:
         began = time.monotonic()
         STAGES[name](r)
         r.log(f"{name:9s} {time.monotonic() - began:.1f} s")
@@ -82,10 +83,14 @@ class Run:
         return np.sort(self.rng(site, "neurons").choice(site.width, self.n, replace=False))
 
     @property
+    def has_init(self):
+        """Whether there is an untrained model beside this one; no autoencoder is of such a model."""
+        return "init" in self.controls and any(site.sae is None for site in self.sites)
+
+    @property
     def saw(self):
         """{simulator: what it saw}, of those in this run."""
-        absent = {"null": "shuffle" not in self.controls, "init": "init" not in self.controls,
-                  "trie": not self.trie}
+        absent = {"null": "shuffle" not in self.controls, "init": not self.has_init, "trie": not self.trie}
         return {name: sentence for name, sentence in explain.SAW.items() if not absent.get(name)}
 
     def file(self, stage, site, kind="npz"):
@@ -131,5 +136,6 @@ class Run:
         """The n-gram tables of some neurons of a site, from the fit part of a record, by default this one."""
         record = record or self.record
         shared, own = record.shared, record.site(site.name)
-        return explain.Backoff(shared["counts"], own["token_sum"][:, neurons], shared["pairs"],
-                               shared["pair_counts"], own["pair_sum"][:, neurons])
+        found = explain.Backoff(shared["counts"], own["token_sum"][:, neurons], shared["pairs"],
+                                shared["pair_counts"], own["pair_sum"][:, neurons])
+        return found.tuned(shared["uniform_fit"], own["uniform_fit_acts"][..., neurons])

@@ -68,9 +68,10 @@ def first(n):
 
 
 def noise(x):
-    """A number that follows from all tokens so far, but nobody can tell how: 0 in 70 % of places."""
+    """A number that follows from all tokens so far, four or more, but nobody can tell how: 0 in 70 %."""
+    early = first(4)(x).bool()
     mixed = torch.cumsum((x + 2).double() * (torch.arange(x.shape[1]) % 97 + 1), 1)
-    return torch.relu(torch.frac(torch.sin(mixed * 12.9898).abs() * 43758.5453) - 0.7).float()
+    return torch.relu(torch.frac(torch.sin(mixed * 12.9898).abs() * 43758.5453) - 0.7).float() * ~early
 
 
 def level(value, reading=None):

@@ -11,7 +11,6 @@ import numpy as np
 
 from crate_mini import activations, atomic_write, explain, human, metrics, pages, score, summary
 
-TRIE = ("trie_r", "trie_precision", "trie_recall", "trie_f1")
 AROUND = 24                     # tokens of an excerpt on a page
 DRAWS = 200                     # redraws of windows for a neuron's own interval
 
@@ -55,9 +54,7 @@ def protocol_scores(r, sims, selected, i):
 def trie_scores(r, site, j, patterns):
     """Of a neuron's patterns: r on the uniform windows; precision, recall, F1 at half of its maximum on top
     windows of the score part, which is how Neuron2Graph judges (so: where it fires, easy positives)."""
-    trie, own = explain.Trie(), r.record.site(site.name)
-    for pattern, value, anchored in patterns:
-        trie.add(pattern, value, anchored)
+    trie, own = explain.Trie.of(patterns), r.record.site(site.name)
     true, windows = own["uniform_score_acts"][..., j].astype(np.float32), r.record.shared["uniform_score"]
     value, why = metrics.pearson(true.ravel(), trie(windows).ravel())
     top = own["top_score_doc"][j] >= 0
@@ -78,9 +75,8 @@ def score_all(r):
         tables = r.tables(site, js)
         for i, (j, line) in enumerate(zip(js.tolist(), lines)):
             others = protocol_scores(r, sims, selected, i)
-            if r.trie:
-                missing = dict.fromkeys(TRIE, (None, "not drawn: --trie is the number of neurons with one"))
-                others |= trie_scores(r, site, j, line["trie"]) if "trie" in line else missing
+            if "trie" in line:
+                others |= trie_scores(r, site, j, line["trie"])
             stats = {name: own[name][j] for name in ("density", "max", "mean")}
             mine = {name: (values[i], why[i]) for name, (values, why) in uniform.items()}
             rows.append(score.row(site.name, site.layer, j, stats, line["label"], mine, others,
@@ -97,7 +93,8 @@ def score_all(r):
 
 
 def excerpts_of(r, own, j, i, sims, tables):
-    """What a page shows of neuron j: five top windows of each part, two from each fifth of its range, three at random."""
+    """What a page shows of a neuron: five top windows of each part, two of each fifth of its range, three
+    drawn from all."""
     top = [(float(own[f"top_{part}_acts"][j, k].max()), part, k) for part in ("fit", "score")
            for k in range(5) if own[f"top_{part}_doc"][j, k] >= 0]
     rows = []

@@ -18,18 +18,16 @@ CONTEXTS = 4, 16                # held-out texts, and their tokens, in which neu
 def record(r):
     """The record, that of the control, and with match-density of activations cut at a quantile."""
     r.folder.mkdir(parents=True, exist_ok=True)
-    _record(r, r.model, r.sites, r.folder)
-    if "init" in r.controls:
-        fresh = activations.untrained(r.model, r.seed)
-        plain = [site for site in r.sites if site.sae is None]   # no autoencoder belongs to an untrained model
-        if plain:
-            _record(r, fresh, plain, r.folder / "init")
+    _record(r, r.model, r.meta, r.sites, r.folder)
+    if r.has_init:
+        plain = [site for site in r.sites if site.sae is None]
+        _record(r, *activations.untrained(r.model, r.meta, r.seed), plain, r.folder / "init")
     r.record = None
 
 
-def _record(r, model, sites, out):
+def _record(r, model, meta, sites, out):
     def make(sites, out, tokens):
-        return activations.record(model, r.meta, sites, r.corpus, out, path=r.path, command=r.command,
+        return activations.record(model, meta, sites, r.corpus, out, path=r.path, command=r.command,
                                   seed=r.seed, tokens=tokens, dedup=r.dedup, log=r.log)
     if r.density:
         probe = make(sites, out / "probe", min(r.tokens, PROBE))
@@ -108,7 +106,7 @@ def trie(r, site, j, windows=10):
 
 def simulate(r):
     """What each simulator expects: uniform_<name> (W, 64, n) for n neurons, <protocol>_<name> (n, m, w)."""
-    init = activations.load(r.folder / "init") if "init" in r.controls else None
+    init = activations.load(r.folder / "init") if r.has_init else None
     for site in r.sites:
         js, lines, chosen = r.neurons(site), r.explained(site), r.read("select", site)
         windows, parts = r.record.shared["uniform_score"], []

@@ -56,12 +56,13 @@ def r(x, y):
 
 def test_shrinkage_is_the_closed_form():
     counts, token_sum = np.array([3, 1, 0]), np.array([[6.0], [0.0], [0.0]])
-    b = explain.Backoff(counts, token_sum, np.array([[1, 0]]), np.array([2]), np.array([[5.0]]), shrink=2.0)
+    pair = np.array([[1, 0]]), np.array([2]), np.array([[5.0]])
+    b = explain.Backoff(counts, token_sum, *pair, shrink=(2, 3))
     mean = 6 / 4
     token = (6 + 2 * mean) / 5
     assert np.allclose(b.values[:, 0], [token, 2 * mean / 3, mean, mean])
     out = b(np.array([[1, 0, 0, 2, -1]]))[0, :, 0]
-    assert np.allclose(out, [(5 + 2 * token) / 4, token, mean, mean])    # pair, other pair, unseen, none
+    assert np.allclose(out, [(5 + 3 * token) / 5, token, mean, mean])
 
 
 @given(st.integers(0, 2 ** 32 - 1))
@@ -104,14 +105,35 @@ def test_planted_neurons_are_recovered(planted):
     assert min(both("negative only")) > 0.999
     rng, j = np.random.default_rng(0), NEURON["noise"]
     low, high = np.quantile([r(acts[i, :, j], ngram[i, :, j]) for i in
-                             (rng.integers(len(acts), size=len(acts)) for _ in range(200))], (0.025, 0.975))
+                             (rng.integers(len(acts), size=len(acts)) for _ in range(200))], (0.0015, 0.9985))
     assert low < 0 < high
+
+
+def test_shrinkage_is_chosen_by_leaving_out():
+    rng, grid = np.random.default_rng(0), (0.1, 1.0, 10.0)
+    tokens, levels = rng.integers(0, 5, (40, 9)), rng.random((5, 2))
+    acts = levels[tokens[:, 1:]] + rng.random((40, 8, 2)) * [0.01, 9]
+    b = explain.Backoff(*sums(tokens, acts))
+    errors, pair_errors = np.zeros((3, 2)), np.zeros((3, 2))
+    mean, where = b.mean, {tuple(p): i for i, p in enumerate(b.pairs.tolist())}
+    rest = [(u, v, x, b.token_sum[v] - x, b.counts[v] - 1)
+            for row, a in zip(tokens.tolist(), acts) for u, v, x in zip(row, row[1:], a)]
+    for _, _, x, total, n in rest:
+        errors += [((total + k * mean) / (n + k) - x) ** 2 for k in grid]
+    k = np.array(grid)[errors.argmin(0)]
+    for u, v, x, total, n in rest:
+        i, prior = where[u, v], (total + k * mean) / (n + k)
+        pair_errors += [((b.pair_sum[i] - x + q * prior) / (b.pair_counts[i] - 1 + q) - x) ** 2 for q in grid]
+    want = explain.Backoff(*b.sums, (k, np.array(grid)[pair_errors.argmin(0)]))
+    got = b.tuned(tokens, acts, grid)
+    assert k[0] == 0.1 and k[1] > 0.1
+    assert np.allclose(got.values, want.values) and np.allclose(got.pair, want.pair, atol=1e-5)
 
 
 def test_five_excerpts_know_only_what_they_show():
     tokens = np.array([[7, 1, 2], [-1, 1, -1]])
     t = explain.five_table(tokens, np.array([[3.0, 0.0], [1.0, 9.0]]), shrink=0)
-    assert np.allclose(t(np.array([[1, 1, 2, 5]])), [[2, 0, 0]])         # the 9 stands at a padded place
+    assert np.allclose(t(np.array([[1, 1, 2, 5]])), [[2, 0, 4 / 3]])     # the 9 stands at a padded place
 
 
 def test_five_excerpts_recover_a_token_set(planted):
