@@ -44,7 +44,7 @@ def save(path, model, *, tokenizer, training, resume=None):
         for kind, content in (("weights", model.state_dict()), ("resume", resume)):
             if content is not None:
                 name = f"{kind}-{number}.pt"
-                meta["files"][kind] = {"name": name, "sha256": _write(folder / name, content)}
+                meta["files"][kind] = {"name": name, "sha256": write_tensors(folder / name, content)}
         meta["sha256"] = _digest(meta)
         _sync(folder)  # the data files must have survived a power cut before config.json relies on them
         with atomic_write(folder / "config.json") as file:
@@ -88,7 +88,7 @@ def check_tokenizer(meta, tokenizer):
 class _Sink:
     """A file for torch.save that hashes what goes through.
 
-    It keeps a failed write for _write to raise: torch's zip writer would bury it under an error of its own.
+    It keeps a failed write to be raised after: torch's zip writer would bury it under its own error.
     """
 
     def __init__(self, file):
@@ -104,7 +104,8 @@ class _Sink:
         return len(data)
 
 
-def _write(path, content):
+def write_tensors(path, content):
+    """Write nested dicts, lists, tensors and numbers to a file, in one instant; returns its sha256."""
     with atomic_write(path) as file:
         sink = _Sink(file)
         torch.save(content, sink)
@@ -162,7 +163,7 @@ def _read(folder, *kinds):
     meta = _meta(folder)
     try:
         found = [meta["files"][kind] for kind in kinds]
-        return [meta, *(_tensors(folder / file["name"], file["sha256"]) for file in found)]
+        return [meta, *(read_tensors(folder / file["name"], file["sha256"]) for file in found)]
     except KeyError:
         raise UserError(f"{folder} holds weights only, so training cannot go on from it; resume from last, "
                         "not from best.") from None
@@ -174,7 +175,8 @@ def _read(folder, *kinds):
         raise UserError(f"Cannot read {error.filename}: {error.strerror}; use another checkpoint.") from None
 
 
-def _tensors(path, sha256):
+def read_tensors(path, sha256):
+    """What write_tensors wrote; raises UserError when the file is not what had this sha256, else OSError."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
