@@ -1,6 +1,6 @@
 """Record: run a model over held-out documents and keep, of each site, what scoring needs.
 
-    sites -> record -> record.json, record-shared.npz, record-<site>.npz -> load -> excerpts.select
+    sites -> record -> record.json, record-shared.npz, record-<site>.npz -> load -> select (excerpts.py)
 
     record.json          schema, seed, checkpoint, corpus, counts by part, sites; see `record`
     record-shared.npz    counts (V,) of tokens, pairs (P, 2) frequent bigrams and pair_counts (P,), of fit;
@@ -23,18 +23,20 @@ from pathlib import Path
 import torch
 
 from crate_mini import UserError, machine
+from crate_mini.excerpts import Excerpts, select
 from crate_mini.model import KINDS, LM, to_dict
 from crate_mini.parts import PARTS, WINDOW, Parts, documents
 from crate_mini.recorded import SCHEMA, Record, load, write
 from crate_mini.tally import BINS, Shared, Tally, Top, half
 from crate_mini.tokenizer import load_tokenizer
 
-__all__ = ["Record", "Site", "documents", "kind_of", "load", "record", "sites", "untrained"]
+__all__ = ["Excerpts", "Record", "Site", "documents", "kind_of", "load", "record", "select", "sites",
+           "untrained"]
 
 UNIFORM = {"fit": 128, "score": 256}    # windows drawn uniformly, the same for all neurons
 TOP = 36                        # windows of highest peak
 PAIR_BYTES = 1 << 28            # of sums by bigram, all sites together
-FLOATS = 1 << 22                # activations of a site in one batch
+TOKENS, FLOATS = 1 << 13, 1 << 24       # of a batch, activations of a site in it
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def record(model, meta, sites, corpus, out, *, path="", command="", seed=0, toke
     tallies = {site.name: _SiteTally(site, V, len(bigrams), shared, dedup, device) for site in sites}
     done, told, total = 0, time.monotonic(), sum(counts["tokens"].values())
     for part in PARTS:
-        for chunks in parts.batches(part, max(T, FLOATS // widest)):
+        for chunks in parts.batches(part, max(T, min(TOKENS, FLOATS // widest))):
             batch = shared.batch(part, chunks)
             _run(model, batch, sites, tallies, part, dtype)
             done += len(batch.token)

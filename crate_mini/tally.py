@@ -115,10 +115,12 @@ class Tally:
             self.center = x.mean(0)
         self.n += len(x)
         self.max = torch.maximum(self.max, x.amax(0))
-        self.positive += (x > 0).sum(0)
+        fires = x > 0
+        self.positive += fires.sum(0)
         # Sign, exponent and six bits of mantissa of a float are the number of a bin on a logarithmic scale.
         key = (x.view(torch.int32) >> 17).sub_((127 + LOWEST) * OCTAVE - 1).clamp_(0, BINS - 1)
-        self.bins += torch.bincount(key.add_(self.offset).flatten(), minlength=len(self.bins))
+        key = key.add_(self.offset)[fires]
+        self.bins.index_add_(0, key, torch.ones_like(key, dtype=torch.int64))
         y = x - self.center
         z = y * y
         self.power += torch.stack((y.sum(0), z.sum(0), y.mul_(z).sum(0), z.square_().sum(0)))
