@@ -97,7 +97,7 @@ def _densities(axes, result):
             axes.plot([x, x], [q[2], q[6]], color=color, linewidth=6, alpha=.5, solid_capstyle="butt")
             axes.plot(x, n["density"], style[0], color=color, markeredgecolor="white")
             if n["dead"]:
-                axes.annotate(f"{n['dead']} dead", (x, q[8]), color=color, ha="center", va="bottom", fontsize=7)
+                axes.annotate(f"{n['dead']} dead", (x, q[8]), color=color, ha="center", va="bottom", size=7)
     axes.set_ylim(0, 1)
     _label(axes, result, "share of tokens", "density of the neurons\nmean; middle 40 % and 80 %")
 
