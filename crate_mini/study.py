@@ -5,7 +5,6 @@
     deps       do docstrings of numpy, torch and matplotlib make a better model in the same time? -> deps.json
     speed TEXT RANKS    tokens/s of train.py at 3L on this text with these ranks, and with 8,192 ids, of CRATE
                and its twin, bf16 and fp32, eager and compiled; the same step in a bare loop -> speed.json
-    tables     print the README's tables of the existing results again
 
 Every run is `train.py` itself in a process of its own, so that what is measured is what a user gets.
 """
@@ -24,13 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crate_mini import UserError, atomic_write, checkpoint, cli, data, machine, report
+from crate_mini import UserError, atomic_write, checkpoint, cli, data, machine, report, tables
 from crate_mini.model import LM, preset
 from crate_mini.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS, SEEDS = ("crate", "crate+", "gpt2"), (1337, 1338, 1339)
-NAMES = {"crate": "CRATE (paper)", "crate+": "crate+", "gpt2": "GPT-2 twin"}
+MODELS, SEEDS = tuple(tables.NAMES), (1337, 1338, 1339)
 
 
 def trigram_bits(train, held, vocab, discount=0.75):
@@ -94,9 +92,9 @@ def default(out=ROOT / "out" / "study"):
              "baselines_bits_per_byte": baselines(), "runs": runs}
     with atomic_write(ROOT / "results" / "default.json") as file:
         file.write(json.dumps(found, indent=1).encode() + b"\n")
-    report.loss_curves({NAMES[k]: [out / f"{k}-{s}" / "log.csv" for s in SEEDS] for k in MODELS},
+    report.loss_curves({tables.NAMES[k]: [out / f"{k}-{s}" / "log.csv" for s in SEEDS] for k in MODELS},
                        ROOT / "results" / "default.png")
-    print(table(found))
+    print(tables.default(found))
 
 
 def deps(out=ROOT / "out" / "study"):
@@ -141,7 +139,7 @@ def speed(text, ranks, out=ROOT / "out" / "study" / "speed"):
                      "ratio": round(statistics.median(a / b for a, b in turns), 3)}
     with atomic_write(ROOT / "results" / "speed.json") as file:
         file.write(json.dumps(found, indent=1).encode() + b"\n")
-    print(speed_table(found))
+    print(tables.speed(found))
 
 
 def train_rate(out, text, spec, mode, dtype, kind, steps=14):
@@ -179,19 +177,6 @@ def bare_loop(steps=12):
     return round(4096 / statistics.median(times[2:]))
 
 
-def speed_table(found):
-    """The README's table of speeds, in Markdown: thousand tokens a second."""
-    lines = ["| ids | model | bf16 | bf16, compiled | fp32 | fp32, compiled |", "|---|---|---|---|---|---|"]
-    for ids in (50304, 8192):
-        for kind in ("crate", "gpt2"):
-            rate = {(r["dtype"], r["compile"]): r["tokens_per_s"] / 1e3 for r in found["rows"]
-                    if (r["ids"], r["model"]) == (ids, kind)}
-            order = itertools.product(("bfloat16", "float32"), ("off", "on"))
-            cells = [f"{rate[key]:.1f} k" for key in order]
-            lines.append(f"| {ids:,} | {NAMES[kind]} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def one_run(folder, kind, seed, flags):
     """Run train.py unless `folder` holds its result at this commit; returns what the table needs."""
     facts, now = folder / "facts.json", machine.commit()
@@ -216,33 +201,12 @@ def one_run(folder, kind, seed, flags):
     return json.loads(facts.read_text())
 
 
-def table(found):
-    """The README's table, in Markdown: means over seeds; spread is the largest minus the smallest loss."""
-    lines = ["| model | seeds | validation loss | spread | bits per byte | density | tokens/s | minutes |",
-             "|---|---|---|---|---|---|---|---|"]
-    for kind in MODELS:
-        rows = [r for r in found["runs"] if r["model"] == kind]
-        m = {k: statistics.mean(r[k] for r in rows) for k in
-             ("val_loss", "bits_per_byte", "density", "tokens_per_s", "minutes")}
-        spread = f"{max(r['val_loss'] for r in rows) - min(r['val_loss'] for r in rows):.3f}"
-        spread = spread if len(rows) > 1 else "unknown"
-        lines.append(f"| {NAMES[kind]} | {len(rows)} | {m['val_loss']:.3f} | {spread} | "
-                     f"{m['bits_per_byte']:.3f} | {m['density']:.2f} | {m['tokens_per_s']:,.0f} | "
-                     f"{m['minutes']:.1f} |")
-    for name, bits in found["baselines_bits_per_byte"].items():
-        lines.append(f"| {name} | | | | {bits:.3f} | | | |")
-    return "\n".join(lines)
-
-
 def main():
     name, *rest = sys.argv[1:] or [""]
     if name in ("default", "deps") and not rest or name == "speed" and len(rest) == 2:
         globals()[name](*rest)
-    elif name == "tables":
-        for file, show in (("default", table), ("speed", speed_table)):
-            print(show(cli.read_json(ROOT / "results" / f"{file}.json")), "\n")
     else:
-        raise UserError("name a study, default, deps, speed TEXT RANKS or tables: "
+        raise UserError("name a study, default, deps or speed TEXT RANKS: "
                         "`python -m crate_mini.study default`.")
 
 

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from crate_mini import study
+from crate_mini import study, tables
 
 
 def naive_trigram_bits(train, held, V, D):
@@ -50,7 +50,7 @@ def test_trigram_model_equals_its_definition_and_is_a_distribution():
 def test_table_has_a_row_for_each_model_and_baseline():
     runs = [{"model": k, "seed": s, "minutes": 3.0, "val_loss": 3 + s / 10, "bits_per_byte": 1.5,
              "density": 0.4, "tokens_per_s": 9000} for k in study.MODELS for s in (0, 1)]
-    text = study.table({"runs": runs, "baselines_bits_per_byte": {"gzip -9": 2.0, "trigram": 1.8}})
+    text = tables.default({"runs": runs, "baselines_bits_per_byte": {"gzip -9": 2.0, "trigram": 1.8}})
     assert "| crate+ | 2 | 3.050 | 0.100 | 1.500 | 0.40 | 9,000 | 3.0 |" in text
     assert text.endswith("| trigram | | | | 1.800 | | | |")
 
@@ -59,6 +59,14 @@ def test_speed_table_has_every_cell():
     cells = itertools.product((50304, 8192), ("crate", "gpt2"), ("bfloat16", "float32"), ("off", "on"))
     rows = [{"ids": v, "model": k, "dtype": t, "compile": c, "tokens_per_s": 1000 * (i + 1)}
             for i, (v, k, t, c) in enumerate(cells)]
-    text = study.speed_table({"rows": rows})
+    text = tables.speed({"rows": rows})
     assert "| 50,304 | CRATE (paper) | 1.0 k | 2.0 k | 3.0 k | 4.0 k |" in text
     assert text.endswith("| 8,192 | GPT-2 twin | 13.0 k | 14.0 k | 15.0 k | 16.0 k |")
+
+
+def test_bench_table_shows_the_rows_where_we_lose():
+    ms = {"fused": {"median": 2.0}, "eager": {"median": 1.0}, "compile": {"median": 3.0}}
+    rows = [{"name": name, "note": "", "operations": 2e9, "ms": ms} for name in
+            ("ista 8x2 float32 forward", "mssa 8x2 float32 both", "ista_step 8x2 float32 both")]
+    assert tables.bench({"rows": rows}).splitlines()[2:] == [
+        "| mssa 8x2 float32 | 2 | 0.50x | 1.50x |  | 1000 |"]

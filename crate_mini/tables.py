@@ -1,0 +1,62 @@
+"""The README's tables in Markdown, from the files in results/ alone: `python -m crate_mini.tables`."""
+
+import itertools
+import statistics
+from pathlib import Path
+
+from crate_mini import cli
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+NAMES = {"crate": "CRATE (paper)", "crate+": "crate+", "gpt2": "GPT-2 twin"}
+
+
+def default(found):
+    """The default run: means over seeds; spread is the largest minus the smallest loss."""
+    lines = ["| model | seeds | validation loss | spread | bits per byte | density | tokens/s | minutes |",
+             "|---|---|---|---|---|---|---|---|"]
+    for kind in NAMES:
+        rows = [r for r in found["runs"] if r["model"] == kind]
+        m = {k: statistics.mean(r[k] for r in rows) for k in
+             ("val_loss", "bits_per_byte", "density", "tokens_per_s", "minutes")}
+        spread = f"{max(r['val_loss'] for r in rows) - min(r['val_loss'] for r in rows):.3f}"
+        spread = spread if len(rows) > 1 else "unknown"
+        lines.append(f"| {NAMES[kind]} | {len(rows)} | {m['val_loss']:.3f} | {spread} | "
+                     f"{m['bits_per_byte']:.3f} | {m['density']:.2f} | {m['tokens_per_s']:,.0f} | "
+                     f"{m['minutes']:.1f} |")
+    for name, bits in found["baselines_bits_per_byte"].items():
+        lines.append(f"| {name} | | | | {bits:.3f} | | | |")
+    return "\n".join(lines)
+
+
+def speed(found):
+    """Thousand tokens a second of train.py."""
+    lines = ["| ids | model | bf16 | bf16, compiled | fp32 | fp32, compiled |", "|---|---|---|---|---|---|"]
+    for ids in (50304, 8192):
+        for kind in ("crate", "gpt2"):
+            rate = {(r["dtype"], r["compile"]): r["tokens_per_s"] / 1e3 for r in found["rows"]
+                    if (r["ids"], r["model"]) == (ids, kind)}
+            order = itertools.product(("bfloat16", "float32"), ("off", "on"))
+            cells = [f"{rate[key]:.1f} k" for key in order]
+            lines.append(f"| {ids:,} | {NAMES[kind]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def bench(found):
+    """Kernels beside PyTorch, forward and backward: times as fast as it, and as its products alone."""
+    lines = ["| what | fused, ms | eager | compiled | products alone | GFLOP/s |", "|---|---|---|---|---|---|"]
+    for row in found["rows"]:
+        ms = {name: m["median"] for name, m in row["ms"].items()}
+        if not row["name"].startswith(("ista ", "mssa ", "decode 1x768", "step 8x256 V=4096")):
+            continue
+        if row["name"].endswith("forward"):
+            continue
+        against = [f"{ms[n] / ms['fused']:.2f}x" if n in ms else "" for n in ("eager", "compile", "products")]
+        name = row["name"].removesuffix(" both") + (f", {row['note']}" if row["note"] else "")
+        lines.append(f"| {name} | {ms['fused']:.3g} | {' | '.join(against)} | "
+                     f"{row['operations'] / ms['fused'] / 1e6:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    for file, show in (("default", default), ("speed", speed), ("bench", bench)):
+        print(show(cli.read_json(RESULTS / f"{file}.json")), "\n")
