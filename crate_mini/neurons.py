@@ -136,6 +136,5 @@ class Run:
         """The n-gram tables of some neurons of a site, from the fit part of a record, by default this one."""
         record = record or self.record
         shared, own = record.shared, record.site(site.name)
-        found = explain.Backoff(shared["counts"], own["token_sum"][:, neurons], shared["pairs"],
-                                shared["pair_counts"], own["pair_sum"][:, neurons])
-        return found.tuned(shared["uniform_fit"], own["uniform_fit_acts"][..., neurons])
+        return explain.Backoff(shared["counts"], own["token_sum"][:, neurons], shared["pairs"],
+                               shared["pair_counts"], own["pair_sum"][:, neurons])

@@ -60,7 +60,7 @@ def trie_scores(r, site, j, patterns):
     top = own["top_score_doc"][j] >= 0
     found = explain.precision_recall(own["top_score_acts"][j][top], trie(own["top_score_tokens"][j][top]),
                                      own["max"][j] / 2)
-    reason = "no pattern fires" if patterns else "no pattern found"
+    reason = "nothing to tell apart, or no pattern that fires"
     return {"trie_r": (value[0], why[0]), **{f"trie_{k}": (v, None if v is not None else reason)
                                             for k, v in found.items()}}
 
@@ -103,7 +103,7 @@ def excerpts_of(r, own, j, i, sims, tables):
         sim = tables(tokens[None], i)[0] if part == "score" else None    # tables know the fit part by heart
         rows.append(cut(tokens, acts, sim, own[f"top_{part}_doc"][j, k], part))
     shared, acts = r.record.shared, own["uniform_score_acts"][..., j]
-    peaks, limit = acts.max(1), max(float(own["max"][j]), 1e-30)
+    peaks, limit = acts.max(1).astype(np.float32), max(float(own["max"][j]), 1e-30)
 
     def window(w):
         return cut(shared["uniform_score"][w], acts[w], sims.uniform_ngram[w, :, i],

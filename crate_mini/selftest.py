@@ -110,7 +110,7 @@ def checks(r):
                         if value is not None:
                             fell = worse[metric] is None or worse[metric] < value - 1e-9
                             lower.setdefault(metric, {}).setdefault(how, []).append(fell)
-    return {metric: {how: float(np.mean(fell)) for how, fell in found.items()}
+    return {metric: {how: round(float(np.mean(fell)), 4) for how, fell in found.items()}
             | {"passes": all(np.mean(fell) >= PASS for fell in found.values())}
             for metric, found in lower.items()}
 
@@ -147,7 +147,7 @@ def told(found):
               "", f"{'lower score with firing places':30}{'half removed':>18}{'half as many added':>20}"]
     for metric, result in found["metrics"].items():
         verdict = "ok" if result["passes"] else "--"
-        lines.append(f"{metric:30}{result['removed']:18.0%}{result['added']:20.0%}  {verdict}")
+        lines.append(f"{metric:30}{result['removed']:18.1%}{result['added']:20.1%}  {verdict}")
     return "\n".join(lines)
 
 
