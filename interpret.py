@@ -4,6 +4,7 @@
     neurons    what fires each neuron, and how well does that predict it? scores, controls, pages
     sae        sparse autoencoders on one layer's codes, the baseline: how sparse, at what loss?
     selftest   planted neurons: which simulators, which metrics can be believed? (needs no CKPT)
+    llm        a language model puts neurons into words and says from them when they fire: scored likewise
     report     pages to look at from what `neurons` wrote: index.html, human.html; counts people's answers
 
 Each command's settings are one dataclass below; results go to the folder `interpret` beside the checkpoint.
@@ -30,6 +31,7 @@ from crate_mini import (
     pages,
     sae_fit,
     summary,
+    words,
 )
 from crate_mini.activations import Site, sites
 from crate_mini.neurons import Run, run
@@ -269,6 +271,12 @@ def selftest(s, ckpt=None):
         "schema": 1, "command": shlex.join(["python", "interpret.py", *sys.argv[1:]]),
         "machine": machine.describe(machine.choose_device("cpu")), **found})
     print(f"\n{told(found)}\n\nfile      {path}")
+
+
+@command(words.llm.Settings)
+def llm(s, ckpt):
+    """llm.json, llm.jsonl in the folder of `neurons`, whose excerpts and tables are used; and the table."""
+    print(f"\n{words.run(s, ckpt, folder(s, ckpt))}")
 
 
 @dataclass

@@ -130,7 +130,10 @@ class Http:
     def _slots(self, query):
         prompt = query["prompt"]
         reply, choice = self._complete(query, max_tokens=1, echo=True, logprobs=TOP)
-        tokens, tops = choice["logprobs"]["tokens"][:-1], choice["logprobs"]["top_logprobs"]
+        found = choice["logprobs"] or {}
+        if "tokens" not in found:
+            raise Failed("echo is accepted and ignored")
+        tokens, tops = found["tokens"][:-1], found["top_logprobs"]
         # Counted from the end, not by offset: servers count in bytes, in characters, or in spellings.
         places = [i for i in range(1, len(tokens)) if tokens[i][:1] == "?" and tokens[i - 1][-1:] == "\t"]
         places = places[-len(query["at"]):]

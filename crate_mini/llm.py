@@ -26,7 +26,7 @@ PROMPTS = ("explain", "puzzles", *(file for file, _, _ in rungs.RUNGS.values()))
 
 @dataclass
 class Settings:
-    """Language models (none unless --simulator or --explainer names one)."""
+    """A language model puts neurons into words, and says from words when they fire; run `neurons` first."""
     explainer: str = "template"     # who words what a neuron fires on: template (no model), hf: or http:
     simulator: str = ""             # who turns words into activations: hf:NAME (transformers: a folder, a
                                     # .gguf file, a package that holds one, a hub name) or http:MODEL
@@ -34,12 +34,17 @@ class Settings:
     key_env: str = "OPENAI_API_KEY"  # environment variable that holds the server's key
     style: str = "auto"             # chat, text, or auto: text for hf, chat for http where the server has it
     rung: str = "auto"              # A, B, C, D (see llm.py), or auto: the first that passes the probe
+    protocols: str = "openai_tar"   # comma-separated: openai_tar (openai_random comes with it),
+                                    # anthropic_crate, anthropic_2023
+    n: int = 20                     # neurons a layer, drawn by the seed (0: all)
+    seed: int = 0                   # of the neurons
     workers: int = 4                # neurons at a time with http
     budget: int = 0                 # tokens to spend at most (0: any number); the same command goes on there
     price: str = ""                 # dollars per million tokens in and out, such as 0.15,0.60, for --dry-run
     dry_run: bool = False           # ask nothing; show prompts, and about how many tokens
     record: str = ""                # file to keep the questions' answers in
     replay: str = ""                # file to take all answers from: no model is needed
+    out: str | None = None          # folder of `neurons` (default `interpret` beside the checkpoint)
     despite_probe: bool = False     # score even if the model fails the planted puzzles; said with each score
 
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, FUNCTION = 110, 60       # columns of a line, lines of a function
 BUDGETS = {  # lines of a file, a ceiling: what a reader has to take in before the file is understood
-    "setup.py": 130, "train.py": 330, "interpret.py": 330, "steer.py": 330, "model.py": 330,
+    "setup.py": 130, "train.py": 330, "interpret.py": 340, "steer.py": 330, "model.py": 330,
     "reference.py": 120, "checkpoint.py": 200, "measure.py": 150, "steering.py": 150, "head.py": 80,
     "corpora.py": 220, "explain.py": 350, "clvqvae.py": 400, "report.py": 350, "fused.py": 330,
     "kernels.h": 100, "bindings.cpp": 100, "ista_cuda.cu": 400, "product_cuda.cuh": 450,
