@@ -1,8 +1,7 @@
 """Turn neurons while a model runs: interventions on the codes that can prove that they happened.
 
     with steer(lm, [Intervention(layer=1, neuron=40, op="set", value=3.0)]) as steering:
-        lm.generate(idx, 20)
-    steering.fired          # [tokens at which the first intervention acted, ...]
+        lm.generate(idx, 20)            # steering.fired: at how many tokens each intervention has acted
 
 In CRATE a neuron is a coordinate of the model's own code: changing it costs nothing but the change, and at no
 change the model is the model, to the bit. A feature of a sparse autoencoder (`sae`) is none: to turn it, the
@@ -11,7 +10,7 @@ codes are replaced by their reconstruction, or, with keep_error, get the differe
 
 import itertools
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,23 +37,28 @@ class Intervention:
     sae: object = None
     keep_error: bool = False
     along: torch.Tensor | None = None
+    kind = property(lambda self: "neuron" if self.sae is None else "feature")
 
     def __str__(self):
-        return f"{self.op} {'neuron' if self.sae is None else 'feature'} {self.neuron} of layer {self.layer}"
+        return f"{self.op} {self.kind} {self.neuron} of layer {self.layer}"
 
     def check(self, config):
         """Raise UserError unless a model of this config has what is to be changed."""
         width = config.n_code if self.sae is None else self.sae.c.numel()
-        for name, value, n in (("layer", self.layer, config.n_layer), ("neuron", self.neuron, width)):
+        for name, value, n in (("layer", self.layer, config.n_layer), (self.kind, self.neuron, width)):
             if type(value) is not int or not 0 <= value < n:
-                raise UserError(f"{name} {value!r} does not exist: the model's {name}s are 0 to {n - 1}.")
+                raise UserError(f"{name} {value!r} does not exist; {name}s are 0 to {n - 1} here.")
+        if self.sae is not None and (self.sae.layer not in (None, self.layer)
+                                     or self.sae.b.numel() != config.n_code):
+            raise UserError(f"the autoencoder is for layer {self.sae.layer} and {self.sae.b.numel()} codes, "
+                            f"not for the {config.n_code} of layer {self.layer}.")
         if self.op not in OPS:
             raise UserError(f"op {self.op!r} is unknown; choose one of {', '.join(OPS)}.")
         if not isinstance(self.value, (int, float)) or not math.isfinite(self.value):
             raise UserError(f"value {self.value!r} is no finite number; try 2.0.")
-        mask = isinstance(self.positions, torch.Tensor) and self.positions.dtype == torch.bool
-        if not (mask and self.positions.dim() in (1, 2) and self.positions.numel()
-                or isinstance(self.positions, str) and self.positions in ("all", "last")):
+        at = self.positions
+        if not (at in ("all", "last") if isinstance(at, str) else torch.is_tensor(at) and at.dim() in (1, 2)
+                and at.dtype == torch.bool and at.numel()):
             raise UserError("positions must be 'all', 'last' or a bool tensor (T,) or (B, T).")
 
     def turn(self, f, where):
@@ -82,10 +86,9 @@ class Steering:
             if len(t) not in (1, B):
                 raise UserError(f"{name} have {len(t)} rows, the batch has {B}; give one row for each.")
             return t.to(device).expand(B, -1)
-
         past = self.model.past
         begin, prompt = (past.slid + past.length, past.prompt) if past else (0, T)
-        at = begin + torch.arange(T, device=device).expand(B, T)
+        at = begin + torch.arange(T, device=device).expand(B, T)        # in the text, not in the window
         ends = rows(torch.as_tensor([prompt] if self.lengths is None else self.lengths)[:, None], "lengths")
         real = (at < ends) | (at >= prompt)
         if isinstance(positions, str):
@@ -119,19 +122,16 @@ def steer(model, interventions, lengths=None):
     on what the outer left. The model is as before when the block ends, however it ends. Raises UserError for
     an intervention that the model cannot take, and at the end for one that never fired.
     """
-    interventions, handles = list(interventions), []
+    interventions = list(interventions)
     for intervention in interventions:
         intervention.check(model.config)
     steering = Steering(model, interventions, lengths)
-    try:
+    with ExitStack() as hooks:
         for (layer, *_), group in itertools.groupby(range(len(interventions)), lambda n: (
                 interventions[n].layer, id(interventions[n].sae), interventions[n].keep_error)):
-            hook = steering.hook(list(group))
-            handles.append(model.blocks[layer].sparsifier.code.register_forward_hook(hook))
+            code = model.blocks[layer].sparsifier.code
+            hooks.enter_context(code.register_forward_hook(steering.hook(list(group))))
         yield steering
-    finally:
-        for handle in handles:
-            handle.remove()
     for intervention, fired in zip(interventions, steering.fired):
         if not fired:
             raise UserError(f"{intervention} never fired: nothing ran, or its positions name no real token.")

@@ -258,14 +258,15 @@ def test_next_token_compares_two_runs(lm):
 
 
 @pytest.mark.parametrize("changes, told", [
-    (dict(layer=2), "layer 2 does not exist: the model's layers are 0 to 1"),
+    (dict(layer=2), "layer 2 does not exist; layers are 0 to 1 here"),
     (dict(layer=-1), "layer -1 does not exist"), (dict(neuron=H), f"neurons are 0 to {H - 1}"),
     (dict(neuron=1.0), "neuron 1.0 does not exist"), (dict(value=math.nan), "value nan is no finite number"),
     (dict(value=math.inf), "no finite"), (dict(value="2x"), "no finite"),
     (dict(op="turn"), "set, scale, add, ablate"),
     (dict(positions="first"), "positions must be"), (dict(positions=torch.ones(T)), "positions must be"),
     (dict(positions=torch.ones(3, T, dtype=torch.bool)), "positions have 3 rows, the batch has 2"),
-    (dict(sae=SAE(H, 80), neuron=80), "neurons are 0 to 79")])
+    (dict(sae=SAE(H, 80, layer=1)), "is for layer 1"), (dict(sae=SAE(32, 80)), "32 codes, not for the 64"),
+    (dict(sae=SAE(H, 80), neuron=80), "features are 0 to 79")])
 def test_bad_interventions_are_refused_in_one_sentence(changes, told):
     lm = tiny("crate")
     with pytest.raises(UserError, match=told) as e:
