@@ -247,8 +247,10 @@ def neurons(s, ckpt):
             shlex.join(["python", "interpret.py", *sys.argv[1:]]), s.seed, s.tokens, s.n, controls,
             s.match_density, s.trie, s.dedup, directions)
     run(r, s.from_)
-    found = cli.read_json(place / "summary.json")
-    print(f"\n{summary.table(found)}\n\nfiles     {place / 'index.html'}, scores.jsonl, summary.json")
+    found, of = cli.read_json(place / "summary.json"), r.record.header["tokens"]
+    print(f"record    tables from {of['fit']:,} tokens, scores on windows of {of['score']:,} others. More tokens "
+          f"make better\n          tables: compare scores only where these are alike.\n\n{summary.table(found)}\n\n"
+          f"files     {place / 'index.html'}, scores.jsonl, summary.json")
 
 
 @dataclass

@@ -286,7 +286,8 @@ def fit_trie(activate, excerpts, pad, ratio=0.5, longest=32):
 
     activate(list of id lists) -> activation at each one's last token. Per excerpt: the shortest suffix, of at
     most `longest` tokens, that keeps `ratio` of the activation; it is anchored if it does not keep that with
-    a `pad` token in front; a token in it is literal if `pad` in its place costs `ratio` or more.
+    a `pad` token in front; a token in it is literal if `pad` in its place costs `ratio` or more. A pattern
+    without any would fire everywhere and hide the others: it is left out.
     """
     trie = Trie()
     for ids, value in excerpts:
@@ -297,7 +298,8 @@ def fit_trie(activate, excerpts, pad, ratio=0.5, longest=32):
         ids, full = enough[0]
         front, *without = activate([[pad, *ids], *([*ids[:i], pad, *ids[i + 1:]] for i in range(len(ids)))])
         pattern = [t if full - a >= ratio * full else ANY for t, a in zip(ids, without)]
-        trie.add(pattern[::-1], value, front < ratio * full)
+        if set(pattern) != {ANY}:
+            trie.add(pattern[::-1], value, front < ratio * full)
     return trie
 
 

@@ -122,6 +122,7 @@ def sae_table(found):
 
 def sae(found, target):
     """Draw what sparse autoencoders of one layer lose against how sparse they are, one line a family."""
+    from matplotlib.ticker import LogLocator
     figure, (left, right) = grid(2, 2, (5.2, 4))
     families = {}
     for facts in found:
@@ -139,6 +140,9 @@ def sae(found, target):
                       style, color=color, alpha=1 if style == "o-" else .5, markersize=5, label=label)
     for axes, title in ((left, "share of the loss recovered"), (right, "share of the codes explained")):
         axes.set(xscale="log", xlabel="features per token (L0)")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
         axes.set_title(title, fontsize=10)
         axes.axhline(1, color="black", linewidth=.6)
         axes.legend(frameon=False, fontsize=7, loc="lower right")

@@ -43,7 +43,7 @@ def speed(found):
 
 def bench(found):
     """Kernels beside PyTorch, forward and backward: times as fast as it, and as its products alone."""
-    lines = ["| what | fused, ms | eager | compiled | products alone | GFLOP/s |", "|---|---|---|---|---|---|"]
+    lines = ["| what | fused, ms | eager | compiled | products alone | GFLOP/s |", "|---" * 6 + "|"]
     for row in found["rows"]:
         ms = {name: m["median"] for name, m in row["ms"].items()}
         if not row["name"].startswith(("ista ", "mssa ", "decode 1x768", "step 8x256 V=4096")):

@@ -245,6 +245,11 @@ def test_trie_knows_what_only_begins_a_context():
     assert trie(np.array([[-1, 8, 8]])).tolist() == [[1, 0]]
 
 
+def test_trie_leaves_out_what_fires_everywhere():
+    trie = explain.fit_trie(lambda rows: [1.0] * len(rows), [([1, 2], 1.0)], pad=0)
+    assert trie.patterns == []
+
+
 def test_trie_of_a_silent_neuron_is_empty():
     trie = explain.fit_trie(lambda rows: [0.0] * len(rows), [([1, 2], 0.0), ([1, 2], 1.0)], pad=0)
     assert trie.patterns == [] and trie(np.array([[1, 2, 3]])).tolist() == [[0, 0]]

@@ -75,3 +75,11 @@ def test_a_text_longer_than_the_context_is_refused_and_errors_leave_no_past():
         lm(torch.arange(T)[None])
         lm(torch.arange(1)[None])
     assert lm.past is None and lm(torch.arange(T)[None]).shape == (1, T, V)
+
+
+def test_single_tokens_go_the_way_that_was_measured_for_few_rows(monkeypatch):
+    lm, rows = tiny("crate"), []
+    decode = ops.ista_decode
+    monkeypatch.setattr(ops, "ista_decode", lambda x, *rest: rows.append(x.shape[1]) or decode(x, *rest))
+    lm.generate(torch.arange(5)[None], 4)
+    assert rows == [1] * 3 * 2                                  # three new tokens read, in two layers
