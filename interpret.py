@@ -16,27 +16,13 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from crate_mini import (
-    UserError,
-    atomic_write,
-    checkpoint,
-    cli,
-    data,
-    figures,
-    human,
-    layer_views,
-    machine,
-    measure,
-    neuronpedia,
-    pages,
-    sae_fit,
-    summary,
-    words,
-)
+from crate_mini import UserError, atomic_write, checkpoint, cli, data, machine, measure, sae_fit
 from crate_mini.activations import Site, sites
-from crate_mini.neurons import Run, run
 from crate_mini.sae import SAE, beside, load, save
-from crate_mini.selftest import solve, told
+from crate_mini.scoring import summary, words
+from crate_mini.scoring.neurons import Run, run
+from crate_mini.scoring.selftest import solve, told
+from crate_mini.views import figures, human, layer_views, neuronpedia, pages
 
 L1 = 5e-5, 1e-4, 2e-4            # of the autoencoders by default
 COMMANDS = {}                    # name: (settings, function); filled by @command
@@ -225,7 +211,7 @@ class Neurons:
 
 @command(Neurons)
 def neurons(s, ckpt):
-    """scores.jsonl, summary.json, index.html and what they were made from (see crate_mini/neurons.py)."""
+    """scores.jsonl, summary.json, index.html and what they were made from (crate_mini/scoring/neurons.py)."""
     for name, least, most in (("n", 0, 2 ** 31), ("seed", 0, 2 ** 31), ("trie", 0, 2 ** 31),
                               ("tokens", 1, 2 ** 40), ("match_density", 0, 1)):
         if not least <= getattr(s, name) < most:
@@ -248,9 +234,9 @@ def neurons(s, ckpt):
             s.match_density, s.trie, s.dedup, directions)
     run(r, s.from_)
     found, of = cli.read_json(place / "summary.json"), r.record.header["tokens"]
-    print(f"record    tables from {of['fit']:,} tokens, scores on windows of {of['score']:,} others. More tokens "
-          f"make better\n          tables: compare scores only where these are alike.\n\n{summary.table(found)}\n\n"
-          f"files     {place / 'index.html'}, scores.jsonl, summary.json")
+    print(f"record    tables from {of['fit']:,} tokens, scores on windows of {of['score']:,} others. More\n"
+          f"          tokens make better tables: compare scores only where these are alike.\n\n"
+          f"{summary.table(found)}\n\nfiles     {place / 'index.html'}, scores.jsonl, summary.json")
 
 
 @dataclass

@@ -279,8 +279,9 @@ class Run:
         """The whole held-out split, a sample, the figure, and what to type next."""
         s, val = self.s, self.validate()
         if not math.isfinite(val["val_loss"]):
-            raise UserError(f"validation loss {val['val_loss']} after the last step; try a lower --lr; the best "
-                            f"weights, if any were, are in {Path(s.out, 'best')}.")
+            best = Path(s.out, "best")
+            raise UserError(f"validation loss {val['val_loss']} after the last step; try a lower --lr"
+                            + (f"; the best weights are in {best}." if best.exists() else "."))
         self.save("last", **val)
         if self.rank:
             return

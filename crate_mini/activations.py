@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 
 from crate_mini import UserError, machine
-from crate_mini.excerpts import Excerpts, select
+from crate_mini.corpus.tokenizer import load_tokenizer
 from crate_mini.model import KINDS, LM, to_dict
-from crate_mini.parts import PARTS, WINDOW, Parts, documents
-from crate_mini.recorded import SCHEMA, Record, load, write
-from crate_mini.tally import BINS, Shared, Tally, Top, half
-from crate_mini.tokenizer import load_tokenizer
+from crate_mini.scoring.excerpts import Excerpts, select
+from crate_mini.scoring.parts import PARTS, WINDOW, Parts, documents
+from crate_mini.scoring.recorded import SCHEMA, Record, load, write
+from crate_mini.scoring.tally import BINS, Shared, Tally, Top, half
 
 __all__ = ["Excerpts", "Record", "Site", "documents", "kind_of", "load", "record", "select", "sites",
            "untrained"]

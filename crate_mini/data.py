@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from crate_mini import UserError
-from crate_mini.corpora import describe
-from crate_mini.prepare import FORMAT, SPLITS, prepare, shard
-from crate_mini.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from crate_mini.corpus.corpora import describe
+from crate_mini.corpus.prepare import FORMAT, SPLITS, prepare, shard
+from crate_mini.corpus.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 __all__ = ["Corpus", "Tokenizer", "load_tokenizer", "open_corpus", "train_bpe"]
 

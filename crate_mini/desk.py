@@ -3,8 +3,9 @@
 import math
 import re
 
-from crate_mini import UserError, cli, dose, evidence, pages, sae, score
+from crate_mini import UserError, cli, dose, evidence, sae, score
 from crate_mini.steering import Intervention
+from crate_mini.views import pages
 
 HELD_OUT = 16384        # tokens on which a maximum is observed where interpret.py has not recorded it
 

@@ -17,7 +17,8 @@ import json
 
 import numpy as np
 
-from crate_mini import UserError, atomic_write, metrics
+from crate_mini import UserError, atomic_write
+from crate_mini.scoring import metrics
 
 PROTOCOLS = ("openai_tar", "openai_random", "anthropic_crate", "anthropic_2023")
 MISSING = 0.2                    # share of excerpts without an answer above which the neuron counts as failed

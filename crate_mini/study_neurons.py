@@ -22,7 +22,9 @@ from pathlib import Path
 
 import torch
 
-from crate_mini import UserError, atomic_write, cli, figures, machine, score, summary
+from crate_mini import UserError, atomic_write, cli, machine, score
+from crate_mini.scoring import summary
+from crate_mini.views import figures
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"crate": "CRATE", "crate+": "crate+", "gpt2": "GPT-2 twin"}

@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crate_mini import UserError, activations, data, excerpts, parts, tally
+from crate_mini import UserError, activations, data
 from crate_mini.activations import documents, load, record
-from crate_mini.formats import END
+from crate_mini.corpus.formats import END
 from crate_mini.model import LM, preset
-from crate_mini.parts import PARTS, WINDOW, Parts, part_of
+from crate_mini.scoring import excerpts, parts, tally
+from crate_mini.scoring.parts import PARTS, WINDOW, Parts, part_of
 
 BYTES = data.load_tokenizer("bytes")
 META = {"tokenizer": {"spec": "bytes"}, "training": {"step": 7}, "sha256": "of a test"}

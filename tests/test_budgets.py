@@ -33,7 +33,7 @@ def tracked():
 FILES = tracked()
 PYTHON = [p for p in FILES if p.suffix == ".py"]
 C = [p for p in FILES if p.suffix in (".h", ".cpp", ".cuh", ".cu")]
-PACKAGE = [p for p in PYTHON if p.parent.name == "crate_mini"]
+PACKAGE = [p for p in PYTHON if p.is_relative_to(ROOT / "crate_mini")]
 
 
 def name(path):

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from crate_mini import UserError, corpora, formats, pydocs
-from crate_mini.corpora import describe, documents, token_files
-from crate_mini.formats import END, Position
+from crate_mini import UserError
+from crate_mini.corpus import corpora, formats, pydocs
+from crate_mini.corpus.corpora import describe, documents, token_files
+from crate_mini.corpus.formats import END, Position
 
 DOCS = ["First document.\nTwo lines.", "Zweites: äöü, 中文, 🙂.", "  indented, kept\n\n\nas it is", "x"]
 
@@ -284,7 +285,7 @@ def test_pydocs_never_says_a_paragraph_twice(python_docs):
 
 
 def test_pydocs_is_the_same_in_every_process_and_imports_nothing_it_reads(python_docs):
-    code = ("import sys, hashlib; from crate_mini.corpora import documents\n"
+    code = ("import sys, hashlib; from crate_mini.corpus.corpora import documents\n"
             "text = '\\0'.join(documents('pydocs'))\n"
             "print(hashlib.sha256(text.encode()).hexdigest(), 'smtplib' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "7"}, check=True,

@@ -16,9 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crate_mini import UserError, data, prepare
+from crate_mini import UserError, data
+from crate_mini.corpus import prepare
+from crate_mini.corpus.formats import END
 from crate_mini.data import load_tokenizer, open_corpus
-from crate_mini.formats import END
 
 ROOT = Path(__file__).parent.parent
 BYTES = load_tokenizer("bytes")

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crate_mini import explain, metrics, puzzles
+from crate_mini import explain
 from crate_mini.model import LM, preset
+from crate_mini.scoring import metrics, puzzles
 
 V, NEURON = puzzles.EOT + 1, puzzles.NEURON
 TOKENS = [*(bytes([i]) for i in range(256)), b"<|endoftext|>"]

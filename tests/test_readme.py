@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from crate_mini import reference, study
+from crate_mini import reference, tables
+from crate_mini.corpus.tokenizer import load_tokenizer
 from crate_mini.settings import Settings
-from crate_mini.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,9 +69,20 @@ def test_command_runs(command, desk, tmp_path_factory):
 
 def test_default_table_is_the_one_in_results():
     found = json.loads((ROOT / "results" / "default.json").read_text())
-    assert study.table(found) in README
+    assert tables.default(found) in README
     assert found["machine"]["commit"][:12] in README and found["command"] in README
     assert found["runs"][0]["sample"].splitlines()[2].strip()[:40] in README
+
+
+def test_speeds_are_those_in_results():
+    found = json.loads((ROOT / "results" / "speed.json").read_text())
+    assert tables.speed(found) in README and found["command"] in README
+    assert f"{found['loop']['ratio']:.2f} times" in README
+
+
+def test_kernel_table_is_the_one_in_results():
+    found = json.loads((ROOT / "results" / "bench.json").read_text())
+    assert tables.bench(found) in README and "python -m crate_mini.bench" in found["command"]
 
 
 def test_names_and_files_exist():

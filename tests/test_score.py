@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crate_mini import UserError, metrics, score, summary
+from crate_mini import UserError, score
+from crate_mini.scoring import metrics, summary
 
 SEEDS = st.integers(0, 2 ** 32 - 1)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crate_mini import UserError, score, study_neurons, summary
+from crate_mini import UserError, score, study_neurons
+from crate_mini.scoring import summary
 from crate_mini.study_neurons import Study
 
 

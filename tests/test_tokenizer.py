@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-from crate_mini import UserError, tokenizer
-from crate_mini.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from crate_mini import UserError
+from crate_mini.corpus import tokenizer
+from crate_mini.corpus.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 EMBEDDED = Path(tokenizer.__file__).with_name("pydocs.tiktoken")
 SPECS = ["pydocs", "pydocs:4095", "pydocs:300", "bytes"]

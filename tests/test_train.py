@@ -255,8 +255,8 @@ train.model.LM.forward = poisoned
 
 @pytest.mark.parametrize("choice, code", [("stop", 2), ("skip", 0)])
 def test_two_processes_agree_on_a_loss_that_only_one_finds_not_finite(choice, code, text, tmp_path):
-    both = pair("--data", text, "--train-steps", "7", "--out", str(tmp_path / "run"), "--on-nonfinite", choice,
-                before=POISON)
+    both = pair("--data", text, "--train-steps", "7", "--out", str(tmp_path / "run"),
+                "--on-nonfinite", choice, before=POISON)
     said = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [code] * 2, said
     assert "Traceback" not in said[0][1] + said[1][1]
@@ -264,7 +264,8 @@ def test_two_processes_agree_on_a_loss_that_only_one_finds_not_finite(choice, co
 
 
 def test_a_run_that_diverges_to_the_end_says_so(text, tmp_path):
-    flags = [*TINY, "--data", text, "--train-steps", "9", "--lr", "1e9", "--clip", "0", "--on-nonfinite", "skip"]
+    flags = [*TINY, "--data", text, "--train-steps", "9", "--lr", "1e9", "--clip", "0",
+             "--on-nonfinite", "skip"]
     with pytest.raises(UserError, match=r"validation loss (nan|inf) after the last step; .*/best"):
         run(*flags, "--out", str(tmp_path / "run"))
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import interpret
-from crate_mini import checkpoint, cli, clients, data, llm, model, score
+from crate_mini import checkpoint, cli, data, model, score
+from crate_mini.judges import clients, llm
 
 T, N = 128, 6
 

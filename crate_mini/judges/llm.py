@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crate_mini import UserError, machine, rungs, score
-from crate_mini.clients import Failed, Http
-from crate_mini.tape import Spent, Tape, key, size
+from crate_mini import UserError, machine, score
+from crate_mini.judges import rungs
+from crate_mini.judges.clients import Failed, Http
+from crate_mini.judges.tape import Spent, Tape, key, size
 
 PROMPTS = ("explain", "puzzles", *(file for file, _, _ in rungs.RUNGS.values()))
 
@@ -64,7 +65,7 @@ class Model:
     def back_end(self):                                 # made only when the tape has no answer
         if self.kind == "http":
             return Http(self.spec, self.s.url, self.s.key_env)
-        from crate_mini.local_lm import Hf
+        from crate_mini.judges.local_lm import Hf
         return Hf(self.spec)
 
     def ask(self, query):

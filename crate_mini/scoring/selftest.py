@@ -12,8 +12,9 @@ The planted neurons go through record, select, explain, simulate and score like 
 import numpy as np
 import torch
 
-from crate_mini import data, explain, metrics, neurons, puzzles, score
+from crate_mini import data, explain, score
 from crate_mini.activations import sites
+from crate_mini.scoring import metrics, neurons, puzzles
 
 MARGIN = 0.02                   # by which the true explanation must win: a tie is no win
 CLOSE = 0.9                     # r from which we say that a simulator can express an explanation

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from crate_mini import UserError, charts
+from crate_mini import UserError
 from crate_mini.score import flat
+from crate_mini.views import charts
 
 MARKS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 

@@ -7,8 +7,8 @@ from threading import Lock
 import torch
 
 from crate_mini import UserError
-from crate_mini.clients import Failed, numbers
-from crate_mini.formats import extra
+from crate_mini.corpus.formats import extra
+from crate_mini.judges.clients import Failed, numbers
 
 
 def find(name):

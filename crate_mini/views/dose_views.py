@@ -2,8 +2,8 @@
 
 from crate_mini.activations import kind_of
 from crate_mini.dose import AT_KL, METRICS
-from crate_mini.figures import AMBER, BLUE, GREEN, GREY, RED, grid, write
 from crate_mini.model import Config
+from crate_mini.views.figures import AMBER, BLUE, GREEN, GREY, RED, grid, write
 
 COLORS = BLUE, GREEN, RED, AMBER, "#7a5195"
 LINES = {"neuron": "o-", "feature": "s-", "feature+error": "^--", "random": "x:"}

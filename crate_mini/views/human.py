@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from crate_mini import UserError
-from crate_mini.pages import asset, html, label_text, read, visible
+from crate_mini.views.pages import asset, html, label_text, read, visible
 
 SHOWN = 4               # excerpts of the neuron in a question
 DECOYS = 3              # labels of other neurons

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import torch
 
-from crate_mini import activations, atomic_write, excerpts, explain, score
+from crate_mini import activations, atomic_write, explain, score
+from crate_mini.scoring import excerpts
 
 PROTOCOLS = ("openai_tar", "anthropic_crate", "anthropic_2023")  # openai_random is a part of openai_tar
 PROBE = 100_000                 # tokens that thresholds of density matching are found on

@@ -21,7 +21,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from crate_mini import UserError, activations, atomic_write, explain, results, stages
+from crate_mini import UserError, activations, atomic_write, explain
+from crate_mini.scoring import results, stages
 
 STAGES = {"record": stages.record, "select": stages.select, "explain": stages.explain_all,
           "simulate": stages.simulate, "score": results.score_all, "report": results.report}

@@ -10,8 +10,8 @@ import numpy as np
 import tiktoken
 
 from crate_mini import UserError, atomic_write
-from crate_mini.corpora import documents, held_out
-from crate_mini.formats import END, extra
+from crate_mini.corpus.corpora import documents, held_out
+from crate_mini.corpus.formats import END, extra
 
 # GPT-2's split pattern in tiktoken's spelling (possessive: no backtracking on long runs). Our own vocabulary
 # uses it too: words carry their leading space, letters, digits and signs stay apart, and one path serves all.
@@ -67,7 +67,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer named by `spec`; raises UserError when there is none or its file is malformed.
 
     pydocs  embedded: 8,191 ranks + eot = 8,192 ids (a multiple of 64 suits matrix products), made once by
-            python -c "from crate_mini.data import *; train_bpe('pydocs', 8191, 'crate_mini/pydocs.tiktoken')"
+            python -c "from crate_mini.data import *; train_bpe('pydocs', 8191, 'pydocs.tiktoken')"
     gpt2    tiktoken's own, which it downloads once
     bytes   256 ids and eot: a BPE without merges
     PATH    a file of ranks in tiktoken's format: base64 of the token, a space, its rank, one token a line

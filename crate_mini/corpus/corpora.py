@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from crate_mini import UserError, pydocs
-from crate_mini.formats import END, KINDS, LONG, Position, extra, field, kind, pieces, read, told
+from crate_mini import UserError
+from crate_mini.corpus import pydocs
+from crate_mini.corpus.formats import END, KINDS, LONG, Position, extra, field, kind, pieces, read, told
 
 HUB = "hf://datasets/"          # the tests put a folder here
 NAMED = {                       # name: builder in `datasets`, files

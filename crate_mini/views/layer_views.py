@@ -1,6 +1,6 @@
 """layers.json, which `interpret.py layers` wrote, as a printed table and as a figure."""
 
-from crate_mini.figures import BLUE, GREY, RED, grid, shared_legend, write
+from crate_mini.views.figures import BLUE, GREY, RED, grid, shared_legend, write
 
 MODELS = {"trained": (BLUE, "o-"), "untrained": (GREY, "s--")}
 WIDE = 6         # columns side by side in the printed table; the others go below

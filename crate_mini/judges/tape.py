@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Lock
 
 from crate_mini import UserError, atomic_write
-from crate_mini.clients import Failed
+from crate_mini.judges.clients import Failed
 
 
 class Spent(Exception):

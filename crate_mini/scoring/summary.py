@@ -8,8 +8,8 @@ import itertools
 
 import numpy as np
 
-from crate_mini import metrics
 from crate_mini.score import PROTOCOLS, flat, kind
+from crate_mini.scoring import metrics
 
 STATUS = ("live", "dead", "undefined", "failed")
 ORDER = ("token_r", "ngram_r", "label_r@10", "null_r", "init_r", "f1", "auprc", *PROTOCOLS)

@@ -9,7 +9,9 @@ import json
 
 import numpy as np
 
-from crate_mini import activations, atomic_write, explain, human, metrics, pages, score, summary
+from crate_mini import activations, atomic_write, explain, score
+from crate_mini.scoring import metrics, summary
+from crate_mini.views import human, pages
 
 AROUND = 24                     # tokens of an excerpt on a page
 DRAWS = 200                     # redraws of windows for a neuron's own interval

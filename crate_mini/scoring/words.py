@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from crate_mini import UserError, activations, atomic_write, checkpoint, data, excerpts, llm, score, summary
+from crate_mini import UserError, activations, atomic_write, checkpoint, data, score
+from crate_mini.judges import llm
+from crate_mini.scoring import excerpts, summary
 
 
 def drawn(rows, n, seed):

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from crate_mini import UserError
-from crate_mini.parts import PARTS, WINDOW
+from crate_mini.scoring.parts import PARTS, WINDOW
 
 SHORT, BEFORE = 8, 4            # tokens of an anthropic excerpt, those before the position
 RANKS, VALUES = 12, 13          # intervals, the top one included

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from crate_mini import UserError, metrics
-from crate_mini.clients import Failed
+from crate_mini import UserError
+from crate_mini.judges.clients import Failed
+from crate_mini.scoring import metrics
 
 RUNGS = {  # letter: (prompt file, capability that it needs, kind of query)
     "A": ("simulate_lines", "prompt logprobs", "slots"), "B": ("simulate_token", "{style} logprobs", "next"),

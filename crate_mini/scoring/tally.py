@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from crate_mini.parts import PARTS, WINDOW
+from crate_mini.scoring.parts import PARTS, WINDOW
 
 OCTAVE, LOWEST, OCTAVES = 64, -20, 32       # histogram while recording: bins per factor 2, from 2^LOWEST up
 BINS = OCTAVE * OCTAVES

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from crate_mini import UserError, atomic_write
-from crate_mini.corpora import documents, held_out, token_files
-from crate_mini.formats import Position
-from crate_mini.tokenizer import Tokenizer
+from crate_mini.corpus.corpora import documents, held_out, token_files
+from crate_mini.corpus.formats import Position
+from crate_mini.corpus.tokenizer import Tokenizer
 
 try:
     import fcntl

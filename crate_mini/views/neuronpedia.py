@@ -11,7 +11,7 @@ are there and empty; fields not named are left to its defaults.
 
 import json
 
-from crate_mini.pages import label_text, read, visible
+from crate_mini.views.pages import label_text, read, visible
 
 EMPTY = ("vector", "topkCosSimIndices", "topkCosSimValues", "neuron_alignment_indices",
          "neuron_alignment_values", "neuron_alignment_l1", "correlated_neurons_indices",
