@@ -21,10 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crate_mini import UserError, cli, dose, dose_views, evidence, sae
+from crate_mini import UserError, cli, dose, evidence, sae
 from crate_mini.desk import Desk
 from crate_mini.readout import next_token
 from crate_mini.steering import Intervention, steer
+from crate_mini.views import dose_views
 
 
 @dataclass
