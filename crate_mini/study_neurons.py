@@ -5,9 +5,8 @@ tokens of a text, and scores every neuron by every protocol: as it is, and with 
 each neuron fires on at most 1 % of the tokens, because sparsity alone moves these scores. Autoencoders of
 every layer of CRATE and the twin at three layers are scored like neurons. -> results/neurons.json, .png
 
-Every part is `train.py` or `interpret.py` itself in a process of its own; a part that is finished is kept as
-long as its command stays the same, and its result says at which commit it was made. To make one again delete
-its folder in out/neurons.  `python -m crate_mini.study_neurons table` prints the README's table again.
+Every part is `train.py` or `interpret.py` itself in a process of its own, kept as long as its command stays
+the same; its result names its commit. `python -m crate_mini.study_neurons table` prints the table again.
 """
 
 import itertools
@@ -22,24 +21,22 @@ from pathlib import Path
 
 import torch
 
-from crate_mini import UserError, atomic_write, cli, machine, score
+from crate_mini import UserError, atomic_write, cli, machine, score, tables
 from crate_mini.scoring import summary
 from crate_mini.views import figures
 
-ROOT = Path(__file__).resolve().parents[1]
-NAMES = {"crate": "CRATE", "crate+": "crate+", "gpt2": "GPT-2 twin"}
+ROOT = tables.RESULTS.parent
+NAMES = tables.NAMES
 MATCHED = 0.01                  # share of tokens on which a neuron fires at most, in the second scoring
 SCORINGS = {"interpret": "as it is", f"matched/density-{MATCHED:g}": "matched"}   # by where their files are
 FEATURES = 512                  # of an autoencoder, drawn by the seed: as many as a layer has neurons
 SHOWN = ("ngram_r", "token_r", "null_r", "init_r", "f1", "auprc", "openai_tar[ngram]", "openai_random[ngram]",
          "anthropic_crate[ngram]", "anthropic_2023[ngram]")
 BRIEFLY = (SHOWN[0], *SHOWN[2:4], *SHOWN[6:9])     # of the second scoring
-PAPER = {  # mean over layers x 100 by (preset, metric): CRATE, GPT-2; project page of arXiv 2410.16443
-    ("1L", "openai_tar"): (3.9, 8.8), ("1L", "openai_random"): (4.8, 8.9),
-    ("1L", "anthropic_crate"): (10.1, 14.2), ("2L", "openai_tar"): (8.05, 4.2),
-    ("2L", "openai_random"): (6.95, 1.95), ("2L", "anthropic_crate"): (11.35, 10.2),
-    ("3L", "openai_tar"): (9.1, 3.57), ("3L", "openai_random"): (8.43, 1.37),
-    ("3L", "anthropic_crate"): (11.23, 9.2)}
+PAPER = {  # mean over layers x 100: CRATE, GPT-2; project page of arXiv 2410.16443
+    "openai_tar": {"1L": (3.9, 8.8), "2L": (8.05, 4.2), "3L": (9.1, 3.57)},
+    "openai_random": {"1L": (4.8, 8.9), "2L": (6.95, 1.95), "3L": (8.43, 1.37)},
+    "anthropic_crate": {"1L": (10.1, 14.2), "2L": (11.35, 10.2), "3L": (11.23, 9.2)}}
 NOT_OURS = ("paper (LLM simulators: Mistral-7B explains, LLaMA-2-7B simulates; Pile; all 512 neurons of each "
             "layer, NaN dropped; not comparable)")
 
@@ -71,9 +68,10 @@ class Study:
             runs.append(self.model(*key))
         for kind in self.sae:
             autoencoders += self.autoencoders(kind)
-        found = {"schema": 1, "command": "python -m crate_mini.study_neurons TEXT RANKS", "seeds": self.seeds,
-                 "text": Path(self.text).name, "ranks": Path(self.ranks).name, "steps": self.steps,
-                 "tokens": self.tokens, "match_density": MATCHED, "presets": self.presets,
+        found = {"schema": 1, "seeds": self.seeds, "command":
+                 f"python -m crate_mini.study_neurons TEXT RANKS {self.steps} {self.tokens}",
+                 "text": Path(self.text).name, "ranks": Path(self.ranks).name, "presets": self.presets,
+                 "steps": self.steps, "tokens": self.tokens, "match_density": MATCHED,
                  "machine": machine.describe(torch.device("cpu")), "runs": runs, "sae": autoencoders,
                  "differences": self.differences()}
         self.results.mkdir(exist_ok=True)
@@ -158,12 +156,12 @@ class Study:
 
     def draw(self):
         """Pictures of the deepest models of the first seed."""
-        key = self.presets[-1], self.seeds[0]
-        names = {kind: f"{NAMES[kind]}, {key[0]}" for kind in self.models}
-        place = {kind: self.folder(key[0], kind, key[1]) for kind in self.models}
-        figures.scores_by_layer({names[kind]: cli.read_json(place[kind] / "interpret" / "summary.json")
-                                 for kind in self.models}, self.results / "neurons.png")
-        figures.score_against_density({names[kind]: self.rows(key[0], kind, key[1]) for kind in self.models},
+        preset, seed = self.presets[-1], self.seeds[0]
+        names = {kind: f"{NAMES[kind]}, {preset}" for kind in self.models}
+        place = {kind: self.folder(preset, kind, seed) / "interpret" / "summary.json" for kind in self.models}
+        figures.scores_by_layer({name: cli.read_json(place[kind]) for kind, name in names.items()},
+                                self.results / "neurons.png")
+        figures.score_against_density({names[k]: self.rows(preset, k, seed) for k in names},
                                       self.results / "neurons-density.png")
 
 
@@ -201,7 +199,7 @@ def table(found):
         fires = [f"{100 * statistics.mean(s['density']['mean'] for s in some):.1f}" for some in sites]
         lines.append(f"| {preset} | density, % | {' | '.join(fires)} | | |")
         for metric in SHOWN:
-            theirs = PAPER.get((preset, metric.split("[")[0]), ("", ""))
+            theirs = PAPER.get(metric.split("[")[0], {}).get(preset, ("", ""))
             cells = [over_seeds(found, preset, k, "as it is", metric) for k in kinds]
             lines.append(f"| {preset} | {metric} | {' | '.join(cells)} | {theirs[0]} | {theirs[1]} |")
         for metric in BRIEFLY:

@@ -63,8 +63,9 @@ def test_the_papers_numbers_are_what_its_layers_average_to():
               ("3L", "openai_random"): ((9.0, 9.4, 6.9), (3.1, -.3, 1.3)),
               ("2L", "anthropic_crate"): ((11.3, 11.4), (9.7, 10.7)),
               ("3L", "anthropic_crate"): ((12.6, 10.0, 11.1), (14.8, 4.1, 8.7))}
-    for key, sides in layers.items():
-        assert study_neurons.PAPER[key] == pytest.approx([np.mean(side) for side in sides], abs=0.006)
+    for (preset, metric), sides in layers.items():
+        means = [np.mean(side) for side in sides]
+        assert study_neurons.PAPER[metric][preset] == pytest.approx(means, abs=0.006)
 
 
 def test_a_finished_part_is_kept_and_a_failed_one_is_told_of(tmp_path, monkeypatch):
