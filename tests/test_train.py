@@ -148,7 +148,8 @@ def test_golden_losses(text, tmp_path):
 
     After a change that is meant to alter them, copy the list that the failing assertion prints.
     """
-    run(*TINY, "--data", text, "--train-steps", "10", "--out", str(tmp_path / "run"))
+    run(*TINY, "--data", text, "--train-steps", "10", "--lr", "0.002", "--min-lr", "0.0002",
+        "--warmup", "2", "--out", str(tmp_path / "run"))
     losses = [float(r["loss"]) for r in rows(tmp_path / "run")]
     assert losses == pytest.approx(GOLDEN, abs=2e-4)
 
