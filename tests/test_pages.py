@@ -25,7 +25,7 @@ HOSTILE = [ATTACK, b"</script>" + ATTACK, b"<img src=x onerror=\"document.title=
            b" cat"]
 PLAIN = [f" w{i}".encode() for i in range(60)]
 VOID = {"meta", "img", "br", "input", "hr", "link"}
-ROOT = Path(pages.__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 # ---- results to draw pages from --------------------------------------------------------------------------

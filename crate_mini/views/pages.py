@@ -145,7 +145,7 @@ def _pack(n, order, sites, metrics, token):
 
 def asset(name):
     """The text of a packaged file."""
-    return resources.files("crate_mini").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("crate_mini.views").joinpath(name).read_text(encoding="utf-8")
 
 
 def inline(data):
