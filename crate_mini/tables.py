@@ -1,6 +1,7 @@
 """The README's tables in Markdown, from the files in results/ alone: `python -m crate_mini.tables`."""
 
 import itertools
+import re
 import statistics
 from pathlib import Path
 
@@ -42,18 +43,21 @@ def speed(found):
 
 
 def bench(found):
-    """Kernels beside PyTorch, forward and backward: times as fast as it, and as its products alone."""
-    lines = ["| what | fused, ms | eager | compiled | products alone | GFLOP/s |", "|---" * 6 + "|"]
-    for row in found["rows"]:
+    """Kernels, forward and backward: how many times as fast as PyTorch, and as its matrix products alone."""
+    lines = ["| forward and backward | bf16 ms | eager | compiled | products | fp32 ms | eager | compiled | "
+             "products |", "|---" * 9 + "|"]
+    kept = [row for row in found["rows"] if not row["name"].endswith("forward") and
+            row["name"].startswith(("ista ", "mssa ", "decode 1x768", "step 8x256 V=4096"))]
+    cells = {}
+    for row in kept:
         ms = {name: m["median"] for name, m in row["ms"].items()}
-        if not row["name"].startswith(("ista ", "mssa ", "decode 1x768", "step 8x256 V=4096")):
-            continue
-        if row["name"].endswith("forward"):
-            continue
-        against = [f"{ms[n] / ms['fused']:.2f}x" if n in ms else "" for n in ("eager", "compile", "products")]
-        name = row["name"].removesuffix(" both") + (f", {row['note']}" if row["note"] else "")
-        lines.append(f"| {name} | {ms['fused']:.3g} | {' | '.join(against)} | "
-                     f"{row['operations'] / ms['fused'] / 1e6:.0f} |")
+        op, shape, dtype = row["name"].removesuffix(" both").rsplit(" ", 2)
+        density = re.search(r"density ([\d.]+)", row["note"])
+        name = f"{op} {shape}" + (f", density {float(density[1]):.0f} %" if density else "")
+        times = [f"{ms[n] / ms['fused']:.2f}x" if n in ms else "" for n in ("eager", "compile", "products")]
+        cells.setdefault(name, {})[dtype] = [f"{ms['fused']:.3g}", *times]
+    for name, sides in cells.items():
+        lines.append(f"| {name} | {' | '.join(sides['bfloat16'] + sides['float32'])} |")
     return "\n".join(lines)
 
 
