@@ -3,7 +3,8 @@
     Backoff     mean activation by previous and current token, else by current token, else the mean: `ngram`
     Table       the same by current token alone (`token`), or by the few tokens of a label (`label@10`), or by
                 the tokens of five excerpts: all that a language model would be shown (the evidence ceiling)
-    labels      what a page shows: top tokens, left neighbours, class of token; and raised next tokens
+    labels      what a page shows: top tokens, left neighbours, class of token
+    effects     what raising a neuron does to the next token (needs the model)
     Trie        Neuron2Graph: the shortest patterns that keep half of the activation (needs the model)
 
 All of them are simulators: called with tokens (.., w + 1), whose column 0 is the token before the window (-1:
@@ -191,44 +192,54 @@ def rounded(value, digits=4):
 
 
 @torch.no_grad()
-def raised(model, layer, neurons, levels, contexts, directions=None, top=5, batch=256):
-    """Ids (n, top) of the next tokens whose log-probability rises most when a neuron is raised: causal.
+def effects(model, layer, neurons, levels, contexts, vocab, encode=None, directions=None, most=10, batch=256):
+    """What raising each of n neurons does to the next token, causal: a pass of its own in every context.
 
-    Each of n neurons is set to at least its level (n,), commonly its observed maximum, at the last token of
-    each of the contexts (C, T), in a forward pass of its own; the change is averaged over contexts.
-    directions (h, codes): what one unit of each SAE feature adds to the codes, instead of setting a code.
+    At the last token read of each of the contexts (C, T + 1), whose last column is the token that follows, a
+    neuron below its level (n,), commonly its observed maximum, is set to it; a feature likewise, by what its
+    row of `directions` (width, codes) adds to the codes, with encode: codes -> features. Ids from `vocab` on
+    only pad the model's vocabulary. A dict per neuron, as pages show it: "clamp" the level, "positions" C,
+    "raised" and "lowered" up to `most` [id, mean change of log-probability], "kl" of before from after and
+    "loss", its change on the token that follows: means in nats.
     """
-    device = next(model.parameters()).device
-    contexts, W = contexts.to(device), model.tokens.weight
-    C, found, change = len(contexts), [], None
+    device, W, change, found = model.tokens.weight.device, model.tokens.weight, None, []
+    read, then, C = contexts[:, :-1].to(device), contexts[:, -1].to(device), len(contexts)
 
     def push(module, inputs, codes):
         """Rows are (neuron, context) pairs; only each one's last token is touched."""
-        codes = codes.clone()
-        last = codes[:, -1]
+        if change is None:
+            return codes
+        codes, (j, to) = codes.clone(), change
+        last, row = codes[:, -1], torch.arange(len(j), device=device)
         if directions is None:
-            at = torch.arange(len(last), device=device)
-            last[at, change[0]] = torch.maximum(last[at, change[0]], change[1])
+            last[row, j] = torch.maximum(last[row, j], to)
         else:
-            last += change[1][:, None] * directions[change[0]]
+            last += (to - encode(last.float())[row, j]).clamp(min=0)[:, None] * directions[j]
         return codes
 
     def after(idx):
         return F.log_softmax(F.linear(model.trunk(idx)[0][:, -1], W).float(), -1)
 
-    base = after(contexts)
-    hook = model.blocks[layer].sparsifier.code.register_forward_hook(
-        lambda *given: None if change is None else push(*given))
+    hook, step = model.blocks[layer].sparsifier.code.register_forward_hook(push), max(1, batch // C)
     try:
-        for first in range(0, len(levels), max(1, batch // C)):
-            some, to = (torch.as_tensor(v[first:first + max(1, batch // C)], device=device)
-                        for v in (neurons, levels))
-            change = some.repeat_interleave(C), to.float().repeat_interleave(C)
-            moved = after(contexts.repeat(len(some), 1)).view(len(some), C, -1) - base
-            found.append(moved.mean(1).topk(min(top, moved.shape[-1])).indices)
+        base = after(read)
+        for some, to in zip(*(torch.as_tensor(v).split(step) for v in (neurons, levels))):
+            change = [v.to(device).repeat_interleave(C) for v in (some, to.float())]
+            moved = after(read.repeat(len(some), 1)).view(len(some), C, -1) - base
+            kl, loss = -(base.exp() * moved).sum(-1).mean(1), -moved[:, torch.arange(C), then].mean(1)
+            found += [{"clamp": rounded(level), "positions": C, "raised": _most(mean, 1, most),
+                       "lowered": _most(mean, -1, most), "kl": rounded(max(far, 0)), "loss": rounded(more)}
+                      for level, mean, far, more in zip(to.tolist(), moved[..., :vocab].mean(1), kl.tolist(),
+                                                        loss.tolist())]
     finally:
         hook.remove()
-    return torch.cat(found).cpu().numpy()
+    return found
+
+
+def _most(change, sign, n):
+    """Up to n [id, change] of the largest changes of this sign, the largest first; change (V,)."""
+    values, ids = (sign * change).topk(min(n, len(change)))
+    return [[i, rounded(sign * v, 3)] for v, i in zip(values.tolist(), ids.tolist()) if v > 0]
 
 
 # ---- Neuron2Graph ----------------------------------------------------------------------------------------

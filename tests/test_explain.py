@@ -6,9 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crate_mini import explain
+from crate_mini import explain, readout
 from crate_mini.model import LM, preset
+from crate_mini.sae import SAE
 from crate_mini.scoring import metrics, puzzles
+from crate_mini.steering import Intervention
 
 V, NEURON = puzzles.EOT + 1, puzzles.NEURON
 TOKENS = [*(bytes([i]) for i in range(256)), b"<|endoftext|>"]
@@ -167,39 +169,62 @@ def test_label_sees_only_the_label():
     assert np.allclose(explain.label_table({"tokens": [], "rest": 0.5})(np.zeros((1, 3), int)), 0.5)
 
 
-def test_raised_next_tokens_equal_a_rerun_one_by_one():
+def steered(model, contexts, intervention, level):
+    """Change of log-probability (C, V) at the last token of each context by steering.py, one by one."""
+    rows = []
+    for idx in contexts.tolist():
+        z, codes = readout.stream(model, torch.tensor([idx]))
+        f = codes[intervention.layer][0, -1]
+        now = (f if intervention.sae is None else intervention.sae.encode(f))[intervention.neuron]
+        found = readout.next_token(model, idx, [intervention])
+        rows.append(found.after - found.before if now < level else torch.zeros_like(found.after))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("layer, autoencoder", [(0, False), (1, False), (0, True), (1, True)])
+def test_effects_are_those_of_steering_one_by_one(layer, autoencoder):
     torch.manual_seed(0)
     model = LM(preset("2L", vocab_size=97, block_size=16, n_embd=32)).eval()
-    contexts, neurons = torch.randint(97, (3, 8)), np.array([0, 5, 77, 8, 30])
-    levels = torch.rand(len(neurons)) * 20
-    for layer in (0, 1):
-        found = explain.raised(model, layer, neurons, levels, contexts, top=3, batch=9)
-        assert found.shape == (len(neurons), 3)
-        for i, j in enumerate(neurons):
-            def push(module, inputs, codes, i=i, j=j):
-                codes = codes.clone()
-                codes[:, -1, j] = codes[:, -1, j].clamp(min=levels[i])
-                return codes
-            with torch.no_grad():
-                base = model(contexts)[:, -1].log_softmax(-1)
-                hook = model.blocks[layer].sparsifier.code.register_forward_hook(push)
-                moved = model(contexts)[:, -1].log_softmax(-1) - base
-                hook.remove()
-            assert found[i].tolist() == moved.mean(0).topk(3).indices.tolist()
-    assert not model.blocks[0].sparsifier.code._forward_hooks
+    contexts, neurons = torch.randint(90, (3, 9)), np.array([0, 5, 77, 8, 30])
+    levels, vocab, one, more = np.random.default_rng(0).random(len(neurons)) * 20, 90, None, ()
+    if autoencoder:
+        one = SAE(model.config.n_code, 140, layer, l1=1e-3).requires_grad_(False)
+        more = one.encode, one.W
+    found = explain.effects(model, layer, neurons, levels, contexts, vocab, *more, most=3, batch=7)
+    for effect, j, level in zip(found, neurons.tolist(), levels.tolist(), strict=True):
+        turn = Intervention(layer, j, "set", level, "last", sae=one, keep_error=one is not None)
+        moved = steered(model, contexts[:, :-1], turn, level)
+        mean, before = moved.mean(0)[:vocab], model(contexts[:, :-1])[:, -1].log_softmax(-1)
+        for name, sign in (("raised", 1), ("lowered", -1)):
+            assert [id for id, _ in effect[name]] == (sign * mean).topk(3).indices.tolist()
+            assert [v for _, v in effect[name]] == pytest.approx(
+                (sign * (sign * mean).topk(3).values).tolist(), rel=2e-2, abs=1e-5)
+        assert effect["clamp"] == pytest.approx(level, rel=1e-3) and effect["positions"] == 3
+        kl = -(before.exp() * moved).sum(-1).mean().item()
+        assert effect["kl"] == pytest.approx(kl, rel=2e-2, abs=1e-6)
+        assert effect["loss"] == pytest.approx(-moved[range(3), contexts[:, -1]].mean().item(), rel=2e-2,
+                                               abs=1e-5)
+    assert not model.blocks[layer].sparsifier.code._forward_hooks
 
 
-def test_raised_along_a_direction_of_the_codes():
+def test_effects_name_no_id_that_only_pads_the_vocabulary():
     torch.manual_seed(0)
-    model = LM(preset("1L", vocab_size=50, block_size=8, n_embd=32)).eval()
-    contexts, h = torch.randint(50, (2, 4)), model.config.n_code
+    model = LM(preset("1L", vocab_size=64, block_size=8, n_embd=32)).eval()
     with torch.no_grad():
-        now = model.trunk(contexts)[1][0][:, -1]
-    level = now.max(0).values + 3
-    by_code = explain.raised(model, 0, range(4), level[:4], contexts[:1], top=2)
-    step = level - now[0]           # the same push, told as directions from where the codes are
-    by_direction = explain.raised(model, 0, range(4), step[:4], contexts[:1], torch.eye(h), top=2)
-    assert by_code.tolist() == by_direction.tolist()
+        model.tokens.weight[40:] *= 30          # so that the padded ids are moved most
+    contexts = torch.randint(40, (2, 5))
+    for vocab, most in ((40, 10), (64, 10), (3, 10)):
+        for effect in explain.effects(model, 0, np.arange(6), np.full(6, 9.0), contexts % vocab, vocab,
+                                      most=most):
+            ids = [id for name in ("raised", "lowered") for id, _ in effect[name]]
+            assert ids and max(ids) < vocab and (vocab < 64 or max(ids) >= 40)
+
+
+def test_a_level_that_is_reached_already_changes_nothing():
+    torch.manual_seed(0)
+    model = LM(preset("1L", vocab_size=64, block_size=8, n_embd=32)).eval()
+    effect, = explain.effects(model, 0, np.array([3]), np.array([-1.0]), torch.randint(64, (2, 5)), 64)
+    assert (effect["raised"], effect["lowered"], effect["kl"], effect["loss"]) == ([], [], 0, 0)
 
 
 # ---- the trie --------------------------------------------------------------------------------------------

@@ -2,10 +2,10 @@
 
     record    text, model                 -> record*               activations.py
     select    record                      -> select-SITE.npz       excerpts of every protocol
-    explain   record, model               -> explain-SITE.jsonl    labels, raised next tokens, tries
+    explain   record, model               -> explain-SITE.jsonl    labels, effects on the next token, tries
     simulate  record, select, explain     -> simulate-SITE.npz     what each simulator expects, where
     score     all of them                 -> scores.jsonl, excerpts.jsonl, summary.json
-    report    scores, excerpts, summary   -> index.html, human.html, neuronpedia.jsonl
+    report    scores, excerpts, summary   -> index.html, human.html, scores.png, density.png
 
 SITE is the name of a Site: L0 for the codes of layer 0. The folder `init` holds the record of the same
 architecture untrained, the control; `probe` the short record that finds the thresholds of density matching.

@@ -81,8 +81,9 @@ def score_all(r):
                 others |= trie_scores(r, site, j, line["trie"])
             stats = {name: own[name][j] for name in ("density", "max", "mean")}
             mine = {name: (values[i], why[i]) for name, (values, why) in uniform.items()}
-            rows.append(score.row(site.name, site.layer, j, stats, line["label"], mine, others,
-                                  {"ngram_r": ci95[i]}))
+            row = score.row(site.name, site.layer, j, stats, line["label"], mine, others,
+                            {"ngram_r": ci95[i]})
+            rows.append(row | {"effect": line["effect"]} if "effect" in line else row)
             shown.append({"site": site.name, "neuron": j, "hist": own["hist"][j].tolist(),
                           **excerpts_of(r, own, j, i, sims, tables)})
     score.write_rows(r.folder / "scores.jsonl", rows)

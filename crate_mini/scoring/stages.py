@@ -11,7 +11,8 @@ from crate_mini.scoring import excerpts
 PROTOCOLS = ("openai_tar", "anthropic_crate", "anthropic_2023")  # openai_random is a part of openai_tar
 PROBE = 100_000                 # tokens that thresholds of density matching are found on
 BLOCK = 512                     # neurons whose tables are held at a time
-CONTEXTS = 4, 16                # held-out texts, and their tokens, in which neurons are raised
+CONTEXTS = 4, 16                # held-out texts, and tokens read of them, in which neurons are raised
+RAISED = 5                      # next tokens in a label
 
 
 # ---- record, select --------------------------------------------------------------------------------------
@@ -73,23 +74,27 @@ def blocks(neurons):
 
 
 def explain_all(r):
-    """A line for each scored neuron: its label with raised next tokens, and its trie's patterns if asked."""
+    """A line for each scored neuron: label, effect on the next token, its trie's patterns if asked."""
     tokens, T = r.record.shared["uniform_fit"], r.model.config.block_size
     texts = [r.tokenizer.token_bytes(i) for i in range(r.tokenizer.vocab_size)]
     texts += [b""] * (r.model.config.vocab_size - len(texts))       # ids that pad a vocabulary
     start = np.where(tokens[:, 0] < 0, 0, T // 2)                   # inside a context: somewhere
-    contexts = torch.from_numpy(tokens[:CONTEXTS[0], 1:1 + CONTEXTS[1]].astype(np.int64))
+    some = np.linspace(0, len(tokens) - 1, CONTEXTS[0]).astype(int)
+    contexts = torch.from_numpy(tokens[some, 1:2 + CONTEXTS[1]].astype(np.int64))
     for site in r.sites:
         js, own, found = r.neurons(site), r.record.site(site.name), []
         for some in blocks(js):
             place = explain.position_fit(own["uniform_fit_acts"][..., js[some]], start)
             found += explain.labels(r.tables(site, js[some]), texts, place)
-        up = explain.raised(r.model, site.layer, js, own["max"][js], contexts, r.directions.get(site.name))
+        effects = explain.effects(r.model, site.layer, js, own["max"][js], contexts, r.tokenizer.vocab_size,
+                                  site.encode, r.directions.get(site.name))
         tried = r.rng(site, "trie").choice(len(js), min(r.trie, len(js)), replace=False)
         with atomic_write(r.file("explain", site, "jsonl")) as file:
-            for i, (j, label, ids) in enumerate(zip(js.tolist(), found, up.tolist())):
-                label["raised"] = ids if own["max"][j] > 0 else []
+            for i, (j, label, effect) in enumerate(zip(js.tolist(), found, effects)):
                 line = {"site": site.name, "neuron": j, "label": label}
+                if own["max"][j] > 0:
+                    label["raised"] = [id for id, _ in effect["raised"][:RAISED]]
+                    line["effect"] = effect
                 if i in tried:
                     line["trie"] = trie(r, site, j).patterns
                 file.write(json.dumps(line).encode() + b"\n")

@@ -4,7 +4,7 @@ Each line is shaped as its API answers for a feature (GET /api/feature/MODEL/SOU
 public schema (models Neuron, Activation, Explanation, ExplanationScore). Filled: modelId, layer (the source,
 "LAYER-codes" or "LAYER-NAME" of an autoencoder), index, sourceSetName, maxActApprox, frac_nonzero,
 freq_hist_data_bar_heights and _values (counts of positive values and middles of their bins: equally many),
-pos_str, pos_values, neg_str, neg_values (from a neuron's causal effect where it was measured; theirs are
+pos_str, pos_values, neg_str, neg_values (a neuron's causal effect, changes of log-probability; theirs are
 products of weights), activations, and the label as an explanation with its scores. The schema's other lists
 are there and empty; fields not named are left to its defaults.
 """

@@ -243,8 +243,9 @@ function scores(n) {
 function effects(effect) {
   const rows = (list, sign) => (list || []).map(t => pair(chip(t[0], true), sign + number(Math.abs(t[1]))));
   return el("div", {}, el("h3", {}, "Effect on the next token"),
-    el("p", { class: "wrong" }, `set to ${number(effect.clamp)} at ${number(effect.positions)} positions: `,
-      `KL ${number(effect.kl)} nats, loss ${effect.loss >= 0 ? "+" : ""}${number(effect.loss)} nats`),
+    el("p", { class: "note" }, `Raised to ${number(effect.clamp)}, its largest value, at the last token of `
+      + `${effect.positions} held-out texts: KL ${number(effect.kl)} nats, loss `
+      + `${effect.loss >= 0 ? "+" : "−"}${number(Math.abs(effect.loss))} nats. Changes of log-probability:`),
     table("raised", rows(effect.raised, "+")), table("lowered", rows(effect.lowered, "−")));
 }
 
@@ -258,8 +259,7 @@ function side(n) {
     tag.tokens && tag.tokens.length ? table("Label: tokens it fires on", [
       el("tr", {}, el("td", {}), ...cells(...["mean", "count", "share"].map(h => el("small", {}, h)))),
       ...tag.tokens.map(t => pair(chip(t[0]), number(t[1]), number(t[2]), percent(t[3])))]) : null,
-    chips("Tokens before", tag.left), chips("Next tokens it raises", tag.raised),
-    n.effect ? effects(n.effect) : null);
+    chips("Tokens before", tag.left), n.effect ? effects(n.effect) : null);
 }
 
 function open_neuron(i) {

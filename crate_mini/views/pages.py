@@ -6,9 +6,8 @@ and no model; equal inputs and seeds give equal bytes. Texts come from a corpus,
 escaped here, set as text (never as markup) by the script, and a content security policy lets the browser run
 nothing but our own script and load nothing at all.
 
-An optional key "effect" of a line of scores.jsonl is shown as the causal effect on the next token:
-{"clamp": value set, "positions": n, "raised": [[id, change of logit], ..], "lowered": [[id, change], ..],
-"kl": nats, "loss": change in nats}.
+The key "effect" of a line of scores.jsonl, which dead neurons lack, is shown as the causal effect on the next
+token: what explain.effects returns.
 """
 
 import base64
