@@ -46,14 +46,14 @@ class Labelled:
 
 
 def load(source, limit=0, seed=0, names=None, shares=(0.7, 0.1, 0.2)):
-    """The Labelled of `source`: `limit` texts (0: all), as many of each class as of the others if it has them,
-    dealt to train, stop and test class by class, in an order drawn by the seed.
+    """The Labelled of `source`: `limit` texts (0: all), as many of each class as of the others if it has as
+    many, dealt to train, stop and test class by class, in an order drawn by the seed.
 
-    names: of the classes, in the sorted order of their labels. Empty texts are left out. Raises UserError for
-    a source that is missing, unreadable, unlabelled, of one class, or of too few texts in a class.
+    names: of the classes, in the sorted order of their labels. Empty texts and repeated ones are left out.
+    Raises UserError for a source that is missing, unreadable, unlabelled, of one class, or of too few texts.
     """
-    rows = [(text, label) for text, label in read(source) if text and not text.isspace()]
-    texts, labels = [text for text, _ in rows], np.array([label for _, label in rows])
+    rows = {text: label for text, label in read(source) if text and not text.isspace()}
+    texts, labels = list(rows), np.array(list(rows.values()))
     classes, label = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
         only = f"one class only, {classes[0]!r}" if len(classes) else "no text"
@@ -79,9 +79,9 @@ def deal(label, limit, seed, shares, source):
     rng, count = np.random.default_rng(seed), np.bincount(label)
     each = limit // len(count) if limit else count.max()
     if min(each, count.min()) < FEWEST:
-        raise UserError(f"{source} would give {min(each, count.min())} texts to a class ({len(count)} classes "
-                        f"of {count.min()} to {count.max()}); it takes {FEWEST}, so give more texts, or a "
-                        "higher limit.")
+        raise UserError(f"{source} would give {min(each, count.min())} texts to one of its {len(count)} "
+                        f"classes (of {count.min()} to {count.max()}); it takes {FEWEST}, so give more texts "
+                        "or a higher limit.")
     chosen, split = [], []
     for c in range(len(count)):
         own = rng.permutation(np.flatnonzero(label == c))[:each]
@@ -161,6 +161,6 @@ def _pair(row, path, number):
         text = (path.parent / "docs" / Path(row["annotation_id"]).name).read_text(encoding="utf-8")
     for found, what, known in ((text, "text", TEXT), (label, "label", LABEL)):
         if found is None:
-            raise UserError(f"{path} line {number} has no {what}: expected a field named {' or '.join(known)}"
-                            ', as in {"text": "A fine film.", "label": 1}.')
+            raise UserError(f"{path} line {number} has no {what}: expected a field named "
+                            f"""{' or '.join(known)}, as in {{"text": "A fine film.", "label": 1}}.""")
     return text, str(label).strip()
