@@ -61,6 +61,15 @@ def bench(found):
     return "\n".join(lines)
 
 
+def ladder(found):
+    """Versions of the product under `ista_step`, naive to fast: milliseconds, and times as fast as eager."""
+    lines, cells = ["| version | bf16 ms | eager | fp32 ms | eager |", "|---|---|---|---|---|"], {}
+    for row in found["rows"]:
+        version, ms = row["name"].split()[-2], {name: m["median"] for name, m in row["ms"].items()}
+        cells.setdefault(version, []).append(f"{ms['fused']:.3g} | {ms['eager'] / ms['fused']:.2f}x")
+    return "\n".join(lines + [f"| {version} | {' | '.join(sides)} |" for version, sides in cells.items()])
+
+
 if __name__ == "__main__":
-    for file, show in (("default", default), ("speed", speed), ("bench", bench)):
+    for file, show in (("default", default), ("speed", speed), ("bench", bench), ("versions", ladder)):
         print(show(cli.read_json(RESULTS / f"{file}.json")), "\n")

@@ -83,7 +83,9 @@ def test_speeds_are_those_in_results():
 
 def test_kernel_table_is_the_one_in_results():
     found = json.loads((ROOT / "results" / "bench.json").read_text())
-    assert tables.bench(found) in README and "python -m crate_mini.bench" in found["command"]
+    assert tables.bench(found) in README and found["command"] in README
+    found = json.loads((ROOT / "results" / "versions.json").read_text())
+    assert tables.ladder(found) in README and found["command"] in README
 
 
 def test_names_and_files_exist():
