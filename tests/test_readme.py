@@ -75,6 +75,13 @@ def test_default_table_is_the_one_in_results():
     assert "\n".join(told[:5]) in README
 
 
+def test_what_more_docstrings_cost_is_in_results():
+    found = json.loads((ROOT / "results" / "deps.json").read_text())
+    bits = found["bits_per_byte_of_pydocs"]
+    assert f"{bits['pydocs+deps']:.3f} against {bits['pydocs']:.3f} bits per byte" in README
+    assert found["command"] in README
+
+
 def test_speeds_are_those_in_results():
     found = json.loads((ROOT / "results" / "speed.json").read_text())
     assert tables.speed(found) in README and found["command"] in README
