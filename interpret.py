@@ -5,25 +5,26 @@
     sae        sparse autoencoders on one layer's codes, the baseline: how sparse, at what loss?
     selftest   planted neurons: which simulators, which metrics can be believed? (needs no CKPT)
     llm        a language model puts neurons into words and says from them when they fire: scored likewise
+    concepts   discrete concepts across layers of a classifier (CLVQ-VAE): does it need them? beside controls
     report     pages to look at from what `neurons` wrote: index.html, human.html; counts people's answers
 
 Each command's settings are one dataclass below; results go to the folder `interpret` beside the checkpoint.
 """
 
-import json
-import shlex
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from crate_mini import UserError, atomic_write, checkpoint, cli, data, machine, measure, sae_fit
+from crate_mini import UserError, atomic_write, checkpoint, cli, data, evidence, machine, measure, sae_fit
 from crate_mini.activations import Site, sites
+from crate_mini.concepts import command as across
 from crate_mini.sae import SAE, beside, load, save
-from crate_mini.scoring import summary, words
+from crate_mini.scoring import results, summary, words
 from crate_mini.scoring.neurons import Run, run
 from crate_mini.scoring.selftest import solve, told
-from crate_mini.views import figures, human, layer_views, neuronpedia, pages
+from crate_mini.views import figures, human, layer_views, neuronpedia
 
+SCRIPT = "interpret.py"
 L1 = 5e-5, 1e-4, 2e-4            # of the autoencoders by default
 COMMANDS = {}                    # name: (settings, function); filled by @command
 
@@ -36,45 +37,13 @@ def command(settings):
     return register
 
 
-def folder(s, ckpt):
-    """Where a command writes: --out, else `interpret` beside the checkpoint."""
-    return Path(s.out) if s.out else Path(ckpt).resolve().parent / "interpret"
-
-
 def opened(s, ckpt):
     """(model, meta, tokenizer, corpus) of a checkpoint, on s.device; the held-out text it was trained beside.
 
-    s.data, s.tokenizer, s.val_fraction win over what the checkpoint says of itself. Raises UserError when a
-    checkpoint says nothing and neither do they, or when the tokenizer is another than the model has seen.
+    s.data, s.tokenizer, s.val_fraction win over what the checkpoint says of itself.
     """
-    model, meta = checkpoint.load(ckpt, machine.choose_device(s.device))
-    trained = meta["training"].get("settings", {})
-    source = s.data or trained.get("data")
-    if source is None:
-        raise UserError(f"{ckpt} does not say what text it has seen; give one, like --data mytext.txt.")
-    tokenizer = data.load_tokenizer(s.tokenizer or meta["tokenizer"]["spec"])
-    checkpoint.check_tokenizer(meta, tokenizer)
-    share = trained.get("val_fraction", 0.1) if s.val_fraction is None else s.val_fraction
-    corpus = data.open_corpus(source, tokenizer, val_fraction=share)
-    if s.data is None and corpus.meta["text_sha256"] != meta["training"]["corpus"]["text_sha256"]:
-        print(f"note      {source} is not the text that {ckpt} has seen; it may have seen some of this")
-    return model, meta, tokenizer, corpus
-
-
-def evidence(ckpt, meta, **more):
-    """What every result carries: the command, and of the checkpoint its hash, shape and training."""
-    files = {kind: file["sha256"] for kind, file in meta.get("files", {}).items()}
-    return {"schema": 1, "command": shlex.join(["python", "interpret.py", *sys.argv[1:]]), **more,
-            "checkpoint": {"path": str(ckpt), "sha256": files.get("weights"), "config": meta["config"],
-                           "training": meta["training"]}}
-
-
-def write_json(path, result):
-    """Write a result as JSON, in one instant; numbers in it must be finite."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
-    return path
+    model, meta, tokenizer = evidence.loaded(ckpt, s.device, s.tokenizer)
+    return model, meta, tokenizer, evidence.held_out(ckpt, meta, tokenizer, s.data, s.val_fraction)
 
 
 @dataclass
@@ -103,17 +72,16 @@ def layers(s, ckpt):
     if there <= c.block_size:
         raise UserError(f"the held-out text has {there} tokens and one window needs {c.block_size + 1}; give "
                         "more text with --data, or hold out all of it with --val-fraction 1.")
-    place, limit = folder(s, ckpt), s.tokens // c.block_size * c.block_size
+    place, limit = evidence.folder(ckpt, s.out), s.tokens // c.block_size * c.block_size
     place.mkdir(parents=True, exist_ok=True)                             # before the work, not after it
     windows = [x for x, _ in corpus.blocks("val", s.batch, c.block_size, limit) if x.shape[1] == c.block_size]
     bounds = {"U": measure.bounds(c.block_size, c.n_head, c.n_embd // c.n_head),
               "whole": measure.bounds(c.block_size, 1, c.n_embd)}
-    result = evidence(ckpt, meta, seed=seed, machine=machine.describe(device), corpus=corpus.meta,
-                      window=c.block_size, tokens=sum(x.numel() for x in windows), eps2=measure.EPS2,
-                      rate_bounds=bounds)
+    result = evidence.header(SCRIPT, ckpt, meta, model, seed=seed, corpus=corpus.meta, window=c.block_size,
+                             tokens=sum(x.numel() for x in windows), eps2=measure.EPS2, rate_bounds=bounds)
     for name, lm in (("trained", model), ("untrained", measure.untrained(c, seed).to(device))):
         result[name] = measure.layers(lm, windows, name)
-    path = write_json(place / "layers.json", result)
+    path = evidence.write_json(place / "layers.json", result)
     picture = layer_views.figure(result, path.with_suffix(".png"))
     curves = {name: [n["l0"] for n in result[name]] for name in ("trained", "untrained")}
     sparsity = figures.l0_by_layer(curves, path.with_name("l0.png"))
@@ -161,15 +129,16 @@ def sae(s, ckpt):
     saes = [SAE(h, s.expansion * h, layer, seed=s.seed, **kind).to(device) for kind in kinds]
     batches = sae_fit.stream(model, corpus, layer, s.batch, s.seed)
     resampled = sae_fit.fit(saes, batches, s.steps, s.lr, s.seed)
-    found, out = sae_fit.evaluate(model, corpus, layer, saes, s.tokens), folder(s, ckpt)
-    facts = evidence(ckpt, meta, seed=s.seed, machine=machine.describe(device), corpus=corpus.meta,
-                     tokens=min(s.tokens, corpus.n_tokens["val"] - 1), settings=asdict(s))
+    found, out = sae_fit.evaluate(model, corpus, layer, saes, s.tokens), evidence.folder(ckpt, s.out)
+    facts = evidence.header(SCRIPT, ckpt, meta, model, seed=s.seed, corpus=corpus.meta,
+                            tokens=min(s.tokens, corpus.n_tokens["val"] - 1), settings=asdict(s))
     for one, held_out, n in zip(saes, found, resampled):
         last = save(out, one, model, {**facts, "trained_tokens": s.steps * s.batch, "resampled": n,
                                       "held_out": held_out})
     every = beside(out, last)
     own = [{key: f[key] for key in f if key not in facts or f[key] != facts[key]} for f in every]
-    path = write_json(out / f"sae-L{layer}.json", {**facts, "formulas": sae_fit.FORMULAS, "saes": own})
+    path = evidence.write_json(out / f"sae-L{layer}.json",
+                               {**facts, "formulas": sae_fit.FORMULAS, "saes": own})
     picture = figures.sae(every, path.with_suffix(".png"))
     print(f"\n{figures.sae_table(every)}\n\nfiles     {path}, {picture}, {out / f'sae-L{layer}-*.pt'}")
 
@@ -189,11 +158,12 @@ def numbers(text, flag, kind, example):
 class Neurons:
     """What fires each neuron, by simulators that need no other model; controls and counts beside every score.
 
-    Stages: record, select, explain, simulate, score, report; finished ones stay, --from runs the rest again.
+    Stages: record, select, explain, simulate, score, report. What one has written stays until it runs again.
     """
     layers: str = "all"          # whose codes: all, or numbers like 0,2
     sae: str | None = None       # score features of these autoencoders (sae-*.pt, comma-separated) instead
     from_: str = "record"        # stage to start at: record | select | explain | simulate | score | report
+    until: str = "report"        # stage to end with; the same as --from runs one alone
     n: int = 0                   # neurons a layer, drawn by the seed (0: all)
     seed: int = 0                # of documents, windows, excerpts, neurons, partners, the untrained model
     tokens: int = 1_000_000      # held-out tokens to record, all there are if fewer
@@ -228,11 +198,13 @@ def neurons(s, ckpt):
                   for path, sae, _ in found]
         directions = {site.name: sae.W for site, (_, sae, _) in zip(chosen, found)}
     parts = ["sae"] * bool(s.sae) + [f"density-{s.match_density:g}"] * bool(s.match_density)
-    place = folder(s, ckpt).joinpath(*parts)
+    place = evidence.folder(ckpt, s.out).joinpath(*parts)
     r = Run(model, meta, tokenizer, corpus, place, chosen, str(ckpt),
-            shlex.join(["python", "interpret.py", *sys.argv[1:]]), s.seed, s.tokens, s.n, controls,
-            s.match_density, s.trie, s.dedup, directions)
-    run(r, s.from_)
+            evidence.command(SCRIPT), s.seed, s.tokens, s.n, controls, s.match_density, s.trie, s.dedup,
+            directions)
+    run(r, s.from_, s.until)
+    if not {"score", "report"} & {s.from_, s.until}:
+        return
     found, of = cli.read_json(place / "summary.json"), r.record.header["tokens"]
     print(f"record    tables from {of['fit']:,} tokens, scores on windows of {of['score']:,} others. More\n"
           f"          tokens make better tables: compare scores only where these are alike.\n\n"
@@ -255,8 +227,8 @@ def selftest(s, ckpt=None):
             raise UserError(f"--{name} {getattr(s, name)} must lie in {least} to {most}; leave it out.")
     Path(s.out).mkdir(parents=True, exist_ok=True)
     found = solve(Path(s.out), s.documents, s.seed)
-    path = write_json(Path(s.out) / "selftest.json", {
-        "schema": 1, "command": shlex.join(["python", "interpret.py", *sys.argv[1:]]),
+    path = evidence.write_json(Path(s.out) / "selftest.json", {
+        "schema": 1, "command": evidence.command(SCRIPT),
         "machine": machine.describe(machine.choose_device("cpu")), **found})
     print(f"\n{told(found)}\n\nfile      {path}")
 
@@ -264,12 +236,18 @@ def selftest(s, ckpt=None):
 @command(words.llm.Settings)
 def llm(s, ckpt):
     """llm.json, llm.jsonl in the folder of `neurons`, whose excerpts and tables are used; and the table."""
-    print(f"\n{words.run(s, ckpt, folder(s, ckpt))}")
+    print(f"\n{words.run(s, ckpt, evidence.folder(ckpt, s.out))}")
+
+
+@command(across.Settings)
+def concepts(s, ckpt):
+    """concepts.json, concepts.html, packet.html in the folder `concepts` beside the checkpoint."""
+    across.run(s, ckpt)
 
 
 @dataclass
 class Report:
-    """Pages of the neurons that `neurons` scored: index.html and human.html, which open from disk."""
+    """Pages and figures of the neurons that `neurons` scored: index.html and human.html open from disk."""
     seed: int = 0                # of draws: 20 at random, the questions, the neurons if there are too many
     most: int = 2048             # neurons in index.html; of more, so many are drawn at random
     humans: int = 30             # neurons that human.html asks about; 0: no such page
@@ -280,7 +258,7 @@ class Report:
 
 @command(Report)
 def report(s, ckpt):
-    """index.html, human.html from record.json, summary.json, scores.jsonl, excerpts.jsonl; no model runs."""
+    """index.html, human.html, scores.png, density.png from what `neurons` wrote; no model runs."""
     if s.answers:
         print(human.table(human.score(s.answers)))
         return
@@ -288,19 +266,16 @@ def report(s, ckpt):
         if not least <= getattr(s, flag) < 2 ** 31:
             raise UserError(f"--{flag} {getattr(s, flag)} must lie in {least} to 2147483647, or be left out.")
     token = data.load_tokenizer(checkpoint.load(ckpt)[1]["tokenizer"]["spec"]).token_bytes
-    place = folder(s, ckpt)
-    files = {place / "index.html": pages.index(place, token, s.seed, s.most)}
-    questions = human.page(place, token, s.seed, s.humans)
-    if questions:
-        files[place / "human.html"] = questions
-    elif s.humans:
+    place = evidence.folder(ckpt, s.out)
+    files = results.draw(place, token, s.seed, s.most, s.humans)
+    if s.humans and "human.html" not in {path.name for path in files}:
         print("note      no human.html: too few neurons have four held-out excerpts and a label")
     if s.neuronpedia:
-        files[Path(s.neuronpedia)] = neuronpedia.export(place, token, Path(ckpt).resolve().parent.name)
-    for path, content in files.items():
-        with atomic_write(path) as file:
-            file.write(content)
-        print(f"file      {path}, {len(content) / 1e6:.1f} MB")
+        files.append(Path(s.neuronpedia))
+        with atomic_write(files[-1]) as file:
+            file.write(neuronpedia.export(place, token, Path(ckpt).resolve().parent.name))
+    for path in files:
+        print(f"file      {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def main():

@@ -37,10 +37,15 @@ def folder(ckpt, out=None):
     return Path(out) if out else Path(ckpt).resolve().parent / "interpret"
 
 
+def command(script):
+    """The command that is running, as one can type it again."""
+    return shlex.join(["python", script, *sys.argv[1:]])
+
+
 def header(script, ckpt, meta, model, **more):
     """What every result carries: command, machine, and the checkpoint's hash, shape and training."""
     weights = meta.get("files", {}).get("weights", {})
-    return {"schema": 1, "command": shlex.join(["python", script, *sys.argv[1:]]), **more,
+    return {"schema": 1, "command": command(script), **more,
             "machine": machine.describe(model.tokens.weight.device),
             "checkpoint": {"path": str(ckpt), "sha256": weights.get("sha256"), "config": meta["config"],
                            "training": meta["training"]}}

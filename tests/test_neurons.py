@@ -100,6 +100,16 @@ def test_pages_are_there(done):
     page = (done.folder / "index.html").read_text()
     assert all(word in page for word in ("ngram_r", "null_r", "openai_tar[five excerpts]"))
     assert (done.folder / "human.html").exists()
+    for name in ("scores.png", "density.png"):
+        assert (done.folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_live_neuron_has_its_effect_and_no_dead_one(done):
+    for row, shown in zip(lines(done, "scores.jsonl"), lines(done, "explain-L0.jsonl"), strict=True):
+        assert ("effect" in row) == (row["status"] != "dead") and row.get("effect") == shown.get("effect")
+        if "effect" in row:                 # a planted neuron moves no logit
+            assert row["effect"]["raised"] == [] and row["effect"]["kl"] == 0 == row["effect"]["loss"]
+            assert row["effect"]["clamp"] == pytest.approx(row["max"], rel=1e-3)
 
 
 def test_same_seed_same_files_and_any_stage_again(done):
@@ -113,8 +123,11 @@ def test_same_seed_same_files_and_any_stage_again(done):
 
 def test_a_stage_refuses_what_is_not_of_this_record(done, tmp_path):
     r = planted(done.folder.parent, folder=tmp_path / "out")
-    with pytest.raises(UserError, match="no stage; choose one of record"):
-        neurons.run(r, "recrod")
+    for stages, said in ((("recrod",), "--from 'recrod' is no stage; choose one of record"),
+                         (("record", "scores"), "--until 'scores' is no stage"),
+                         (("score", "select"), "--until select comes before --from score")):
+        with pytest.raises(UserError, match=said):
+            neurons.run(r, *stages)
     with pytest.raises(UserError, match="holds no record"):
         neurons.run(r, "select")
     neurons.run(r, until="explain")
@@ -122,6 +135,8 @@ def test_a_stage_refuses_what_is_not_of_this_record(done, tmp_path):
         neurons.run(r, "score")
     neurons.run(r, "simulate")
     fresh = planted(done.folder.parent, folder=tmp_path / "out", seed=1)
+    with pytest.raises(UserError, match="of another checkpoint or seed"):
+        neurons.run(fresh, "select")
     neurons.run(fresh, until="record")
     with pytest.raises(UserError, match="of another record than is there now; make it with --from select"):
         neurons.run(fresh, "explain")
@@ -129,6 +144,28 @@ def test_a_stage_refuses_what_is_not_of_this_record(done, tmp_path):
     neurons.run(fewer, "select", until="explain")
     with pytest.raises(UserError, match="of other neurons"):
         planted(done.folder.parent, folder=tmp_path / "out", n=6, seed=1).explained(fewer.sites[0])
+
+
+def test_a_stop_says_where_to_go_on_and_keeps_what_is_finished(done, monkeypatch):
+    said, before = [], (done.folder / "explain-L0.jsonl").read_bytes()
+
+    def interrupted(r):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(neurons.STAGES, "simulate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        neurons.run(planted(done.folder.parent, trie=99, log=said.append), "explain")
+    assert said[-1].endswith("--from simulate goes on") and said[0].startswith("explain ")
+    assert (done.folder / "explain-L0.jsonl").read_bytes() == before
+    monkeypatch.undo()
+    neurons.run(planted(done.folder.parent, trie=99), "simulate")
+
+
+def test_a_lone_neuron_has_no_other_ones_table(done, tmp_path):
+    r = planted(done.folder.parent, folder=tmp_path / "out", n=1)
+    neurons.run(r, until="score")
+    row, = lines(r, "scores.jsonl")
+    assert "null_r" not in row["scores"]["uniform"] and "token_r" in row["scores"]["uniform"]
 
 
 def test_a_drawn_few_are_scored_as_among_all(done, tmp_path):

@@ -89,13 +89,13 @@ class _Pool:
 
         It begins `before` tokens earlier, or where the window leaves room for it.
         """
-        tokens, acts, doc = windows
+        (tokens, acts, doc), room = windows, pad or width
         for window, at in chosen:
             start = min(max(at - before, 0), WINDOW - width)
-            blank = (0, (pad or width) - width)
-            self.found.append((np.pad(tokens[window, start:start + width + 1], blank, constant_values=-1),
-                               np.pad(acts[window, start:start + width], blank, constant_values=np.nan),
-                               doc[window], at - start, origin))
+            ids, values = np.full(room + 1, -1, np.int32), np.full(room, np.nan, np.float32)
+            ids[:width + 1] = tokens[window, start:start + width + 1]
+            values[:width] = acts[window, start:start + width]
+            self.found.append((ids, values, doc[window], at - start, origin))
 
     def best(self, first, last):
         """(window, position) of the peaks of top windows first .. last - 1."""
@@ -115,7 +115,8 @@ class _Pool:
     def rank_intervals(self, n):
         """Positions by interval of the ascending order of activations, in n equal shares."""
         values = self.uniform[1].ravel()
-        return np.array_split(np.lexsort((self.rng.permutation(len(values)), values)), n)
+        mixed = self.rng.permutation(len(values))                       # so that ties fall at random
+        return np.array_split(mixed[np.argsort(values[mixed], kind="stable")], n)
 
     def value_intervals(self, n):
         """Positions by interval of (0, max], in n equal steps; none if the neuron never fired."""

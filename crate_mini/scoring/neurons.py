@@ -32,11 +32,20 @@ PARTS = ("tokens", "acts", "doc", "origin")     # of Excerpts
 def run(r, start="record", until="report"):
     """The stages of a Run from `start` to `until`. What earlier ones have written stays, whatever happens."""
     names = list(STAGES)
-    if start not in names:
-        raise UserError(f"--from {start!r} is no stage; choose one of {', '.join(names)}.")
-    for name in names[names.index(start):names.index(until) + 1]:
+    for flag, name in (("from", start), ("until", until)):
+        if name not in names:
+            raise UserError(f"--{flag} {name!r} is no stage; choose one of {', '.join(names)}.")
+    chosen = names[names.index(start):names.index(until) + 1]
+    if not chosen:
+        raise UserError(f"--until {until} comes before --from {start}; the order is {', '.join(names)}.")
+    for name in chosen:
         began = time.monotonic()
-        STAGES[name](r)
+        try:
+            STAGES[name](r)
+        except BaseException:
+            if name != names[0]:
+                r.log(f"{name:9s} stopped; what the stages before it wrote is kept: --from {name} goes on")
+            raise
         r.log(f"{name:9s} {time.monotonic() - began:.1f} s")
 
 
@@ -64,9 +73,14 @@ class Run:
 
     @property
     def record(self):
-        """The record in the folder, opened when first asked for."""
+        """The record in the folder, opened when first asked for; UserError if another run left it there."""
         if self._record is None:
-            self._record = activations.load(self.folder)
+            found = activations.load(self.folder)
+            here = found.header["checkpoint"]["sha256"], found.header["seed"]
+            if here != (self.meta.get("sha256"), self.seed):
+                raise UserError(f"the record in {self.folder} is of another checkpoint or seed; make one "
+                                "with --from record, or choose another --out.")
+            self._record = found
         return self._record
 
     @record.setter

@@ -11,7 +11,7 @@ import numpy as np
 
 from crate_mini import activations, atomic_write, explain, score
 from crate_mini.scoring import metrics, summary
-from crate_mini.views import human, pages
+from crate_mini.views import figures, human, pages
 
 AROUND = 24                     # tokens of an excerpt on a page
 DRAWS = 200                     # redraws of windows for a neuron's own interval
@@ -32,7 +32,7 @@ def uniform_scores(r, site, sims, neurons):
     main = score.uniform(true, sims.uniform_ngram, firing=True, draws=DRAWS, seed=r.seed)
     found = {"token_r": score.uniform(true, sims.uniform_token)["r"], "ngram_r": main["r"],
              f"label_r@{explain.SHOWN}": score.uniform(true, sims.uniform_label)["r"]}
-    if "shuffle" in r.controls:
+    if "shuffle" in r.controls and len(neurons) > 1:
         other = partners(len(neurons), own["max"][neurons] > 0, r.rng(site, "null"))
         found["null_r"] = score.uniform(true, sims.uniform_ngram[..., other])["r"]
     if hasattr(sims, "uniform_init"):
@@ -133,8 +133,22 @@ def cut(tokens, acts, sim, doc, part):
 
 
 def report(r):
-    """Pages of the result files: index.html, and human.html if there are neurons to ask people about."""
-    for name, make in (("index.html", pages.index), ("human.html", human.page)):
-        if content := make(r.folder, r.tokenizer.token_bytes, r.seed):
-            with atomic_write(r.folder / name) as file:
-                file.write(content)
+    """What people look at, of the result files."""
+    draw(r.folder, r.tokenizer.token_bytes, r.seed)
+
+
+def draw(folder, token, seed=0, most=2048, humans=30):
+    """Write index.html, human.html if there are neurons to ask people about, scores.png and density.png.
+
+    Their paths. Arguments as those of pages.index and human.page, whose errors it raises.
+    """
+    made = {"index.html": pages.index(folder, token, seed, most),
+            "human.html": human.page(folder, token, seed, humans)}
+    files = [folder / name for name, content in made.items() if content]
+    for path in files:
+        with atomic_write(path) as file:
+            file.write(made[path.name])
+    record, found, neurons = pages.read(folder)
+    name = pages.checkpoint_name(record)
+    return [*files, figures.scores_by_layer({name: found}, folder / "scores.png"),
+            figures.score_against_density({name: neurons}, folder / "density.png")]

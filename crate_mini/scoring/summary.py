@@ -148,7 +148,10 @@ def table(found, seeds=1):
     """summary.json as text: a metric a row, a site a column; means with intervals, and n under every mean."""
     sites = list(found["sites"].items())
     blocks = [side_by_side(sites[i:i + ACROSS]) for i in range(0, len(sites), ACROSS)]
-    blocks += ["n = live + dead + undefined + failed; mean over the live [95 % interval, neurons redrawn]"]
+    few = sum(site["n"].get("few_windows", 0) for _, site in sites)
+    blocks += ["n = live + dead + undefined + failed; mean over the live [95 % interval, neurons redrawn]" + (
+        f"\n{few} neurons have fewer uniform windows than the {WINDOWS['dense']} wanted, or "
+        f"{WINDOWS['sparse']} below 1 % density" if few else "")]
     blocks += [all_layers(name, of) for name, of in found["overall"].items()]
     blocks += ["paper: averaged as the paper does, without the last layer at 6 and 12 layers; variance of\n"
                f"the layers' means. {'One training seed.' if seeds == 1 else f'{seeds} training seeds.'}"]

@@ -5,13 +5,11 @@ all that the model was shown, the evidence ceiling; [ngram] has seen the corpus.
 """
 
 import json
-import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from crate_mini import UserError, activations, atomic_write, checkpoint, data, score
+from crate_mini import UserError, activations, atomic_write, checkpoint, data, evidence, machine, score
 from crate_mini.judges import llm
 from crate_mini.scoring import excerpts, summary
 
@@ -47,8 +45,10 @@ def run(s, ckpt, folder, log=print):
     if unknown or s.n < 0:
         raise UserError(f"--protocols {s.protocols!r} and --n {s.n}: choose some of "
                         f"{', '.join(score.PROTOCOLS)}, and 0 (all) or more neurons.")
-    record = activations.load(folder)
-    tokenizer = data.load_tokenizer(checkpoint.load(ckpt)[1]["tokenizer"]["spec"])
+    record, meta = activations.load(folder), checkpoint.load(ckpt)[1]
+    if record.header["checkpoint"]["sha256"] != meta["sha256"]:
+        raise UserError(f"the record in {folder} is of another checkpoint than {ckpt}; run `neurons` again.")
+    tokenizer = data.load_tokenizer(meta["tokenizer"]["spec"])
     rows = drawn(score.read_rows(folder / "scores.jsonl"), s.n, s.seed)
     names = [name for name in names if name != "openai_random" or "openai_tar" not in names]
     selected = {f"{row['site']} {row['neuron']}": {name: excerpts.select(
@@ -69,9 +69,9 @@ def run(s, ckpt, folder, log=print):
                  "and its scores mean nothing.")
     ceiling = "five excerpts: saw the tokens of the excerpts that were explained: what words must beat."
     saw = {model: told, "five excerpts": ceiling}
-    found = summary.summarise(made, saw, len(record.header["sites"]), s.seed)
-    found = {"schema": 1, "command": shlex.join(["python", "interpret.py", *sys.argv[1:]]),
-             "record": record.header, "llm": result, **found}
+    found = summary.summarise(made, saw, record.header["checkpoint"]["config"]["n_layer"], s.seed)
+    found = {"schema": 1, "command": evidence.command("interpret.py"), "record": record.header,
+             "machine": machine.describe(machine.choose_device("cpu")), "llm": result, **found}
     score.write_rows(folder / "llm.jsonl", made)
     with atomic_write(folder / "llm.json") as file:
         file.write(json.dumps(found, indent=1).encode() + b"\n")

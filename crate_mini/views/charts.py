@@ -145,7 +145,10 @@ def means(summary):
         f'<tr><th scope="row">{escape(m)}<small>{escape(ABOUT.get(m.split("[")[0], ""))}</small></th>'
         + "".join(_cell(c.get(m), c.get("n", {}).get(m, {})) for c in columns.values()) + "</tr>"
         for m in metrics)
-    saw = "".join(f"<p>{escape(text)}</p>" for text in summary.get("what_the_simulator_saw", {}).values())
+    saw = "".join(f"<p>{escape(text)}</p>" for text in (
+        "All layers: the mean of the layers’ means. As the paper averages: at 6 and 12 layers without the "
+        "last; variance of the layers’ means. One training seed.",
+        *summary.get("what_the_simulator_saw", {}).values()))
     return (f'<div class="wide"><table class="means"><thead><tr><th scope="col">mean over live neurons'
             f'<small>and its 95 % interval, neurons redrawn</small></th>{head}</tr></thead><tbody>{rows}'
             f'</tbody></table></div><div class="saw">{saw}</div>')

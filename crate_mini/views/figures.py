@@ -48,11 +48,12 @@ def scores_by_layer(summaries, target, metrics=SCORES):
     figure, axes = grid(len(summaries), min(3, len(summaries)), (5.2, 4), sharey=True)
     for axis, (name, summary) in zip(axes, summaries.items()):
         sites = summary["sites"]
-        for metric, (label, color, style) in metrics.items():
+        for i, (metric, (label, color, style)) in enumerate(metrics.items()):
+            aside = .03 * (i - (len(metrics) - 1) / 2)                   # equal means must both be seen
             lines = {}                                                   # one for codes, one each autoencoder
             for x, (site, found) in enumerate(sites.items()):
                 if (found.get(metric) or {}).get("mean") is not None:
-                    lines.setdefault(site.partition(".")[2], []).append((x, found[metric]))
+                    lines.setdefault(site.partition(".")[2], []).append((x + aside, found[metric]))
             for line in lines.values():
                 x, stats = zip(*line)
                 mean = [s["mean"] for s in stats]
@@ -63,7 +64,7 @@ def scores_by_layer(summaries, target, metrics=SCORES):
         slant = {"rotation": 30, "ha": "right"} if len(sites) > 4 else {}
         axis.set_xticks(range(len(sites)), sites, **slant)
         axis.set_xlim(-.4, len(sites) - .6)
-        axis.set_title(name, fontsize=10)
+        axis.set_title(name, fontsize=10, parse_math=False)
         axis.set(xlabel="site", ylabel="mean correlation" if axis is axes[0] else "")
     shared_legend(figure, axes)
     figure.suptitle("means over neurons, with 95 % intervals")
@@ -89,8 +90,9 @@ def score_against_density(models, target, metric="ngram_r", control="null_r"):
         axis.plot(*zip(*points[metric] or [(math.nan, math.nan)]), ".", color=LIGHT, markersize=4, zorder=1)
         axis.axhline(0, color="black", linewidth=.6)
         dead = sum(n["status"] == "dead" for n in neurons)
-        axis.set_title(f"{name}: {len(points[metric])} neurons, {dead} dead, "
-                       f"{len(neurons) - len(points[metric]) - dead} without score", fontsize=9)
+        without = len(neurons) - len(points[metric]) - dead
+        axis.set_title(f"{name}: {len(points[metric])} neurons, {dead} dead, {without} without score",
+                       fontsize=9, parse_math=False)
         least = min((x for x, _ in points[metric]), default=1e-4)
         axis.set(xscale="log", xlim=(least / 2, 1.2), xlabel="density (share of tokens above 0)",
                  ylabel=f"correlation ({metric})" if axis is axes[0] else "")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from crate_mini import UserError
-from crate_mini.views.pages import asset, html, label_text, read, visible
+from crate_mini.views.pages import asset, checkpoint_name, html, label_text, read, visible
 
 SHOWN = 4               # excerpts of the neuron in a question
 DECOYS = 3              # labels of other neurons
@@ -99,8 +99,7 @@ def page(folder, token, seed=0, n=30):
     asked = questions(neurons, lambda i: visible(token(i)), seed, n)
     if not asked:
         return None
-    checkpoint = record.get("checkpoint") or {}
-    name = "/".join(Path(checkpoint.get("path", "")).parts[-2:]) or "a checkpoint"
+    name, checkpoint = checkpoint_name(record), record.get("checkpoint") or {}
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     data = {"page": digest, "model": name, "sha256": checkpoint.get("sha256"), "seed": seed,
             "questions": asked}

@@ -57,6 +57,11 @@ def _json(folder, name):
                         "writes it again.") from None
 
 
+def checkpoint_name(record):
+    """Of the record's checkpoint: its folder and the one above."""
+    return "/".join(Path((record.get("checkpoint") or {}).get("path", "")).parts[-2:]) or "a checkpoint"
+
+
 def visible(token):
     r"""Bytes of a token as text that shows all of itself: ↵ a newline, ␣8 eight spaces, \xff no UTF-8."""
     text = "".join(MARKS.get(c) or (c if c == " " or c.isprintable() else c.encode("unicode_escape").decode())
@@ -175,16 +180,15 @@ def _facts(record, summary, neurons, seed):
     checkpoint, corpus = record.get("checkpoint") or {}, record.get("corpus") or {}
     config, training = checkpoint.get("config") or {}, checkpoint.get("training") or {}
     status = Counter(n.get("status", "live") for n in neurons)
-    source = corpus.get("source")
+    source = corpus.get("source") or {}
     tokens, documents = record.get("tokens") or {}, record.get("documents") or {}
     facts = {
         "model": f"{checkpoint.get('kind', 'model')}, {config.get('n_layer')} layers, d = "
                  f"{config.get('n_embd')}, {config.get('vocab_size', 0):,} ids",
-        "checkpoint": f"{'/'.join(Path(checkpoint.get('path', '')).parts[-2:])}, sha256 "
-                      f"{(checkpoint.get('sha256') or 'unknown')[:12]}",
+        "checkpoint": f"{checkpoint_name(record)}, sha256 {(checkpoint.get('sha256') or 'unknown')[:12]}",
         "validation loss": f"{training['best_val_loss']:.4f} at step {training.get('step')}"
                            if training.get("best_val_loss") is not None else None,
-        "corpus": source.get("name") if isinstance(source, dict) else source,
+        "corpus": f"{source.get('name')}, sha256 {(corpus.get('text_sha256') or 'unknown')[:12]}",
         "fitted on": f"{tokens.get('fit', 0):,} tokens of {documents.get('fit', 0):,} documents",
         "scored on": f"{tokens.get('score', 0):,} tokens of {documents.get('score', 0):,} other documents",
         "neurons": f"{len(neurons):,}: " + ", ".join(f"{status.get(s, 0):,} {s}" for s in
@@ -219,7 +223,7 @@ def index(folder, token, seed=0, most=2048):
     part = "" if len(shown) == len(neurons) else (
         f'<p class="notice">This page holds {len(shown):,} of {len(neurons):,} neurons, drawn by seed '
         f"{seed}; charts and means are over all.</p>")
-    name = "/".join(Path((record.get("checkpoint") or {}).get("path", "")).parts[-2:]) or "a checkpoint"
+    name = checkpoint_name(record)
     body = (
         f'<main id="index"><header><p class="eyebrow">crate_mini · neurons</p><h1>{escape(name)}</h1><dl>'
         + "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
