@@ -61,6 +61,7 @@ def fit(model, ids, lengths, label, split, s, log=print):
     for a loss that is not finite.
     """
     train, stop = ((split == SPLITS[name]).nonzero()[:, 0] for name in ("train", "stop"))
+    dtype, _ = machine.choose_dtype(model.head.weight.device)
     device, order = model.head.weight.device, torch.Generator().manual_seed(s.seed)
     steps = s.epochs * math.ceil(len(train) / s.batch)
     optimizer = torch.optim.AdamW(model.parameters(), s.lr, weight_decay=s.weight_decay)
@@ -72,7 +73,9 @@ def fit(model, ids, lengths, label, split, s, log=print):
         model.train()
         losses = []
         for part, T in batches(train[torch.randperm(len(train), generator=order)], lengths, s.batch):
-            loss = F.cross_entropy(model(ids[part, :T].to(device), lengths[part]), label[part].to(device))
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                found = model(ids[part, :T].to(device), lengths[part])
+            loss = F.cross_entropy(found.float(), label[part].to(device))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
