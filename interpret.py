@@ -5,6 +5,7 @@
     sae        sparse autoencoders on one layer's codes, the baseline: how sparse, at what loss?
     selftest   planted neurons: which simulators, which metrics can be believed? (needs no CKPT)
     llm        a language model puts neurons into words and says from them when they fire: scored likewise
+    concepts   discrete concepts across layers of a classifier (CLVQ-VAE): does it need them? beside controls
     report     pages to look at from what `neurons` wrote: index.html, human.html; counts people's answers
 
 Each command's settings are one dataclass below; results go to the folder `interpret` beside the checkpoint.
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from crate_mini import UserError, atomic_write, checkpoint, cli, data, evidence, machine, measure, sae_fit
 from crate_mini.activations import Site, sites
+from crate_mini.concepts import command as across
 from crate_mini.sae import SAE, beside, load, save
 from crate_mini.scoring import results, summary, words
 from crate_mini.scoring.neurons import Run, run
@@ -235,6 +237,12 @@ def selftest(s, ckpt=None):
 def llm(s, ckpt):
     """llm.json, llm.jsonl in the folder of `neurons`, whose excerpts and tables are used; and the table."""
     print(f"\n{words.run(s, ckpt, evidence.folder(ckpt, s.out))}")
+
+
+@command(across.Settings)
+def concepts(s, ckpt):
+    """concepts.json, concepts.html, packet.html in the folder `concepts` beside the checkpoint."""
+    across.run(s, ckpt)
 
 
 @dataclass

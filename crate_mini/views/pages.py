@@ -161,7 +161,10 @@ def inline(data):
 
 
 def html(title, body, data, script):
-    """A whole page as bytes. Only `script` may run: the policy names its hash and allows nothing else."""
+    """A whole page as bytes. Only `script` may run: the policy names its hash and allows nothing else.
+
+    An empty script is for a page that is all there without one; then there is no data in it either.
+    """
     style, digest = asset("page.css"), base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
     return ('<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -169,10 +172,11 @@ def html(title, body, data, script):
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             '<meta name="color-scheme" content="light dark">\n'
-            f'<style>\n{style}</style>\n</head>\n<body>\n{body}\n<noscript><p class="notice">'
-            'This page needs its script (but no network) to show its data.</p></noscript>\n'
-            f'<script type="application/json" id="data">{inline(data)}</script>\n'
-            f'<script>{script}</script>\n</body>\n</html>\n').encode("utf-8", "backslashreplace")
+            f'<style>\n{style}</style>\n</head>\n<body>\n{body}\n'
+            + ('<noscript><p class="notice">This page needs its script (but no network) to show its data.</p>'
+               f'</noscript>\n<script type="application/json" id="data">{inline(data)}</script>\n'
+               f'<script>{script}</script>\n' if script else "")
+            + '</body>\n</html>\n').encode("utf-8", "backslashreplace")
 
 
 def _facts(record, summary, neurons, seed):

@@ -1,0 +1,192 @@
+"""`python -m crate_mini.study_concepts REVIEWS RANKS [TOPICS]`: do concepts of classifiers survive controls?
+
+CRATE and its GPT-2 twin at equal size (3 layers, d = 256) learn from the text of movie reviews as language
+models, then tell reviews' sentiment and news topics apart (64 tokens of a text). Concepts of each of the four
+classifiers are discovered by all methods with three seeds and judged beside all controls. -> results/
+concepts.json. REVIEWS: labelled, like imdb_train.jsonl.xz; TOPICS: labelled, bbc unless given.
+
+About an hour on one core. Every part is `train.py` or `interpret.py` itself in a process of its own; a part
+that is finished is kept as long as its command stays the same. `... study_concepts table` prints the tables.
+"""
+
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from crate_mini import UserError, atomic_write, cli, machine
+from crate_mini.concepts.ablate import VARIANTS
+from crate_mini.concepts.faithfulness import AGAINST, FORMS
+from crate_mini.study_neurons import NAMES, ROOT, Study, absolute
+
+CONTROLS = [*VARIANTS, "retrained"]
+HEADLINE = 0.935        # relative drop of a probe's accuracy that CLVQ-VAE's log gives for its code
+
+
+@dataclass
+class ConceptStudy:
+    """What is compared, and where; the defaults are the study in results/."""
+    reviews: str
+    ranks: str
+    topics: str = "bbc"
+    models: tuple = ("crate", "gpt2")
+    base: tuple = ("--preset", "3L", "--n-embd", 256, "--block-size", 128, "--train-steps", 400, "--lr", 2e-3,
+                   "--warmup", 100, "--eval-every", 0, "--seed", 1337)
+    classifier: tuple = ("--length", 64, "--cut", "end", "--epochs", 4, "--seed", 1337)
+    texts: tuple = (4000, 0)        # reviews, topics (0: all)
+    concepts: tuple = ("--seeds", "0,1,2", "--least", 5, "--most", 10, "--tests", 400, "--whole", 120,
+                       "--nodes", 12, "--epochs", 15)
+    out: Path = ROOT / "out" / "concepts"
+    results: Path = ROOT / "results"
+    part = Study.part               # a finished part is kept
+
+    def run(self):
+        """All parts, then the result file; prints the tables."""
+        runs = []
+        for kind in self.models:
+            base = self.out / f"{kind}-base"
+            self.part(base, "train.py", "--model", kind, "--data", self.reviews, "--tokenizer", self.ranks,
+                      "--overwrite", *self.base)
+            for name, source, texts in zip(("reviews", "topics"), (self.reviews, self.topics), self.texts):
+                runs.append(self.one(kind, name, source, texts, base / "last"))
+        found = {"schema": 1, "command": "python -m crate_mini.study_concepts REVIEWS RANKS",
+                 "reviews": Path(self.reviews).name, "topics": Path(self.topics).name,
+                 "ranks": Path(self.ranks).name, "texts": self.texts, "base": list(map(str, self.base)),
+                 "classifier": list(map(str, self.classifier)), "concepts": list(map(str, self.concepts)),
+                 "note": "one language model and one classifier of each kind; seeds are of discovery, "
+                         "partners, directions and folds",
+                 "machine": machine.describe(torch.device("cpu")), "runs": runs}
+        self.results.mkdir(exist_ok=True)
+        with atomic_write(self.results / "concepts.json") as file:
+            file.write(json.dumps(rounded(found), indent=1, allow_nan=False).encode() + b"\n")
+        print(f"\n{tables(found)}")
+
+    def one(self, kind, name, source, texts, base):
+        """Classifier and concepts of one model on one set of texts; its line in results/concepts.json."""
+        place = self.out / f"{kind}-{name}"
+        self.part(place / "classifier", "train.py", "--task", "classify", "--init", base, "--data", source,
+                  "--texts", texts, *self.classifier)
+        self.part(place / "concepts", "interpret.py", "concepts", place / "classifier" / "last",
+                  *self.concepts)
+        found = cli.read_json(place / "concepts" / "concepts.json")
+        methods = {m: {k: of[k] for k in ("settings", "health", "explained_by_codes", "stability",
+                                          "naive_bayes_proxy", "with_members", "wordless")}
+                   for m, of in found["methods"].items()}
+        kept = ("seeds", "layers", "k", "classes", "classifier", "words", "salience", "controls", "not_run",
+                "by_seed", "judge", "people")
+        return {"model": kind, "texts": name, "labelled": found["labelled"], "methods": methods,
+                "commit": found["machine"].get("commit"), **{k: found[k] for k in kept}}
+
+
+def rounded(value, digits=4):
+    """Numbers of a nested result with as many decimals."""
+    if isinstance(value, dict):
+        return {k: rounded(v, digits) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v, digits) for v in value]
+    return round(value, digits) if isinstance(value, float) else value
+
+
+def cuts(run, method, form, variant):
+    """[outcome by seed] of a cut: a method's own, or a control shared by all."""
+    return [seed["methods"][method][form].get(variant) or seed["shared"][form].get(variant)
+            for seed in run["by_seed"].values()]
+
+
+def cell(found):
+    """"0.512 flip": mean accuracy over seeds and the verdict that most of them have; "-" for none."""
+    if None in found:
+        return "-"
+    verdicts = [one["verdict"] for one in found]
+    most = max(dict.fromkeys(verdicts), key=verdicts.count)
+    return f"{statistics.mean(one['accuracy'] for one in found):.3f} {most}"
+
+
+def faithfulness(found):
+    """Markdown: accuracy after each cut by texts, model, form, method; means over seeds."""
+    lines = [f"| texts, model | form (intact, chance) | method | {' | '.join(CONTROLS)} |",
+             "|---" * (len(CONTROLS) + 3) + "|"]
+    for run in found["runs"]:
+        for form in FORMS:
+            if form not in next(iter(run["by_seed"].values()))["shared"]:
+                continue
+            whole = [seed["shared"][form]["intact"] for seed in run["by_seed"].values()]
+            mean = statistics.mean(w["accuracy"] for w in whole)
+            intact = f"{form} ({mean:.3f}, {whole[0]['chance']:.3f})"
+            for method in run["methods"]:
+                cells = [cell(cuts(run, method, form, v)) for v in CONTROLS]
+                lines.append(f"| {run['texts']}, {NAMES[run['model']]} | {intact} | {method} | "
+                             f"{' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def codebooks(found):
+    """Markdown: how codebooks are used, what they explain, how stable they are, what their words tell."""
+    lines = ["| texts, model | method | perplexity of K | largest | explained | stability (AMI) | proxy: own | "
+             "another | random words | majority |", "|---" * 10 + "|"]
+    for run in found["runs"]:
+        for name, of in run["methods"].items():
+            use = [h["test"] for h in of["health"].values()]
+            proxy = list(of["naive_bayes_proxy"].values())
+            stable = of["stability"]["mean"] if isinstance(of["stability"], dict) else None
+            explained = [v for v in of["explained_by_codes"].values() if v is not None]
+            numbers = [statistics.mean(u["largest"] for u in use),
+                       statistics.mean(explained) if explained else None, stable,
+                       *(statistics.mean(p["agreement"][k] for p in proxy)
+                         for k in ("own", "another", "random words")), proxy[0]["majority"]]
+            cells = " | ".join("-" if n is None else f"{n:.3f}" for n in numbers)
+            lines.append(f"| {run['texts']}, {NAMES[run['model']]} | {name} | "
+                         f"{statistics.mean(u['perplexity'] for u in use):.0f} of {run['k']} | {cells} |")
+    return "\n".join(lines)
+
+
+def headline(found, method="clvq"):
+    """Does a drop of 93 % survive? By form: the own code's relative drop, and whether it does more harm than
+    each control, counted over runs and seeds."""
+    lines = []
+    for form in FORMS:
+        own, passes, verdicts = [], {name: [] for name in AGAINST}, []
+        for run in found["runs"]:
+            for seed in run["by_seed"].values():
+                if method in seed["methods"] and form in seed["methods"][method]:
+                    one = seed["methods"][method][form]["own"]
+                    own.append(one["relative_drop"])
+                    verdicts.append(one["verdict"])
+                    for name in AGAINST:
+                        passes[name].append(seed["methods"][method]["survives"][form][name]["passes"])
+        if own:
+            told = ", ".join(f"{name} {sum(p)} of {len(p)}" for name, p in passes.items())
+            flips = verdicts.count("sign flip")
+            lines.append(f"{method}, {form}: accuracy falls by {100 * statistics.mean(own):.1f} % on average "
+                         f"({100 * min(own):.1f} to {100 * max(own):.1f} %; the original's log: "
+                         f"{100 * HEADLINE:.1f} %), {flips} of {len(own)} below chance; more harm than "
+                         f"{told}.")
+    return "\n".join(lines)
+
+
+def tables(found):
+    """All that the README shows of the study."""
+    lines = [f"{NAMES[r['model']]} on {r['texts']}: classifier {r['classifier']['accuracy']:.3f} of "
+             f"{r['classifier']['n']}, 95 % {r['classifier']['ci95'][0]:.3f} to "
+             f"{r['classifier']['ci95'][1]:.3f}, chance {r['classifier']['chance']:.3f}; language-model "
+             f"judges: {r['judge'] if isinstance(r['judge'], str) else 'run'}; people: not run"
+             for r in found["runs"]]
+    return "\n\n".join(["\n".join(lines), headline(found), faithfulness(found), codebooks(found)])
+
+
+def main():
+    words = sys.argv[1:]
+    if words == ["table"]:
+        print(tables(cli.read_json(ROOT / "results" / "concepts.json")))
+    elif 2 <= len(words) <= 3:
+        ConceptStudy(*map(absolute, words)).run()
+    else:
+        raise UserError("give labelled reviews and the ranks of a tokenizer, then topics if not bbc: `python "
+                        "-m crate_mini.study_concepts imdb_train.jsonl.xz gpt2.tiktoken:4095`.")
+
+
+if __name__ == "__main__":
+    cli.run(main)
