@@ -16,7 +16,6 @@ import sys
 import textwrap
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ class Steer:
     layer: int | None = None     # layer of the neurons, the first is 0 (an --sae knows its own)
     neuron: str = ""             # 40, or several turned together 12,40, or label:"comma" by what it fires on
     value: str = "2x"            # 2x or 2: twice its observed maximum; 1.5abs: in the code's own unit; with
-                                 # --op scale a factor
+                                 # --op scale a factor; below 0 as --value=-2x
     op: str = "set"              # set | add | scale | ablate (to 0)
     positions: str = "all"       # all tokens | last: the prompt's last and those generated after it
     prompt: str | None = None    # text to go on with (without it you are asked for one after another)
@@ -128,23 +127,24 @@ def converse(desk, s):
     """Ask for prompts until the end of input."""
     with suppress(ImportError):
         import readline  # noqa: F401  (gives input() a history and line editing)
-    names = {f.name: f for f in fields(Steer)}
-    print("a prompt a line; `:value 4x`, `:neuron 12`, `:op add` ... change a setting; Ctrl-D ends")
+    names = {f.name: f for f in fields(Steer) if f.name not in ("sae", "data", "device", "prompt")}
+    print("a prompt a line; `:layer 2`, `:neuron 12`, `:value 4x` ... change a setting; Ctrl-D ends")
     while True:
         try:
             line = input("prompt> ")
-        except EOFError:
-            return print()
-        try:
             command = re.match(r":(\w+) ?(.*)", line)
             if not command:
                 show(desk, s, line)
-            elif command[1] not in names or command[1] in ("sae", "data", "device", "prompt"):
+            elif command[1] not in names:
                 raise UserError(f"{command[1]!r} is no setting here{cli.nearest(command[1], names)}.")
             else:
                 set_one(s, names[command[1]], command[2])
+        except EOFError:
+            return print()
+        except KeyboardInterrupt:
+            print("  (Ctrl-D ends)")
         except UserError as error:
-            print(f"error: {error}")
+            print(f"error: {str(error).replace('--', ':')}")    # as settings are written here
 
 
 def set_one(s, field, text):
@@ -164,7 +164,7 @@ def check(s):
     for name, least in limits.items():
         value = getattr(s, name, None)
         if isinstance(value, (int, float)) and not least <= value < 10 ** 6:
-            raise UserError(f"--{name.replace('_', '-')} {value} is out of range; give {least} or more.")
+            raise UserError(f"--{name.replace('_', '-')} {value} is out of range; give {least} to 999999.")
 
 
 def main_steer(s, ckpt):
@@ -201,11 +201,13 @@ def main_measure(s, ckpt):
     desk = Desk(ckpt, s.data, s.device)
     try:
         doses = sorted({float(d) for d in s.doses.split(",")})
-        if not 0 < min(doses) <= max(doses) < math.inf:
+        if not all(0 < d < math.inf for d in doses):
             raise ValueError
     except ValueError:
         raise UserError(f"--doses {s.doses!r} are no doses; give numbers above 0 like 0.5,1,2,4,8.") from None
-    others = [cli.read_json(path) for path in (s.beside or "").split(",") if path]
+    others = [dose_views.read(path) for path in (s.beside or "").split(",") if path]
+    place = evidence.folder(ckpt, s.out)
+    place.mkdir(parents=True, exist_ok=True)                # before the work, not after it
     sites = [(n, None) for n in range(len(desk.model.blocks))]
     for path in (s.sae or "").split(",") if s.sae else []:
         autoencoder, _ = sae.load(path, desk.model)
@@ -214,8 +216,8 @@ def main_measure(s, ckpt):
                          top=s.top, seed=s.seed)
     result = evidence.header("steer.py", ckpt, desk.meta, desk.model, seed=s.seed, settings=asdict(s),
                              corpus=desk.corpus.meta, summary=dose.summary(found["rows"], s.seed), **found)
-    path = evidence.write_json(evidence.folder(ckpt, s.out) / "steering.json", result)
-    picture = dose_views.figure([result, *others], Path(path).with_suffix(".png"))
+    path = evidence.write_json(place / "steering.json", result)
+    picture = dose_views.figure([result, *others], path.with_suffix(".png"))
     print(f"\n{dose_views.table(result)}\n\nfiles     {path}, {picture}")
 
 
@@ -231,6 +233,9 @@ def main():
     parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint folder, like out/crate-3L/best")
     cli.add_fields(parser, settings, "settings")
     words = sys.argv[1:] or ["--help"]
+    if not own and len(words) > 1 and not words[1].startswith("-"):
+        raise UserError(f"unknown command {name!r}{cli.nearest(name, COMMANDS)}; there are "
+                        f"{' and '.join(COMMANDS)}, and a checkpoint alone comes before all flags.")
     given = vars(parser.parse_args(words[own:]))
     s = settings(**{f.name: given[f.name] for f in fields(settings) if f.name in given})
     check(s)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from crate_mini import UserError
-from crate_mini.readout import direct_effect, stream
+from crate_mini.readout import direct_effect, finite, stream
 from crate_mini.steering import Intervention, random_like, steer
 
 CHOOSE = 2.0        # dose that chooses a neuron's continuations
@@ -90,7 +90,7 @@ class Judge:
     @torch.no_grad()
     def probabilities(self, idx):
         """Next-token log-probabilities (N, V) at all N tokens."""
-        return F.log_softmax(self.model(idx).flatten(0, 1).float(), -1)
+        return F.log_softmax(finite(self.model(idx).flatten(0, 1).float()), -1)
 
     def continuations(self, intervention):
         """Ids (top,) of the tokens whose mean probability the intervention raises most."""

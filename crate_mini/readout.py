@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from crate_mini import UserError
 from crate_mini.steering import atoms, steer
 
 
@@ -32,6 +33,13 @@ def direct_effect(model, z, layer, change):
     scale = (z.var(-1, unbiased=False, keepdim=True) + model.norm.eps).rsqrt()
     normed = (written - written.mean(-1, keepdim=True)) * scale * model.norm.weight
     return F.linear(normed, model.tokens.weight)
+
+
+def finite(logits):
+    """Logits of a steered run as they are; raises UserError if it turned so far that some are no numbers."""
+    if not logits.isfinite().all():
+        raise UserError("turned this far the model's logits are not finite; give a smaller value, like 2x.")
+    return logits
 
 
 @dataclass
@@ -68,6 +76,7 @@ def next_token(model, ids, interventions):
     z, a, plain = passed()
     with steer(model, interventions):
         _, turned_a, turned = passed()
+    finite(turned)
     direct = None
     if all(i.layer == last for i in interventions):
         direct = direct_effect(model, z, last, turned_a - a)

@@ -9,7 +9,6 @@ codes are replaced by their reconstruction, or, with keep_error, get the differe
 """
 
 import itertools
-import math
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,7 @@ import torch
 from crate_mini import UserError
 
 OPS = ("set", "scale", "add", "ablate")
+FLOAT32 = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class Intervention:
                             f"not for the {config.n_code} of layer {self.layer}.")
         if self.op not in OPS:
             raise UserError(f"op {self.op!r} is unknown; choose one of {', '.join(OPS)}.")
-        if not isinstance(self.value, (int, float)) or not math.isfinite(self.value):
+        if not isinstance(self.value, (int, float)) or not abs(self.value) < FLOAT32:
             raise UserError(f"value {self.value!r} is no finite number; try 2.0.")
         at = self.positions
         if not (at in ("all", "last") if isinstance(at, str) else torch.is_tensor(at) and at.dim() in (1, 2)

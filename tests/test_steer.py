@@ -55,7 +55,8 @@ def make(folder, text, kind="crate"):
     tokenizer = data.load_tokenizer("bytes")
     corpus = data.open_corpus(str(text), tokenizer, log=lambda *_: None)
     checkpoint.save(folder, lm, tokenizer={"spec": "bytes", "hash": tokenizer.hash},
-                    training={"step": 0, "settings": {"data": str(text), "val_fraction": 0.1},
+                    training={"step": 0, "val_loss": 5.0,
+                              "settings": {"data": str(text), "val_fraction": 0.1},
                               "corpus": corpus.meta})
     return folder
 
@@ -161,8 +162,33 @@ def test_prompts_are_asked_for_and_errors_do_not_end_it(run, monkeypatch):
     first, second = told.split("turned    ")[1:]
     assert "to 1\n" in first and "to 4\n" in second
     assert "error: the prompt is empty" in first and "did you mean value?" in first
-    assert "'x' is no int" in first and "--tokens 0 is out of range" in first
+    assert "'x' is no int" in first and ":tokens 0 is out of range" in first
     assert "fired     6 times" in first and "fired     2 times" in second     # last: 1 of the prompt, 1 new
+    assert "'sae' is no setting here." in run_lines(run, monkeypatch, ":sae x")
+
+
+def run_lines(run, monkeypatch, *lines):
+    """What is printed for lines typed at the prompt; KeyboardInterrupt for Ctrl-C."""
+    left = iter(lines)
+
+    def typed(prompt):
+        line = next(left, EOFError())
+        if isinstance(line, str):
+            return line
+        raise line
+    monkeypatch.setattr("builtins.input", typed)
+    return run("--tokens", "2", "--value", "1abs")
+
+
+def test_ctrl_c_leaves_a_prompt_and_ctrl_d_the_conversation(run, monkeypatch):
+    told = run_lines(run, monkeypatch, "code", KeyboardInterrupt(), ":layer 0", ":neuron 5", "code")
+    assert "error: :neuron '' names no neuron" in told and "(Ctrl-D ends)" in told
+    assert told.count("turned    ") == 1
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(steer, "show", stopped)
+    assert run_lines(run, monkeypatch, "code").count("(Ctrl-D ends)") == 1
 
 
 def test_sae_features_through_the_same_door(run, ckpt, tmp_path):
@@ -186,7 +212,9 @@ def test_sae_features_through_the_same_door(run, ckpt, tmp_path):
     (("--neuron", str(H)), f"neurons are 0 to {H - 1}"), (("--neuron", "-1"), "neuron -1 does not exist"),
     (("--neuron", ""), "names no neuron"), (("--neuron", "five"), "names no neuron"),
     (("--neuron", "3", "--layer", "0"), "never fired on"), (("--value", "nan"), "'nan' is no value"),
-    (("--value", "1e999"), "is no value"), (("--value", "2y"), "is no value"),
+    (("--value", "1e999"), "is no value"), (("--value", "1e300abs"), "no finite number"),
+    (("--value", "1e38abs"), "logits are not finite"), (("--top", "5000000"), "give 1 to 999999"),
+    (("--value", "2y"), "is no value"),
     (("--op", "turn"), "op 'turn' is unknown"),
     (("--op", "scale", "--value", "2abs"), "is no value"), (("--positions", "first"), "positions must be"),
     (("--prompt", ""), "the prompt is empty"), (("--prompt", "x" * 33), "33 tokens, the model reads 32"),
@@ -203,6 +231,12 @@ def test_bad_checkpoints_are_answered_in_one_sentence(run, tmp_path):
     torch.save({"other": torch.zeros(3)}, tmp_path / "other.pt")
     run(*ONE, ckpt=tmp_path / "other.pt", code=2)
     assert "it takes a layer" in run("--neuron", "5", "--prompt", "a", code=2)
+
+
+def test_a_misspelt_command_is_no_checkpoint(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["steer.py", "measuer", "out/run"])
+    with pytest.raises(UserError, match="did you mean measure"):
+        steer.main()
 
 
 def test_demo_draws_live_neurons_by_its_seed(run):
@@ -262,11 +296,19 @@ def test_measure_is_the_same_for_the_same_seed_and_joins_others(run, ckpt, tmp_p
 
 @pytest.mark.parametrize("words, told", [
     (("--doses", "0,1"), "are no doses"), (("--doses", "x"), "are no doses"),
-    (("--doses", "nan"), "are no doses"),
+    (("--doses", "nan"), "are no doses"), (("--doses", "1,nan"), "are no doses"),
+    (("--doses", "1e38"), "not finite"),
     (("--tokens", "90000"), "lower --tokens"), (("--neurons", "0"), "out of range"),
     (("--beside", "none.json"), "cannot be read"), (("--sae", "none"), "cannot be read")])
 def test_bad_measures_are_answered_in_one_sentence(run, tmp_path, words, told):
     assert told in run("measure", *SMALL, "--out", str(tmp_path), *words, code=2)
+
+
+def test_what_cannot_be_drawn_or_written_is_said_before_the_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(dose, "measure", lambda *_, **__: pytest.fail("it worked before it looked"))
+    (tmp_path / "other.json").write_text('{"runs": []}')
+    assert "is no steering.json" in run("measure", "--beside", str(tmp_path / "other.json"), code=2)
+    assert "File exists" in run("measure", "--out", str(tmp_path / "other.json"), code=2)
 
 
 def test_windows_share_no_token_and_say_when_there_are_too_few(ckpt):

@@ -1,10 +1,10 @@
 """Pages from result files, and nothing else: neurons to look at, in one file that opens from disk.
 
-`index` reads what `interpret.py neurons` wrote (record.json, summary.json, scores.jsonl, excerpts.jsonl) and
-makes index.html: charts and tables drawn here, the neurons as JSON, page.js and page.css inlined. No network
-and no model; equal inputs and seeds give equal bytes. Texts come from a corpus, so they are data everywhere:
-escaped here, set as text (never as markup) by the script, and a content security policy lets the browser run
-nothing but our own script and load nothing at all.
+`index` reads what `interpret.py neurons` wrote (record.json, summary.json, scores.jsonl, excerpts.jsonl), and
+steering.json if `steer.py measure` left it there, and makes index.html: charts and tables drawn here, the
+neurons as JSON, page.js and page.css inlined. No network and no model; equal inputs and seeds give equal
+bytes. Texts come from a corpus, so they are data everywhere: escaped here, set as text (never as markup) by
+the script, and a content security policy lets the browser run nothing but our own script and load nothing.
 
 The key "effect" of a line of scores.jsonl, which dead neurons lack, is shown as the causal effect on the next
 token: what explain.effects returns.
@@ -24,7 +24,7 @@ import numpy as np
 
 from crate_mini import UserError
 from crate_mini.score import flat
-from crate_mini.views import charts
+from crate_mini.views import charts, dose_views
 
 MARKS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 
@@ -234,6 +234,7 @@ def index(folder, token, seed=0, most=2048):
         + f'</dl>{part}</header><section><h2>Distributions</h2><p class="tabs" id="tabs"></p>'
         + "".join(charts.figures(found, headline, place, site) for site, found in groups.items())
         + f'</section><section><h2>Means by layer</h2>{charts.means(summary)}</section>'
-        '<section><h2>Neurons</h2><div id="tools"></div><div id="list"></div></section></main>'
+        + dose_views.beside(folder, (record.get("checkpoint") or {}).get("sha256"))
+        + '<section><h2>Neurons</h2><div id="tools"></div><div id="list"></div></section></main>'
         '<main id="neuron" hidden></main><p id="hint" role="status"></p>')
     return html(f"{name} · neurons", body, data, asset("page.js"))
