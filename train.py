@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from crate_mini import UserError, checkpoint, cli, data, machine, model, ops, report
-from crate_mini.progress import Log
+from crate_mini import UserError, checkpoint, cli, data, machine, model, progress, report
 from crate_mini.settings import parse
 
 
@@ -37,7 +37,7 @@ class Run:
         self.dtype, why_dtype = self.agree(machine.choose_dtype(self.device, s.dtype))
         s.dtype = str(self.dtype)[6:]                                    # a resume must not measure again
         compiled, why_compile = machine.choose_compile(self.device, s.compile)
-        self.check_memory()
+        machine.check_memory(config, min(self.share, s.micro_batch), self.device, self.dtype)
         self.corpus = self.open_data(meta, resumed=state is not None)
         torch.manual_seed(s.seed)
         self.lm = model.LM(config)
@@ -53,7 +53,7 @@ class Run:
         self.forward = torch.compile(self.lm) if compiled else self.lm
         if self.world > 1:
             self.forward = DistributedDataParallel(self.forward)
-        self.introduce(why_dtype, "torch.compile" if compiled else "eager", why_compile)
+        self.introduce("torch.compile" if compiled else "eager", why_compile, why_dtype)
 
     def join(self):
         """Find this process's place among those of torchrun (alone without it) and its device."""
@@ -78,15 +78,6 @@ class Run:
             dist.broadcast_object_list(values, 0)
         return values[0]
 
-    def check_memory(self):
-        """Refuse a model that cannot fit, before a system that promises all memory kills the process."""
-        with torch.device("meta"):
-            need = 16 * sum(w.numel() for w in model.LM(self.config).parameters())   # weight, gradient, Adam
-        there = machine.total_memory(self.device)
-        if there and need > there:
-            raise UserError(f"this model needs {need / 2 ** 30:,.0f} GiB to train and {self.device} has "
-                            f"{there / 2 ** 30:,.0f}; lower --n-embd, --n-layer, --expansion, --vocab-size.")
-
     def open_data(self, meta, resumed):
         """Tokenizer and corpus; with many processes the first builds the token files and the others wait.
 
@@ -96,9 +87,6 @@ class Run:
         self.tokenizer = data.load_tokenizer(s.tokenizer)
         if meta:
             checkpoint.check_tokenizer(meta, self.tokenizer)
-        if self.tokenizer.vocab_size > self.config.vocab_size:
-            raise UserError(f"tokenizer {s.tokenizer!r} has {self.tokenizer.vocab_size} ids and the model "
-                            f"{self.config.vocab_size}; give the tokenizer that the model was made with.")
         if self.rank:
             dist.barrier()
         corpus = data.open_corpus(s.data, self.tokenizer, val_fraction=s.val_fraction, log=self.say)
@@ -125,12 +113,13 @@ class Run:
         """Autocast to the chosen dtype; nothing at all in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def introduce(self, why_dtype, mode, why_mode):
+    def introduce(self, mode, why_mode, why_dtype):
         """Say what will run, where and why; one trial step, thrown away, tells the minutes and the memory."""
-        s, c, T = self.s, self.config, self.config.block_size
-        self.flops = model.flops_per_token(c)
+        s = self.s
+        self.flops = model.flops_per_token(self.config)
         self.peak, why_peak = machine.peak_flops(self.device, self.dtype)
-        rows = min(self.share, s.micro_batch)
+        self.say(progress.introduction(self, mode, why_mode, why_dtype, why_peak))
+        rows, T = min(self.share, s.micro_batch), self.config.block_size
         x, y = (t.to(self.device) for t in self.corpus.batch(s.seed, "train", 0, rows, T))
         for _ in range(2):
             start = time.perf_counter()
@@ -141,19 +130,7 @@ class Run:
         minutes = (time.perf_counter() - start) / rows * self.share * (s.train_steps - self.step) / 60
         self.lm.zero_grad()
         memory = machine.peak_memory(self.device) + 8 * sum(w.numel() for w in self.lm.parameters())
-        self.say(f"model     {s.init or f'{s.model} {s.preset}'}: {c.attention} + {c.sparsifier}, "
-                 f"L={c.n_layer} d={c.n_embd} K={c.n_head} h={c.n_code} V={c.vocab_size}\n"
-                 f"          {self.lm.n_params() / 1e6:.2f} M parameters without positions\n"
-                 f"device    {machine.describe(self.device)['device']}; {self.world} process(es)\n"
-                 f"mode      {mode}: {why_mode}\n"
-                 f"dtype     {str(self.dtype)[6:]}: {why_dtype}\n"
-                 f"backend   {': '.join(ops.backend())}\n"
-                 f"step      {s.batch_size} x {T} tokens of {self.flops / 1e6:.1f} MFLOP\n"
-                 f"peak      {f'{self.peak / 1e9:,.0f} GFLOP/s, ' if self.peak else ''}{why_peak}\n"
-                 f"corpus    {s.data}: {self.corpus.n_tokens['train']:,} tokens to train on, "
-                 f"{self.corpus.n_tokens['val']:,} held out; this run sees "
-                 f"{s.train_steps * s.batch_size * T / self.corpus.n_tokens['train']:.1f} times the first\n"
-                 f"expected  {minutes:.1f} minutes, {memory / 2 ** 30:.1f} GiB, judged by one trial step")
+        self.say(f"expected  {minutes:.1f} minutes, {memory / 2 ** 30:.1f} GiB, judged by one trial step")
 
     def train(self):
         """All steps from self.step on, with validations, checkpoints and the log; returns the exit code."""
@@ -163,7 +140,7 @@ class Run:
         if not self.step and not self.rank:                              # what --overwrite replaces
             for name in ("last", "best"):
                 shutil.rmtree(Path(s.out, name), ignore_errors=True)
-        log = Log(self)
+        log = progress.Log(self)
         while self.step < s.train_steps:
             loss, norm, lr = self.one_step()
             last = self.step == s.train_steps
@@ -227,6 +204,9 @@ class Run:
         """Finish the step and save; a second Ctrl-C acts at once."""
         self.caught = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if not self.rank:
+            with suppress(OSError):                                      # print is not safe here
+                os.write(1, b"\nfinishing this step, then saving; Ctrl-C again stops at once\n")
 
     def last_good(self):
         """A sentence that names the newest checkpoint of this run."""
@@ -255,14 +235,6 @@ class Run:
                / self.corpus.n_bytes["val"]}
         return {**val, "density": (told[2] / told[3]).item()} if self.s.log_sparsity else val
 
-    def twin(self):
-        """Flags of the run to compare this one with: the other kind of model on the same data."""
-        kind = {"model": "gpt2" if self.s.model == "crate" else "crate"}
-        same = {name: getattr(self.s, name) for name in ("preset", "data", "tokenizer", "train_steps", "seed")
-                if getattr(self.s, name) != getattr(type(self.s), name)}
-        return [word for name, value in {**kind, **same}.items()
-                for word in ("--" + name.replace("_", "-"), str(value))]
-
     def save(self, name, resume=True, **facts):
         """Write the checkpoint out/NAME: last (with all that a resume needs) or best (weights only)."""
         if self.rank:
@@ -289,24 +261,17 @@ class Run:
         with self.amp():
             ids = self.lm.generate(start, 120, temperature=0.8, top_k=50,
                                    generator=torch.Generator(self.device).manual_seed(s.seed))
-        text = self.tokenizer.decode([i for i in ids[0, 1:].tolist() if i < self.tokenizer.vocab_size])
-        log = Path(s.out, "log.csv")
-        figure = report.loss_curve(log, f"{s.init or s.model} {s.preset} on {s.data}")
-        self.say("\nsample    " + text.strip().replace("\n", "\n          "))
-        self.say(f"\nresult    validation loss {val['val_loss']:.4f} nats per token, "
-                 f"{val['bits_per_byte']:.4f} bits per byte"
-                 + (f", density {val['density']:.3f}" if s.log_sparsity else "")
-                 + (f"; {self.skipped} steps skipped as not finite" if self.skipped else "")
-                 + f"\nfiles     {Path(s.out, 'last')}, {Path(s.out, 'best')}, {log}, {figure}\n"
-                 f"next      python train.py {shlex.join(self.twin())}\n"
-                 f"          python train.py --resume {shlex.quote(s.out)} "
-                 f"--train-steps {2 * s.train_steps}")
+        sample = self.tokenizer.decode([i for i in ids[0, 1:].tolist() if i < self.tokenizer.vocab_size])
+        figure = report.loss_curve(Path(s.out, "log.csv"), f"{s.init or s.model} {s.preset} on {s.data}")
+        self.say(progress.conclusion(self, val, sample, figure))
 
 
-def main():
-    s, config, start = parse()
+def main(argv=None):
+    s, config, start = parse(argv)
+    first = int(os.environ.get("RANK", 0)) == 0
     try:
-        return Run(s, config, **start).train()
+        with progress.claim(s.out) if first else nullcontext():
+            return Run(s, config, **start).train()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

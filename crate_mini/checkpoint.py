@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from crate_mini import UserError, __version__, atomic_write
+from crate_mini import UserError, __version__, atomic_write, cli
 from crate_mini.foreign import import_foreign, is_foreign
 from crate_mini.model import LM, Config, to_dict
 
@@ -146,8 +146,9 @@ def _meta(folder):
         meta = json.loads(path.read_bytes())
         version = meta["format"]
     except OSError as error:
-        raise UserError(f"No checkpoint in {folder} ({error.strerror}); expected a folder that train.py has "
-                        "written, such as out/last.") from None
+        raise UserError(f"No checkpoint in {folder}{cli.nearest_folder(folder, 'config.json')}: "
+                        f"{error.strerror}; expected a folder that train.py has written, such as "
+                        "out/crate-3L/last.") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged or not from crate_mini; use another checkpoint.") from None
     if version != FORMAT:

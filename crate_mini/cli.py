@@ -12,6 +12,7 @@ import re
 import sys
 import types
 import typing
+from contextlib import suppress
 from dataclasses import fields
 
 from crate_mini import UserError
@@ -40,10 +41,20 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
-def nearest(word, known):
-    """', did you mean X?' for the known word closest to this one, or nothing."""
-    match = difflib.get_close_matches(word, known, 1)
-    return f", did you mean {match[0]}?" if match else ""
+def nearest(word, known, alike=0.6):
+    """' (did you mean X?)' for the known word closest to this one, or nothing."""
+    match = difflib.get_close_matches(word, known, 1, alike)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def nearest_folder(folder, holding):
+    """' (did you mean X?)' for the folder with such a file in `folder`, or of a path like it, or nothing."""
+    for root in (folder, *folder.parents[:2]):
+        with suppress(OSError):
+            found = [path.parent for depth in ("*", "*/*") for path in root.glob(f"{depth}/{holding}")]
+            if match := nearest(str(folder), map(str, found), 0.0 if root == folder else 0.6):
+                return match
+    return ""
 
 
 def comments(cls):
@@ -61,15 +72,17 @@ def comments(cls):
     return found
 
 
-def add_fields(parser, cls, title):
+def add_fields(parser, cls, title, texts=(), defaults=()):
     """One flag per field of a dataclass, type and help from its declaration; absent unless given.
 
     A field named like a word of Python ends in _, which its flag does not: from_ is --from.
+    texts, defaults: {field: whole help text}, {field: words for a default that is not a plain value}.
     """
     group, notes = parser.add_argument_group(title), comments(cls)
     for f in fields(cls):
-        flag, note = "--" + f.name.rstrip("_").replace("_", "-"), notes.get(f.name, "").replace("%", "%%")
-        text = f"{note} (default {f.default})"
+        flag, default = "--" + f.name.rstrip("_").replace("_", "-"), dict(defaults).get(f.name, f.default)
+        text = notes.get(f.name, "") + ("" if default is None else f" (default {default})")
+        text = dict(texts).get(f.name, text).replace("%", "%%")
         if f.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
                                dest=f.name, help=text)
@@ -85,19 +98,38 @@ def kind_of(field):
     return field.type
 
 
+def flags(settings):
+    """{field: value} as words of a command line."""
+    words = []
+    for name, value in settings.items():
+        flag = name.rstrip("_").replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
+    return words
+
+
 def read_json(path, known=None):
     """A JSON object from a file; raises UserError for a bad file or a name that is not among the known."""
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} cannot be read as JSON: {e}; settings look like {{\"lr\": 0.001}}.") from e
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{path} cannot be read as JSON: {reason}; settings look like "
+                        '{"lr": 0.001}.') from e
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no JSON object; settings look like {{\"lr\": 0.001}}.")
     for name in found:
         if known is not None and name not in known:
             raise UserError(f"{path} names {name!r}, which is no setting{nearest(name, known)}.")
     return found
+
+
+def hush():
+    """Send standard output nowhere, once its reader has left: or Python would fail again at its own exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def run(main):
@@ -113,7 +145,7 @@ def run(main):
         print("\ninterrupted; the same command starts again, finished parts are kept.", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that nothing is flushed into the pipe at exit
+        hush()
         sys.exit(141)
     except OSError as e:
         message = f"{e.strerror}: {e.filename or 'while writing'}; free it or choose another place."

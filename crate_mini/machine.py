@@ -10,10 +10,13 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 from crate_mini import UserError
+from crate_mini.model import LM
 
 PEAKS = {  # dense bf16 tensor-core FLOP/s of the data sheets; the first name found in the device's name wins
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -117,12 +120,43 @@ def peak_memory(device):
 
 
 def total_memory(device):
-    """Bytes that the device has, or None where that cannot be asked."""
+    """Bytes that the device has, or that this container may use of it; None where that cannot be asked."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    found = []
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):          # control groups 2 and 1
+        with suppress(OSError, ValueError):
+            found.append(int(Path("/sys/fs/cgroup", name).read_text()))
+    return min(found, default=None)
+
+
+def activation_bytes(config, rows, dtype):
+    """About what the backward pass of `rows` sequences needs of the forward pass, the head aside.
+
+    Of each token, in each layer: five float32 vectors of width d (stream, norms, attention), and the codes
+    of every ISTA step (of an MLP, before and after its ReLU) in the dtype of the products.
+    """
+    codes = config.ista_steps if config.sparsifier == "ista" else 2
+    layer = 5 * 4 * config.n_embd + codes * dtype.itemsize * config.n_code
+    return rows * config.block_size * config.n_layer * layer
+
+
+def check_memory(config, rows, device, dtype):
+    """Refuse a model that cannot fit, before a system that promises all memory kills the process.
+
+    rows: sequences that go through at a time. Raises UserError.
+    """
+    with torch.device("meta"):
+        weights = 16 * sum(w.numel() for w in LM(config).parameters())   # with gradient and Adam's moments
+    kept, there = activation_bytes(config, rows, dtype), total_memory(device)
+    if there and weights + kept > there:
+        cure = ("--micro-batch or --block-size" if weights < there else
+                "--n-embd, --n-layer, --expansion or --vocab-size")
+        raise UserError(f"training needs about {weights / 2 ** 30:,.0f} GiB for weights and "
+                        f"{kept / 2 ** 30:,.0f} for activations, and {device} has {there / 2 ** 30:,.0f}; "
+                        f"lower {cure}.")
 
 
 def describe(device):

@@ -262,7 +262,7 @@ class LM(nn.Module):
             return F.linear(x, self.tokens.weight)
         loss = head.cross_entropy(x, self.tokens.weight, targets)
         if self.training and self.config.l1:  # evaluation always reports plain cross-entropy
-            loss = loss + self.config.l1 * sum(a.float().sum(-1).mean() for a in codes) / len(codes)
+            loss = loss + self.config.l1 * sum(a.float().abs().sum(-1).mean() for a in codes) / len(codes)
         return loss
 
     @torch.no_grad()

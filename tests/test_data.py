@@ -1,7 +1,9 @@
 """Token files hold the text, however often their making was interrupted; a batch is a function."""
 
+import gzip
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 from crate_mini import UserError, data
 from crate_mini.corpus import prepare
-from crate_mini.corpus.formats import END
+from crate_mini.corpus.formats import CHUNK, END
 from crate_mini.data import load_tokenizer, open_corpus
 
 ROOT = Path(__file__).parent.parent
@@ -361,6 +363,28 @@ def test_too_little_text(tmp_path, content, fraction, words):
         return
     with pytest.raises(UserError, match=words):
         open_corpus(str(tmp_path / "a.txt"), BYTES, tmp_path / "cache", fraction, log=quiet)
+
+
+@pytest.mark.parametrize("before", [0, 5, CHUNK - 1, CHUNK, 2 * CHUNK + 3])
+@pytest.mark.parametrize("mark, packed", [(b"", False), (b"\xef\xbb\xbf", False), (b"", True)])
+def test_bytes_that_are_not_utf_8_are_pointed_at(tmp_path, before, mark, packed):
+    path, place = tmp_path / ("latin.txt.gz" if packed else "latin.txt"), len(mark) + before
+    raw = mark + b"x" * before + "ü".encode() + "ü".encode("latin-1") + b" and more"
+    path.write_bytes(gzip.compress(raw, 1) if packed else raw)
+    with pytest.raises(UserError, match=f"latin.txt.* is not UTF-8 text at byte {place + 2:,} "):
+        open_corpus(str(path), BYTES, tmp_path / "cache", log=quiet)
+    raw = raw[:place + 1]
+    path.write_bytes(gzip.compress(raw, 1) if packed else raw)
+    with pytest.raises(UserError, match=f" at byte {place:,} "):     # half a letter at the end
+        open_corpus(str(path), BYTES, tmp_path / "cache", log=quiet)
+
+
+@pytest.mark.parametrize("source, words", [("nowhere.txt", "{}/nowhere.txt, and the named corpora are py"),
+                                           ("tinystorys", "did you mean tinystories[?].; there is no file")])
+def test_a_missing_corpus_says_what_was_looked_for(tmp_path, monkeypatch, source, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words.format(re.escape(str(tmp_path)))):
+        open_corpus(source, BYTES, tmp_path / "cache", log=quiet)
 
 
 def test_no_document_hashes_into_validation(tmp_path):

@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.split(" #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
             for line in block.splitlines() if line.strip()]
 SMALL = shlex.split("--train-steps 2 --eval-tokens 300 --n-layer 1 --n-embd 24 --n-head 2 --block-size 16 "
-                    "--batch-size 4 --micro-batch 2 --query-rank 2 --warmup 1 --device cpu")
+                    "--batch-size 4 --micro-batch 2 --warmup 1 --device cpu")
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,8 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-from crate_mini import UserError, cli, data, machine  # noqa: E402
-from crate_mini.settings import Settings  # noqa: E402
+from crate_mini import UserError, cli, data, machine, progress  # noqa: E402
+from crate_mini.settings import OF_KIND, Settings, twin  # noqa: E402
 
 TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--block-size", "16", "--batch-size", "4",
         "--tokenizer", "bytes", "--dtype", "float32", "--eval-tokens", "200", "--log-every", "1",
@@ -59,8 +60,7 @@ def text(tmp_path_factory):
 
 def run(*flags):
     """train.py's main in this process; returns its exit code, raises its UserError."""
-    s, config, start = train.parse(list(flags))
-    return train.Run(s, config, **start).train()
+    return train.main(list(flags))
 
 
 def rows(out):
@@ -95,8 +95,8 @@ def test_a_run_writes_what_it_says_and_learns(text, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["crate", "gpt2", "crate+"])
 def test_resume_is_bitwise_equal_to_an_uninterrupted_run(kind, text, tmp_path):
-    flags = [*TINY, "--data", text, "--model", kind, "--query-rank", "0" if kind == "gpt2" else "3",
-             "--micro-batch", "3"]
+    rank = [] if kind == "gpt2" else ["--query-rank", "3"]
+    flags = [*TINY, "--data", text, "--model", kind, *rank, "--micro-batch", "3"]
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
     run(*flags, "--out", whole, "--train-steps", "12")
     s, config, _ = train.parse([*flags, "--out", cut, "--train-steps", "12"])
@@ -264,9 +264,9 @@ def test_two_processes_agree_on_a_loss_that_only_one_finds_not_finite(choice, co
     assert ("nan at step 5, learning rate" if code else "1 steps skipped") in said[0][code > 0]
 
 
-def test_a_run_that_diverges_to_the_end_says_so(text, tmp_path):
-    flags = [*TINY, "--data", text, "--train-steps", "9", "--lr", "1e9", "--clip", "0",
-             "--on-nonfinite", "skip"]
+def test_a_run_that_diverges_to_the_end_says_so(text, tmp_path, monkeypatch):
+    flags = [*TINY, "--data", text, "--train-steps", "9", "--clip", "0", "--on-nonfinite", "skip"]
+    monkeypatch.setattr(Settings, "lr_at", lambda s, step: 1e9 if step >= 4 else 1e-3)
     with pytest.raises(UserError, match=r"validation loss (nan|inf) after the last step; .*/best"):
         run(*flags, "--out", str(tmp_path / "run"))
 
@@ -283,6 +283,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, text, tm
     process.send_signal(number)
     said, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number and not error
+    assert "\nfinishing this step, then saving; Ctrl-C again stops at once\n" in said
     assert f"python train.py --resume {out}" in said
     done = int(rows(out)[-1]["step"])
     assert json.loads((out / "last" / "config.json").read_text())["training"]["step"] == done
@@ -411,7 +412,23 @@ BAD = {  # flags -> what the one sentence must name
     "config nothing": (["--config", "nowhere.json"], "nowhere.json"),
     "context": (["--block-size", "999999"], "block_size"),
     "vocabulary": (["--vocab-size", "10"], "ids"),
+    "below the tokenizer": (["--vocab-size", "10"], "below the 257 ids of --tokenizer bytes"),
     "on nonfinite": (["--on-nonfinite", "pray"], "stop or skip"),
+    "no learning": (["--lr", "0"], "--lr 0.0 learns nothing"),
+    "floor above the peak": (["--lr", "0.1", "--min-lr", "0.2"], "--min-lr 0.2"),
+    "empty out": (["--out", ""], "--out '' is empty"),
+    "empty data": (["--data", ""], "--data '' is empty"),
+    "empty tokenizer": (["--tokenizer", ""], "--tokenizer '' is empty"),
+    "empty init": (["--init", ""], "--init '' is empty"),
+    "empty resume": (["--resume", ""], "is empty"),
+    "empty config": (["--config", ""], "is empty"),
+    "out is a file": (["--out", "/dev/null"], "Nothing can be written to /dev/null"),
+    "below a file": (["--out", "/dev/null/run"], "Nothing can be written to /dev/null/run"),
+    "query of MHSA": (["--model", "gpt2", "--query-rank", "4"], "--query-rank 4 does nothing beside"),
+    "ISTA of MLP": (["--sparsifier", "mlp", "--ista-steps", "4"], "--ista-steps 4 does nothing beside"),
+    "step of MLP": (["--model", "gpt2", "--eta", "0.2"], "--eta 0.2 does nothing beside --sparsifier mlp"),
+    "switch of MLP": (["--model", "gpt2", "--unit-norm"], "--unit-norm does nothing"),
+    "MLP of ISTA": (["--activation", "gelu"], "--activation gelu does nothing beside --sparsifier ista"),
     "init nothing": (["--init", "nowhere.pt"], "nowhere.pt"),
 }
 
@@ -424,7 +441,154 @@ def test_bad_input_is_told_in_one_sentence(name, text, tmp_path, capsys):
         cli.run(lambda: run(*base, *flags))
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ") and word in error
+    assert not re.search(r"[.,;:!?][.,;:]|None", error)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/run", "locked/run"])
+def test_a_bad_out_is_told_before_data_are_prepared(out, text, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    if out.startswith("locked") and os.access(tmp_path / "locked", os.W_OK):
+        pytest.skip("this user may write anywhere")
+    monkeypatch.setattr(data, "open_corpus", lambda *a, **k: pytest.fail("data were prepared"))
+    with pytest.raises(UserError, match="Nothing can be written to .*another --out"):
+        run(*TINY, "--data", text, "--out", str(tmp_path / out))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_two_runs_do_not_share_a_folder(text, tmp_path):
+    flags = [*TINY, "--data", text, "--train-steps", "2", "--overwrite", "--out", str(tmp_path / "run")]
+    with progress.claim(tmp_path / "run"):
+        with pytest.raises(UserError, match="Another process is training in .*/run now"):
+            run(*flags)
+        assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "run").exists() and run(*flags) == 0
+    with progress.claim(tmp_path / "run"), pytest.raises(UserError, match="Another process"):
+        run("--resume", str(tmp_path / "run"), "--train-steps", "4")
+    assert run("--resume", str(tmp_path / "run"), "--train-steps", "4") == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_sets_the_folder_free(tmp_path):
+    mine, theirs = os.pipe()
+    child = os.fork()
+    if not child:
+        with progress.claim(tmp_path / "run"):
+            os.write(theirs, b"held")
+            time.sleep(60)
+            os._exit(0)
+    os.read(mine, 4)
+    with pytest.raises(UserError, match="Another process"), progress.claim(tmp_path / "run"):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with progress.claim(tmp_path / "run"):
+        pass
+
+
+def test_a_near_miss_is_pointed_out(text, tmp_path, monkeypatch):
+    out = tmp_path / "out" / "crate-3L"
+    run(*TINY, "--data", text, "--train-steps", "1", "--out", str(out))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").symlink_to(out)
+    with pytest.raises(UserError, match="No checkpoint in a .did you mean a/last[?]"):
+        train.parse(["--init", "a"])
+    for flag, path in (("--init", out), ("--init", tmp_path / "out" / "crat-3L"),
+                       ("--init", out / "lats"), ("--resume", tmp_path / "out" / "crat-3L")):
+        with pytest.raises(UserError, match=f"No checkpoint in {path}.*did you mean {out}/last[?]"):
+            train.parse([flag, str(path)])
+    with pytest.raises(UserError, match="such as out/crate-3L/last"):
+        train.parse(["--resume", str(tmp_path / "else" / "where" / "far" / "off")])
+    s, _, start = train.parse(["--resume", str(out / "last"), "--train-steps", "2"])
+    assert s.out == str(out) and start["state"]["step"] == 1
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--model", "gpt2", "--lr", "0.01", "--no-bias", "--activation", "gelu", "--block-size", "32"],
+    ["--model", "crate+", "--query-rank", "8", "--lam", "0.2", "--seed", "5", "--tokenizer", "pydocs:511"],
+    ["--preset", "S", "--val-fraction", "0.2", "--vocab-size", "5000", "--log-sparsity", "--out", "a/b c"]])
+def test_the_twin_differs_in_its_kind_alone(flags):
+    s, config, _ = train.parse(flags)
+    found = twin(s, config, data.load_tokenizer(s.tokenizer).vocab_size)
+    other, shape, _ = train.parse(found)
+    assert {s.model, other.model} in ({"crate", "gpt2"}, {"crate+", "gpt2"})
+    assert {**asdict(s), "model": "", "out": ""} == {**asdict(other), "model": "", "out": ""}
+    assert other.out != s.out and (s.out == "a/b c") == (other.out == "a/b c-gpt2")
+    for f in fields(shape):
+        if f.name not in {*OF_KIND, "lam", "activation"}:
+            assert getattr(shape, f.name) == getattr(config, f.name), f.name
+    usual = train.model.preset("3L", other.model)
+    assert all(getattr(shape, name) == getattr(usual, name) for name in OF_KIND)
+
+
+@pytest.mark.parametrize("change", [
+    dict(kind="crate"), dict(kind="gpt2"), dict(kind="crate+", ista_steps=4), dict(kind="gpt2", expansion=8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_counted_about_right(change, dtype):
+    """Against what autograd keeps, weights and the head's gradients aside."""
+    config = train.model.preset("3L", n_embd=64, vocab_size=64, block_size=32, **change)
+    lm, kept = train.model.LM(config), {}
+    own = {w.untyped_storage().data_ptr() for w in lm.parameters()}
+
+    def keep(t):
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t       # alive, so that no address comes twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), \
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        lm.trunk(torch.zeros(32, 32, dtype=torch.long))
+    found = sum(t.untyped_storage().nbytes() for t in kept.values())
+    assert 0.7 < machine.activation_bytes(config, 32, dtype) / found < 1.3
+
+
+@pytest.mark.parametrize("change", [
+    dict(kind="crate"), dict(kind="gpt2"), dict(kind="gpt2", activation="gelu")])
+def test_l1_weighs_the_size_of_codes_of_either_sign(change):
+    lm, ids = train.model.LM(train.model.preset("1L", vocab_size=9, l1=0.5, **change)), torch.arange(8)[None]
+    codes = lm.trunk(ids)[1]
+    want = lm.eval()(ids, ids) + 0.5 * sum(a.abs().sum(-1).mean() for a in codes) / len(codes)
+    loss = lm.train()(ids, ids)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5) and loss > lm.eval()(ids, ids) + 0.1
+    assert (codes[0] < 0).any() == ("activation" in change)
+
+
+def test_a_batch_that_cannot_fit_is_refused(monkeypatch):
+    config = train.model.preset("3L", "crate")
+    monkeypatch.setattr(machine, "total_memory", lambda device: 2 ** 30)
+    machine.check_memory(config, 8, torch.device("cpu"), torch.float32)
+    with pytest.raises(UserError, match="for activations.*lower --micro-batch"):
+        machine.check_memory(config, 1000, torch.device("cpu"), torch.float32)
+
+
+def test_what_will_run_is_said_before_it_is_tried(text, tmp_path, monkeypatch, capsys):
+    seen, forward = [], train.model.LM.forward
+
+    def watched(self, *args):
+        seen.append(capsys.readouterr().out)
+        return forward(self, *args)
+
+    monkeypatch.setattr(train.model.LM, "forward", watched)
+    assert run(*TINY, "--data", text, "--train-steps", "1", "--out", str(tmp_path / "run")) == 0
+    assert "\ncorpus " in seen[0] and "note      --warmup 2 outlasts the run" in seen[0]
+    assert "expected" not in seen[0] and "expected" in "".join(seen[1:])
+
+
+def test_a_reader_that_leaves_stops_the_run_as_a_signal_does(text, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *TINY, "--data", text, "--train-steps", "100000",
+         "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE and not error
+    done = int(rows(out)[-1]["step"])
+    assert json.loads((out / "last/config.json").read_text())["training"]["step"] == done >= 3
+    assert run("--resume", str(out), "--train-steps", str(done + 1)) == 0
 
 
 def test_a_run_is_not_overwritten_by_chance(text, tmp_path):
@@ -450,6 +614,11 @@ def test_help_explains_every_flag():
     parser_help = script("--help", COLUMNS="100").stdout
     for f in [*Settings.__dataclass_fields__, *train.model.Config.__dataclass_fields__]:
         assert "--" + f.replace("_", "-") in parser_help
+    assert "None" not in parser_help
+    words = " ".join(parser_help.split())
+    for said in ("(default lr / 10)", "(default 256 for 1L 2L 3L, 1024 for S B)", "(default out/MODEL",
+                 "(default the tokenizer's ids,", "(default as --preset says)", "(default as --model says)"):
+        assert said in words, said
     notes = {**cli.comments(Settings), **cli.comments(train.model.Config)}
     assert all(len(notes[f]) > 0 for f in Settings.__dataclass_fields__)
 

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from crate_mini import UserError
+from crate_mini.cli import nearest
 from crate_mini.corpus import pydocs
 from crate_mini.corpus.formats import END, KINDS, LONG, Position, extra, field, kind, pieces, read, told
 
@@ -107,8 +108,9 @@ def _files(source: str) -> list[Path]:
     except (OSError, ValueError) as error:      # a name too long, a NUL in it, a folder we may not read
         raise UserError(f"Corpus {source[:80]!r} cannot be opened: {error}.") from None
     if not exists:
-        raise UserError(f"No corpus {source!r}: expected {', '.join([*pydocs.NAMES, *NAMED])} or the path "
-                        "of a file or folder; pydocs always works.")
+        known = [*pydocs.NAMES, *NAMED]
+        raise UserError(f"No corpus {source!r}{nearest(source, known)}; there is no file or folder "
+                        f"{root.absolute()}, and the named corpora are {', '.join(known)}.")
     if not files:
         raise UserError(f"{source} is no file and holds none of a known kind: {' '.join(KINDS)}.")
     return files

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 
 from crate_mini import UserError
@@ -58,9 +59,6 @@ def told(what):
         yield
     except UserError:
         raise
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} is not UTF-8 text ({error.reason}): it is binary or in another encoding; "
-                        "iconv -t UTF-8 converts text.") from None
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"{what} cannot be read ({reason}).") from None
@@ -107,15 +105,20 @@ def _text(path: Path, position: Position) -> Iterator[str]:
     """Unpacked, decoded text in chunks of about a megabyte, line ends as "\\n"."""
     # Decodes across chunk ends: half a character, or half of "\r\n", waits for the next one.
     decode = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True).decode
-    start = position.done
+    start, seen = position.done, 0
     with open(path, "rb") as raw:
-        for data in _unpacked(raw, path.suffix.lower()):
-            text = decode(data)
+        for data in chain(_unpacked(raw, path.suffix.lower()), [None]):
+            seen += len(data or b"")
+            try:
+                text = decode(data or b"", final=data is None)
+            except UnicodeDecodeError as error:     # its object ends where the bytes seen so far do
+                at = seen - len(error.object) + error.start
+                raise UserError(f"{path} is not UTF-8 text at byte {at:,} ({error.reason}): it is binary or "
+                                "in another encoding; iconv -t UTF-8 converts text.") from None
             if "\0" in text:
                 raise UserError(f"{path} looks binary: it holds a zero byte; expected UTF-8 text.")
             position.done = start + raw.tell()
             yield text
-    yield decode(b"", final=True)
 
 
 def _unpacked(raw, suffix: str) -> Iterator[bytes]:
