@@ -127,7 +127,8 @@ def _cell(stat, n):
         bounds = f"{_two(low)} to {_two(high)}" if stat.get("ci95") else "no interval"
         left_out = ", ".join(f"{n[k]} {k}" for k in ("dead", "undefined", "failed") if n.get(k))
         lower = f"; {stat['mean_undefined_as_0']:.3f} with those as 0" if left_out else ""
-        count = f"n {stat['n']:,}" + (f", without {left_out}{lower}" if left_out else "")
+        middle = f", median {_two(stat['median'])}" if "median" in stat else ""
+        count = f"n {stat['n']:,}{middle}" + (f", without {left_out}{lower}" if left_out else "")
     return (f'<td><b>{mean:.3f}</b> <small>{bounds}</small><span class="range" style="{place}"></span>'
             f"<small>{count}</small></td>")
 
