@@ -176,26 +176,29 @@ def responses(judge, kinds, unit, doses, seen):
 def attribution(model, idx, layer, drawn, largest, doses):
     """Direct attribution against a run; both set a neuron at the last token of each window.
 
-    A row for the smallest and the largest dose: correlation over the vocabulary, and the share of the ten
-    most raised tokens on which both agree; means over windows and neurons.
+    A row for the smallest and the largest dose: correlation over the vocabulary, null: the same with another
+    drawn neuron's attribution (None if there is none), top10: the share of the ten most raised tokens on
+    which both agree; means over windows and neurons.
     """
     (z, codes), rows = stream(model, idx), []
     z, a = z[:, -1], codes[layer][:, -1]
     plain = F.linear(model.norm(z), model.tokens.weight)
     for dose in (min(doses), max(doses)):
-        agree = []
+        runs, tolds = [], []
         for j in drawn:
             value = dose * largest[j].item()
             with steer(model, [Intervention(layer, j, "set", value, "last")]):
-                run = F.linear(model.trunk(idx)[0][:, -1], model.tokens.weight) - plain
+                runs.append(F.linear(model.trunk(idx)[0][:, -1], model.tokens.weight) - plain)
             change = torch.zeros_like(a)
             change[:, j] = value - a[:, j]
-            told = direct_effect(model, z, layer, change)
-            both = F.one_hot(torch.stack((run, told)).topk(10).indices, run.shape[1]).sum(-2)
-            r = F.cosine_similarity(run - run.mean(1, True), told - told.mean(1, True)).mean()
-            agree.append((r.item(), both.prod(0).sum(-1).float().mean().item() / 10))
-        r, same = np.mean(agree, 0).tolist()
-        rows.append({"layer": layer, "dose": dose, "correlation": r, "top10": same, "n": len(agree)})
+            tolds.append(direct_effect(model, z, layer, change))
+        run, told = torch.stack(runs), torch.stack(tolds)               # (neurons, windows, V)
+        both = F.one_hot(torch.stack((run, told)).topk(10).indices, run.shape[-1]).sum(-2).prod(0)
+        run, told = run - run.mean(-1, True), told - told.mean(-1, True)
+        null = F.cosine_similarity(run, told.roll(1, 0), dim=-1).mean().item() if len(drawn) > 1 else None
+        rows.append({"layer": layer, "dose": dose, "top10": both.sum(-1).float().mean().item() / 10,
+                     "correlation": F.cosine_similarity(run, told, dim=-1).mean().item(), "null": null,
+                     "n": len(drawn)})
     return rows
 
 
@@ -214,6 +217,22 @@ def at_kl(rows, metric, kl=AT_KL):
     if not sides[0] <= kl <= sides[-1]:
         return None
     return float(np.interp(np.log(kl), np.log(sides), values))
+
+
+def contrasts(rows, seed):
+    """{"neuron - random": {metric: interval}, ..} at equal side effect: kinds of the same neuron, in pairs.
+
+    Only neurons and features that reach AT_KL both ways count.
+    """
+    rng, found, by = np.random.default_rng(seed), {}, {}
+    for r in rows:
+        by.setdefault((r["layer"], r["neuron"]), {}).setdefault(r["kind"], []).append(r)
+    for a, b in (("neuron", "random"), ("feature", "feature+error")):
+        for m in ("own", "seen"):
+            pairs = [[at_kl(kinds[k], m) for k in (a, b)] for kinds in by.values() if {a, b} <= set(kinds)]
+            found.setdefault(f"{a} - {b}", {})[m] = interval(
+                [None if None in pair else pair[0] - pair[1] for pair in pairs], rng)
+    return {pair: some for pair, some in found.items() if some["own"]["n"]}
 
 
 def summary(rows, seed):

@@ -27,7 +27,8 @@ def direct_effect(model, z, layer, change):
 
     Direct logit attribution: atoms times tied head, through the final norm with the scale that it has for the
     unsteered stream z (.., d). In the last layer exact but for that scale. Before it, without a residual
-    around the sparsifier, nothing reaches the head as it was written, and this number means nothing.
+    around the sparsifier, nothing reaches the head as it was written; how far this still tells what a run
+    does is measured by dose.attribution.
     """
     written = change @ atoms(model, layer).T
     scale = (z.var(-1, unbiased=False, keepdim=True) + model.norm.eps).rsqrt()

@@ -3,11 +3,11 @@
 The checkpoints are those that `python -m crate_mini.study default` left in out/study: CRATE, crate+ and the
 GPT-2 twin, three seeds each. The twin's layers get sparse autoencoders; then neurons of all, features of the
 autoencoders and random directions are turned by the same doses on the same text.
--> results/steering.json, results/steering.png, and the README's table
+-> results/steering.json, results/steering.png, and the README's tables
 
 Every part is `interpret.py sae` or `steer.py measure` in a process of its own; a part that is finished is
 kept in out/steering as long as its command stays the same, and its result says at which commit it was made.
-`python -m crate_mini.study_steering table` prints the README's table again.
+To make one again delete its folder. `python -m crate_mini.tables` prints the README's tables again.
 """
 
 import itertools
@@ -65,34 +65,21 @@ def together(runs):
     def averaged(key, by, values):
         rows = sorted((row for run in runs for row in run[key]), key=lambda r: [r[k] for k in by])
         groups = ((k, list(g)) for k, g in itertools.groupby(rows, key=lambda r: [r[k] for k in by]))
-        return [dict(zip(by, k), **{v: mean(r[v] for r in g) for v in values},
-                     seeds={v: [r[v] for r in g] for v in values}) for k, g in groups]
+        found = ((k, {v: [r[v] for r in g if r[v] is not None] for v in values}) for k, g in groups)
+        return [dict(zip(by, k), **{v: mean(some) if some else None for v, some in each.items()}, seeds=each)
+                for k, each in found]
+
     pooled = [{**row, "neuron": (run["seed"], row["neuron"])} for run in runs for row in run["rows"]]
     return {"checkpoint": {"config": runs[0]["checkpoint"]["config"]},
             "summary": dose.summary(pooled, runs[0]["seed"]),
+            "contrasts": dose.contrasts(pooled, runs[0]["seed"]),
             "inserted": averaged("inserted", ("layer", "kind"), ("kl", "loss")),
-            "attribution": averaged("attribution", ("layer", "dose"), ("correlation", "top10")),
+            "attribution": averaged("attribution", ("layer", "dose"), ("correlation", "null", "top10")),
             "runs": [{"seed": run["seed"], "command": run["command"], "commit": run["machine"].get("commit"),
                       "sha256": run["checkpoint"]["sha256"], "live": run["live"],
                       "val_loss": run["checkpoint"]["training"]["val_loss"],
                       "at_kl": {kind: {m: v["mean"] for m, v in found["at_kl"].items()}
                                 for kind, found in run["summary"].items()}} for run in runs]}
-
-
-def table(found):
-    """The README's table, in Markdown: at nothing turned, at equal side effect, at four times the maximum."""
-    rows = []
-    for model, result in found["models"].items():
-        loss = f"{mean(run['val_loss'] for run in result['runs']):.3f}"
-        for kind, some in result["summary"].items():
-            at = [r for r in result["inserted"] if r["kind"] == kind]
-            cost = f"{mean(r['loss'] for r in at):+.4f}" if any(r["kl"] for r in at) else "0 exactly"
-            rows.append([f"{tables.NAMES[model]}, {kind}", loss, cost if at else "",
-                         *map(dose_views.cell, some["at_kl"].values()), some["at_kl"]["effect"]["n"],
-                         *(dose_views.cell(some["doses"]["4"][m]) for m in ("kl", "loss"))])
-    return dose_views.markdown(
-        ["what is turned", "loss", "nothing turned", f"effect at KL {dose.AT_KL}", "own", "seen", "n",
-         "KL at 4x", "loss at 4x"], rows)
 
 
 def run(seeds):
@@ -110,14 +97,12 @@ def run(seeds):
              "machine": machine.describe(torch.device("cpu")), "models": models, "sae": saes}
     evidence.write_json(RESULT, found)
     dose_views.figure(list(models.values()), RESULT.with_suffix(".png"))
-    print(f"\n{table(found)}")
+    print(f"\n{dose_views.readme(found)}")
 
 
 def main():
     words = sys.argv[1:]
-    if words == ["table"]:
-        print(table(cli.read_json(RESULT)))
-    elif all(word.isdecimal() for word in words):
+    if all(word.isdecimal() for word in words):
         run([int(word) for word in words] or list(SEEDS))
     else:
         raise UserError("give seeds, or nothing for all three: `python -m crate_mini.study_steering 1337`.")

@@ -31,7 +31,7 @@ def made_up(kind, seed, cost=0.01):
             "inserted": [{"layer": 0, "kind": k, "kl": v, "loss": v} for k, v in kinds.items()
                          if k != "random"],
             "attribution": [{"layer": n, "dose": d, "correlation": (n + d / 10 + seed) / 9, "top10": 0.5,
-                             "n": 2} for n in (0, 1) for d in (0.5, 8.0)],
+                             "null": None if n else seed / 10, "n": 2} for n in (0, 1) for d in (0.5, 8.0)],
             "checkpoint": {"sha256": "ab", "training": {"val_loss": 4.0 + seed},
                            "config": to_dict(model.preset("3L", kind))}}
 
@@ -89,24 +89,36 @@ def test_parts_run_once_and_the_result_holds_all_seeds(place, monkeypatch, capsy
     assert at[1, 8.0]["seeds"]["correlation"] == pytest.approx([(1.8 + s) / 9 for s in (1, 2)])
     assert (place / "results" / "steering.png").read_bytes().startswith(b"\x89PNG")
     told = capsys.readouterr().out
-    for line in ("CRATE (paper), neuron | 5.500 | 0 exactly |", "CRATE (paper), random | 5.500 |  |",
-                 "GPT-2 twin, feature | 5.500 | +0.0100 |"):
+    for line in ("crate 3L, neuron | 5.500 | 0 exactly |", "crate 3L, random | 5.500 |  |",
+                 "gpt2 3L, feature | 5.500 | 0.01 |", "gpt2 3L | 1 | 8x | 0.37 | none | 0.50 |",
+                 "gpt2 3L | 0 | 8x | 0.26 | 0.150 | 0.50 |"):
         assert line in told
     study_steering.main()
     assert len(seen) == 12                                          # finished parts are kept,
     (place / "out" / "steering" / "crate-1" / "finished.json").write_text("[]")
     study_steering.main()
     assert len(seen) == 13                                          # another command runs again
-    monkeypatch.setattr(sys, "argv", ["study_steering", "table"])
-    capsys.readouterr()
-    study_steering.main()
-    assert capsys.readouterr().out in told + "\n"
 
 
 def test_a_tiny_cost_is_not_called_none(place):
     run = made_up("gpt2", 1, cost=1e-7)
-    told = study_steering.table({"models": {"gpt2": study_steering.together([run])}})
-    assert "| GPT-2 twin, feature | 5.000 | +0.0000 |" in told and "neuron | 5.000 | 0 exactly |" in told
+    told = dose_views.readme({"models": {"gpt2": study_steering.together([run])}})
+    assert "| gpt2 3L, feature | 5.000 | 1e-07 |" in told and "neuron | 5.000 | 0 exactly |" in told
+
+
+def test_pairs_compare_the_same_neurons_where_both_reach_the_side_effect():
+    def rows(j, kind, gain, least=0.01):
+        return [{"layer": 0, "neuron": j, "kind": kind, "kl": kl, "own": gain, "seen": 2 * gain}
+                for kl in (least, 0.05, 0.5)]
+    some = [*rows(1, "neuron", 3.0), *rows(1, "random", 1.0), *rows(2, "neuron", 5.0),
+            *rows(2, "random", 4.5), *rows(3, "neuron", 90.0)]
+    assert dose.contrasts(some, 0).keys() == {"neuron - random"}
+    found = dose.contrasts([*some, *rows(1, "feature", 7.0), *rows(1, "feature+error", 8.0)], 0)
+    assert found["neuron - random"]["own"]["mean"] == pytest.approx(1.25)
+    assert found["neuron - random"]["seen"]["mean"] == pytest.approx(2.5)
+    assert found["neuron - random"]["own"]["n"] == 2 and found["feature - feature+error"]["own"]["mean"] == -1
+    late = [{**r, "kl": 1.0} for r in rows(1, "feature", 7.0)]           # it costs too much from the start
+    assert "feature - feature+error" not in dose.contrasts([*late, *rows(1, "feature+error", 8.0)], 0)
 
 
 def test_what_is_missing_or_fails_is_one_sentence(place, monkeypatch):
@@ -194,4 +206,5 @@ def test_the_whole_study_tiny(place, tmp_path, monkeypatch, capsys):
         assert all(r["kl"] == 0 == r["loss"] for r in result["inserted"] if r["kind"] != "feature")
         assert math.isfinite(result["summary"]["neuron"]["doses"]["4"]["effect"]["mean"])
         assert any(r["kl"] > 0 for r in result["inserted"]) == (kind == "gpt2")
-    assert "GPT-2 twin, feature+error" in capsys.readouterr().out
+        assert all(r["null"] < r["correlation"] for r in result["attribution"] if r["layer"] == 1)
+    assert "gpt2 2L, feature+error" in capsys.readouterr().out

@@ -56,6 +56,11 @@ def markdown(head, rows):
     return "\n".join("| " + " | ".join(str(v) for v in line) + " |" for line in lines)
 
 
+def null(row):
+    """A row's correlation with another neuron, as text."""
+    return "none" if row["null"] is None else f"{row['null']:.3f}"
+
+
 def tables(result):
     """[(head, rows)]: doses, equal side effect, cost of inserting, attribution by layer."""
     by_dose = [[kind, f"{dose}x", *(cell(found[m]) for m in METRICS)]
@@ -63,17 +68,40 @@ def tables(result):
     equal = [[kind, *(cell(f) for f in found["at_kl"].values()), found["at_kl"]["effect"]["n"]]
              for kind, found in result["summary"].items()]
     inserted = [[r["layer"], r["kind"], f"{r['kl']:.4g}", f"{r['loss']:+.4g}"] for r in result["inserted"]]
-    told = [[r["layer"], f"{r['dose']:g}x", f"{r['correlation']:.3f}", f"{r['top10']:.2f}"]
+    told = [[r["layer"], f"{r['dose']:g}x", f"{r['correlation']:.3f}", null(r), f"{r['top10']:.2f}"]
             for r in result["attribution"]]
     return [(["kind", "dose", "effect", "own", "seen", "KL", "loss"], by_dose),
             ([f"kind, at KL {AT_KL}", "effect", "own", "seen", "n"], equal),
             (["layer", INSERTED, "KL", "loss"], inserted),
-            (["layer", "direct attribution at", "correlation with a run", "top 10 shared"], told)]
+            (["layer", "direct attribution at", "correlation with a run", "with another neuron's",
+              "top 10 shared"], told)]
 
 
 def table(result):
     """Everything measured, as markdown."""
     return "\n\n".join(markdown(head, rows) for head, rows in tables(result))
+
+
+def readme(found):
+    """The README's tables, of results/steering.json: what is turned, pairs of kinds, weights against runs."""
+    turned, pairs, told = [], [], []
+    for result in found["models"].values():
+        model, loss = name(result), sum(run["val_loss"] for run in result["runs"]) / len(result["runs"])
+        for kind, some in result["summary"].items():
+            costs = [r["kl"] for r in result["inserted"] if r["kind"] == kind]
+            cost = ", ".join(dict.fromkeys("0 exactly" if kl == 0 else f"{kl:.2g}" for kl in costs))
+            turned.append([f"{model}, {kind}", f"{loss:.3f}", cost, *map(cell, some["at_kl"].values()),
+                           some["at_kl"]["effect"]["n"], cell(some["doses"]["4"]["kl"])])
+        pairs += [[f"{model}, {pair}", cell(some["own"]), cell(some["seen"]), some["own"]["n"]]
+                  for pair, some in result["contrasts"].items()]
+        told += [[model, r["layer"], f"{r['dose']:g}x", f"{r['correlation']:.2f}", null(r),
+                  f"{r['top10']:.2f}"] for r in result["attribution"]]
+    return "\n\n".join((
+        markdown(["what is turned", "base loss", "KL of inserting it, by layer", f"effect at KL {AT_KL}",
+                  "own", "seen", "n", "KL at 4x"], turned),
+        markdown([f"the same neurons at KL {AT_KL}", "own", "seen", "n"], pairs),
+        markdown(["weights against a run", "layer", "dose", "correlation", "another neuron's",
+                  "top 10 shared"], told)))
 
 
 # ---- a section of index.html -----------------------------------------------------------------------------
@@ -150,8 +178,8 @@ def figure(results, target):
             axis.axvline(AT_KL, color=GREY, linewidth=.8)
     axes[1].set_yscale("log")
     axes[4].set(title=INSERTED, xlabel="layer", ylabel=SIDE)
-    axes[5].set(title="weights against a run, smallest dose", xlabel="layer", ylabel="correlation of logits",
-                ylim=(None, 1.03))
+    axes[5].set(title="weights against a run (dotted: another neuron's)", xlabel="layer",
+                ylabel="correlation of logits", ylim=(None, 1.03))
     for axis in axes[4:]:
         axis.xaxis.get_major_locator().set_params(integer=True)
     shared_legend(drawn, axes)
@@ -167,11 +195,12 @@ def _inserted(axis, result, color):
 
 
 def _attribution(axis, result, color):
-    """Correlation of direct attribution with a run, by layer."""
+    """Correlation of direct attribution with a run, by layer; dotted: with the run of another neuron."""
     least = min(r["dose"] for r in result["attribution"])
     rows = [r for r in result["attribution"] if r["dose"] == least]
-    axis.plot([r["layer"] for r in rows], [r["correlation"] for r in rows], "o-", color=color, markersize=4,
-              linewidth=1.2)
+    for key, style in (("correlation", "o-"), ("null", "x:")):
+        at = [(r["layer"], r[key]) for r in rows if r[key] is not None]
+        axis.plot(*zip(*at), style, color=color, markersize=4, linewidth=1.2)
 
 
 def _bars(values):
