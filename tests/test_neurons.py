@@ -161,6 +161,13 @@ def test_a_stop_says_where_to_go_on_and_keeps_what_is_finished(done, monkeypatch
     neurons.run(planted(done.folder.parent, trie=99), "simulate")
 
 
+def test_memory_holds_one_site_at_a_time(done):
+    r = planted(done.folder.parent, trie=99)
+    for stage in ("select", "explain", "simulate", "score"):
+        neurons.run(r, stage, until=stage)
+        assert r.record.site("L0") == {}, stage
+
+
 def test_a_lone_neuron_has_no_other_ones_table(done, tmp_path):
     r = planted(done.folder.parent, folder=tmp_path / "out", n=1)
     neurons.run(r, until="score")

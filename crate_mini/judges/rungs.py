@@ -173,10 +173,8 @@ def detection(truth, guess):
     """
     top = max((np.max(acts) for acts in truth), default=0)
     strong = [np.max(acts) >= top / 2 > 0 for acts in truth]
-    right = {kind: [g[0] == kind for g, s in zip(guess, strong) if s == kind] for kind in (True, False)}
-    if not all(right.values()):
-        return None, "all excerpts fire strongly, or none does"
-    return round(float(np.mean([np.mean(hits) for hits in right.values()])), 4), None
+    value, why = metrics.balanced_accuracy(strong, [said for said, in guess])
+    return None if value is None else round(value, 4), why
 
 
 def probe(simulate, rung, threads):

@@ -45,11 +45,6 @@ class Excerpts:
     at: np.ndarray
     origin: list
 
-    def flat(self):
-        """(previous tokens, tokens, activations) of all excerpts in a row, padding left out; each (N,)."""
-        text = self.tokens[:, 1:] >= 0
-        return self.tokens[:, :-1][text], self.tokens[:, 1:][text], self.acts[text]
-
 
 def select(record, site, protocol, neuron, seed=0):
     """(fit, score): the Excerpts of a neuron of a site under a protocol. Same seed, same excerpts.

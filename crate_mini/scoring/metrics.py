@@ -7,8 +7,6 @@ the reason there and are empty elsewhere. An undefined number is never replaced 
 
 import numpy as np
 
-from crate_mini import UserError
-
 CONSTANT = 1e-12                 # a range below this share of the largest value is rounding, not variation
 NUMBERS = {str(i): i for i in range(11)}
 
@@ -131,37 +129,30 @@ def balanced_accuracy(truth, answers):
             f"{missing} of {len(truth)} answers missing and left out" if missing else None)
 
 
-def quantise(acts, top=None, highest=10, rounding="floor"):
-    """Activations as the integers 0..highest that a language model is shown.
+def quantise(acts, top=None, highest=10):
+    """Activations as integers 0..highest, rounded down, as Bills et al. 2023 show them to a language model.
 
     top: the activation that 10 stands for, by default the largest of `acts` (OpenAI: of the excerpts shown).
-    rounding: floor as OpenAI, ceil as delphi. highest 9 joins the two uppermost steps (Anthropic 2023).
-    All zeros when top is not above 0. Raises UserError for another rounding.
+    highest 9 joins the two uppermost steps (Anthropic 2023). All zeros when top is not above 0.
     """
-    if rounding not in ("floor", "ceil"):
-        raise UserError(f"rounding {rounding!r} is unknown; choose floor or ceil.")
     acts = np.asarray(acts, np.float64)
     top = acts.max(initial=0.0) if top is None else float(top)
     if not top > 0:
         return np.zeros(acts.shape, np.int64)
     steps = 10 * (np.maximum(acts, 0) / top)                     # a / top first: the top is exactly 10
-    return np.clip(getattr(np, rounding)(steps), 0, highest).astype(np.int64)
+    return np.clip(np.floor(steps), 0, highest).astype(np.int64)
 
 
-def expected(logprobs, zero_after_one=None):
+def expected(logprobs):
     """Expected activation from log-probabilities of candidate tokens {text: log p}; None if none is a number.
 
     Only texts that are exactly "0".."10" count; their probabilities are renormalised (Bills et al. 2023).
-    zero_after_one: log p("0" | "1") for a vocabulary without a token "10": that share of "1" is a ten.
     """
     found = {NUMBERS[t]: float(p) for t, p in logprobs.items() if t in NUMBERS and p > -np.inf}
     if not found:
         return None
     peak = max(found.values())
     weight = {i: np.exp(p - peak) for i, p in found.items()}
-    if zero_after_one is not None and 1 in weight:
-        ten = weight[1] * min(1.0, np.exp(zero_after_one))
-        weight[1], weight[10] = weight[1] - ten, weight.get(10, 0.0) + ten
     return float(sum(i * w for i, w in weight.items()) / sum(weight.values()))
 
 

@@ -87,6 +87,12 @@ class Run:
     def record(self, found):
         self._record = found
 
+    def each_site(self):
+        """The sites one after the other; what was read of a site's record is dropped after its turn."""
+        for site in self.sites:
+            yield site
+            self.record.site(site.name).forget()
+
     def rng(self, site, purpose):
         """A generator of its own for every site and purpose."""
         return np.random.default_rng([self.seed, *f"{site.name}/{purpose}".encode()])

@@ -70,7 +70,7 @@ def trie_scores(r, site, j, patterns):
 def score_all(r):
     """scores.jsonl, excerpts.jsonl, summary.json."""
     rows, shown, header = [], [], r.record.header
-    for site in r.sites:
+    for site in r.each_site():
         js, own = r.neurons(site), r.record.site(site.name)
         sims, selected, lines = r.read("simulate", site), r.read("select", site), r.explained(site)
         uniform, ci95 = uniform_scores(r, site, sims, js)

@@ -48,7 +48,7 @@ def cut(site, limits):
 
 def select(r):
     """The excerpts of every protocol for the neurons that are scored, padded to one shape: -1 no token."""
-    for site in r.sites:
+    for site in r.each_site():
         arrays = {}
         for protocol in PROTOCOLS:
             chosen = [excerpts.select(r.record, site.name, protocol, int(j), r.seed) for j in r.neurons(site)]
@@ -81,7 +81,7 @@ def explain_all(r):
     start = np.where(tokens[:, 0] < 0, 0, T // 2)                   # inside a context: somewhere
     some = np.linspace(0, len(tokens) - 1, CONTEXTS[0]).astype(int)
     contexts = torch.from_numpy(tokens[some, 1:2 + CONTEXTS[1]].astype(np.int64))
-    for site in r.sites:
+    for site in r.each_site():
         js, own, found = r.neurons(site), r.record.site(site.name), []
         for some in blocks(js):
             place = explain.position_fit(own["uniform_fit_acts"][..., js[some]], start)
@@ -112,8 +112,8 @@ def trie(r, site, j, windows=10):
 
 def simulate(r):
     """What each simulator expects: uniform_<name> (W, 64, n) for n neurons, <protocol>_<name> (n, m, w)."""
-    init = activations.load(r.folder / "init") if r.has_init else None
-    for site in r.sites:
+    for site in r.each_site():
+        init = activations.load(r.folder / "init") if r.has_init else None
         js, lines, chosen = r.neurons(site), r.explained(site), r.read("select", site)
         windows, parts = r.record.shared["uniform_score"], []
         for some in blocks(js):
