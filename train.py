@@ -4,6 +4,7 @@ With no flag: CRATE 3L (d = 128) on the English that every Python installation c
 The path of a token: data.batch -> LM.forward -> head.cross_entropy -> backward -> AdamW -> checkpoint.save.
 Many processes: `torchrun --nproc-per-node 8 train.py ...`; each takes its rows of the same global batch, so
 the number of processes changes the speed and not the run. `python train.py --help` lists every setting.
+`--task classify` makes a classifier of a checkpoint instead, on labelled texts (crate_mini/classify.py).
 """
 
 import math
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from crate_mini import UserError, checkpoint, cli, data, machine, model, progress, report
+from crate_mini import UserError, checkpoint, classify, cli, data, machine, model, progress, report
 from crate_mini.settings import parse
 
 
@@ -267,6 +268,9 @@ class Run:
 
 
 def main(argv=None):
+    task, argv = classify.task(sys.argv[1:] if argv is None else argv)
+    if task == "classify":
+        return classify.main(argv)
     s, config, start = parse(argv)
     first = int(os.environ.get("RANK", 0)) == 0
     try:

@@ -37,6 +37,7 @@ class Settings:
     seed: int = 1337             # of the texts, their split, the head, the order
     device: str = "auto"         # auto | cpu | cuda | cuda:N
     out: str = "out/classifier"  # folder of the run: the classifier is in `last` below it
+    overwrite: bool = False      # replace the run that --out already holds
 
     def check(self):
         """Raise UserError for a value that no run can have."""
@@ -52,6 +53,9 @@ class Settings:
                             "below, both below 10; leave them out.")
         if self.cut not in ("start", "end"):
             raise UserError(f"--cut {self.cut!r} is unknown; choose start or end.")
+        if not self.overwrite and Path(self.out, "last", "config.json").exists():
+            raise UserError(f"{self.out} already holds a run; choose another --out, or replace it with "
+                            "--overwrite.")
 
 
 def fit(model, ids, lengths, label, split, s, log=print):
@@ -132,6 +136,21 @@ def run(s, log=print):
     log(f"result    accuracy {test['accuracy']:.3f} on {test['n']} test texts (95 %: {low:.3f} to "
         f"{high:.3f}; chance {test['chance']:.3f})\nfiles     {Path(s.out, 'last')}")
     return facts
+
+
+def task(argv):
+    """(what --task names, lm by default; the other words). Raises UserError for a task that is unknown."""
+    found, rest = "lm", []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--task":
+            found = value if equals else next(words, "")
+        else:
+            rest.append(word)
+    if found not in ("lm", "classify"):
+        raise UserError(f"--task {found!r} is unknown; choose lm, a language model, or classify.")
+    return found, rest
 
 
 def main(argv):

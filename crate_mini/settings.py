@@ -123,7 +123,8 @@ def default_out(s):
 
 def parse(argv=None):
     """Command line, --config file and checkpoint -> (Settings, Config, what else a run starts from)."""
-    parser = cli.Parser(prog="train.py", description="Train a CRATE language model or its GPT-2 twin.")
+    parser = cli.Parser(prog="train.py", description="Train a CRATE language model or its GPT-2 twin; "
+                        "with --task classify a classifier, see `train.py --task classify --help`.")
     parser.add_argument("--config", help="a JSON file of settings by name; flags win over it")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, exactly")
     cli.add_fields(parser, Settings, "training", defaults=DEFAULTS)

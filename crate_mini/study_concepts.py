@@ -35,8 +35,8 @@ class ConceptStudy:
     models: tuple = ("crate", "gpt2")
     base: tuple = ("--preset", "3L", "--n-embd", 256, "--block-size", 128, "--train-steps", 400, "--lr", 2e-3,
                    "--warmup", 100, "--eval-every", 0, "--seed", 1337)
-    classifier: tuple = ("--length", 64, "--cut", "end", "--epochs", 4, "--seed", 1337)
-    texts: tuple = (4000, 0)        # reviews, topics (0: all)
+    classifier: tuple = ("--overwrite", "--length", 64, "--cut", "end", "--epochs", 3, "--seed", 1337)
+    texts: tuple = (8000, 0)        # reviews, topics (0: all)
     concepts: tuple = ("--seeds", "0,1,2", "--least", 5, "--most", 10, "--tests", 400, "--whole", 120,
                        "--nodes", 12, "--epochs", 15)
     out: Path = ROOT / "out" / "concepts"
@@ -125,8 +125,8 @@ def faithfulness(found):
 
 def codebooks(found):
     """Markdown: how codebooks are used, what they explain, how stable they are, what their words tell."""
-    lines = ["| texts, model | method | perplexity of K | largest | explained | stability (AMI) | proxy: own | "
-             "another | random words | majority |", "|---" * 10 + "|"]
+    lines = ["| texts, model | method | perplexity of K | largest | explained | stability (AMI) | proxy: own "
+             "| another | random words | majority |", "|---" * 10 + "|"]
     for run in found["runs"]:
         for name, of in run["methods"].items():
             use = [h["test"] for h in of["health"].values()]

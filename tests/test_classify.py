@@ -3,7 +3,10 @@
 import gzip
 import json
 import lzma
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from crate_mini.concepts.vectors import SPLITS
 GOOD, BAD = ["fine", "lovely", "warm", "clever", "bright"], ["dull", "awful", "cold", "stupid", "grey"]
 FILLER = ["the", "a", "film", "plot", "actor", "scene", "of", "and", "it", "was", "in", "to"]
 SPEC = "pydocs:511"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def reviews(n=120, seed=0):
@@ -178,9 +182,11 @@ def test_which_part_of_a_text_is_kept():
 @pytest.mark.parametrize("change, message", [
     ({"init": ""}, "starts from a checkpoint"), ({"length": 3}, "--length 3"), ({"lr": 0.0}, "--lr"),
     ({"cut": "middle"}, "choose start or end"), ({"length": 65}, "context of 64"),
-    ({"epochs": 0}, "--epochs"), ({"names": "a,b,c"}, "3 names"), ({"lr": 9.0, "epochs": 1}, None)])
+    ({"epochs": 0}, "--epochs"), ({"names": "a,b,c"}, "3 names"),
+    ({"out": None}, "already holds a run"), ({"lr": 9.0, "epochs": 1}, None)])
 def test_bad_settings(trained, tmp_path, change, message):
-    s = replace(trained[0], out=str(tmp_path), **change)
+    s = replace(trained[0], **{"out": str(tmp_path), **change})
+    s.out = s.out or trained[0].out
     if message is None:     # a wild rate must end in numbers or a sentence
         try:
             classify.run(s, log=lambda line: None)
@@ -189,6 +195,18 @@ def test_bad_settings(trained, tmp_path, change, message):
         return
     with pytest.raises(UserError, match=message):
         classify.run(s, log=lambda line: None)
+
+
+def test_the_task_is_read_from_the_command_line():
+    words = ["--lr", "1", "--task", "classify", "--out", "x"]
+    assert classify.task(words) == ("classify", ["--lr", "1", "--out", "x"])
+    assert classify.task(["--task=lm"]) == ("lm", []) and classify.task(["--seed", "1"])[0] == "lm"
+    for words in (["--task", "sing"], ["--task"]):
+        with pytest.raises(UserError, match="choose lm"):
+            classify.task(words)
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--task", "classify"], capture_output=True,
+                          text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "starts from a checkpoint" in done.stderr
 
 
 def test_what_is_no_classifier_or_has_lost_its_texts(base, trained):

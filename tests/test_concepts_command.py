@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crate_mini import UserError, checkpoint, classify, cli, data, model
+from crate_mini import UserError, checkpoint, classify, cli, data, model, study_concepts
 from crate_mini.concepts import command, judge, result, stages
 from crate_mini.concepts.vectors import Codes
 from crate_mini.judges import llm
@@ -221,3 +221,36 @@ def test_codes_without_words_are_not_shown(run):
     old = job.codes["kmeans", 0]
     job.codes["kmeans", 0] = Codes("kmeans", 0, np.zeros_like(old.assignment), old.centroids)
     assert [c["code"] for c in result.pictured(job, "kmeans")["codes"]] == [0]
+
+
+# ---- the study -------------------------------------------------------------------------------------------
+
+def test_the_study_keeps_every_control_and_counts_what_survives(found, tmp_path, monkeypatch, capsys):
+    """Its own part is to ask for the right commands and to gather; the commands are tested where they are."""
+    asked = []
+
+    def part(self, place, *words):
+        asked.append([str(word) for word in words])
+        if words[0] == "interpret.py":
+            place.mkdir(parents=True)
+            (place / "concepts.json").write_text(json.dumps(found))
+
+    monkeypatch.setattr(study_concepts.ConceptStudy, "part", part)
+    study_concepts.ConceptStudy("r.jsonl", "ranks", "t.csv", out=tmp_path / "out", results=tmp_path).run()
+    assert [words[:2] for words in asked[:3]] == [["train.py", "--model"], ["train.py", "--task"],
+                                                  ["interpret.py", "concepts"]]
+    assert len(asked) == 2 * (1 + 2 * 2)
+    kept = cli.read_json(tmp_path / "concepts.json")
+    text = study_concepts.tables(kept)
+    assert len(kept["runs"]) == 4 and text in capsys.readouterr().out
+    row = next(line for line in text.splitlines() if line.startswith("| reviews, ") and "| probe" in line)
+    assert len(row.split("|")) == len(study_concepts.CONTROLS) + 5 and "- |" not in row
+    own = [seed["methods"]["clvq"]["probe"]["own"] for seed in found["by_seed"].values()]
+    drop = 100 * np.mean([o["relative_drop"] for o in own])
+    assert f"clvq, probe: accuracy falls by {drop:.1f} %" in text and "language-model judges: not run" in text
+
+
+def test_the_study_refuses_what_it_cannot_read(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["study_concepts", "one"])
+    with pytest.raises(UserError, match="give labelled reviews"):
+        study_concepts.main()
