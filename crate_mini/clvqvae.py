@@ -34,8 +34,8 @@ class Settings:
     """How a CLVQ-VAE is made and trained. Values are the paper's where no other is named."""
     codes: int = 400             # K of the codebook; the paper has about one per 200 words
     topk: int = 5                # nearest codes among which training draws; 1 is an ordinary VQ-VAE
-    temperature: float = 0.25    # T of that draw, in units of --unit; 1 of them draws almost evenly, and codes
-                                 # that start close to each other then stay so
+    temperature: float = 0.25    # T of that draw, in units of --unit; at 1 of them the draw is almost even,
+                                 # and codes that start close together stay so (the paper has 1, raw)
     unit: str = "gap"            # gap: the median difference of the two smallest D at the start, so that T
                                  # means the same at any width and norm | raw: D itself, as the paper
     decay: float = 0.99          # of the codes' moving average
@@ -154,6 +154,8 @@ class CLVQVAE(nn.Module):
         In training codes are drawn with `generator` and then moved before they are read, as in the original.
         """
         z, entropy = self.encoder(x[real]), None
+        if not z.isfinite().all():
+            raise UserError(f"training of the CLVQ-VAE diverged; try a lower lr than {self.settings.lr:g}.")
         if self.training and self.settings.learn:
             index, entropy = self.codebook.draw(z, generator)
             self.codebook.update(z, index)

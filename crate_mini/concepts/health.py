@@ -113,12 +113,12 @@ def adjusted_mutual_information(one, other):
     """Agreement of two assignments (N,) of the same words: 1 the same partition, 0 as expected by chance.
 
     (MI - E) / ((H + H') / 2 - E), E the expectation of MI when the sizes of the codes stay and the words are
-    dealt at random (Vinh, Epps, Bailey 2010, theorem 1). Two partitions of one part each are the same: 1.
+    dealt at random (Vinh, Epps, Bailey 2010, theorem 1). Also 1 where both are one part, or all single words.
     """
     table = np.unique(np.stack([one, other]), axis=1, return_counts=True)
     N, cells = len(one), table[1].astype(float)
     a, b = (np.unique(side, return_counts=True) for side in (one, other))
-    if not N or len(a[0]) == len(b[0]) == 1:
+    if len(table[1]) == len(a[0]) == len(b[0]):     # the same, even where chance can do no other
         return 1.0
     rows = a[1][np.searchsorted(a[0], table[0][0])].astype(float)
     columns = b[1][np.searchsorted(b[0], table[0][1])].astype(float)

@@ -102,6 +102,8 @@ def by_sae(vectors, k, seed, *, active=8, steps=2000, batch=256, lr=1e-3, direct
     """TopK SAE with k features, `active` of them a word; the code is the strongest before the ReLU.
 
     direction: decoder (what the feature writes) | encoder (what it reads; the authors' later choice).
+    health's "silent" is the share of test words at which no feature is above 0: what the bias stands for
+    has a code of its own with other methods, but not here.
     """
     if direction not in ("decoder", "encoder"):
         raise UserError(f"direction {direction!r} is unknown; choose decoder or encoder.")
@@ -119,13 +121,15 @@ def by_sae(vectors, k, seed, *, active=8, steps=2000, batch=256, lr=1e-3, direct
     renewed = sae_fit.fit([sae], batches(), steps, lr, seed)[0]
     sae.requires_grad_(False)
     index = torch.cat([((rows - sae.b) @ sae.E + sae.c).argmax(1) for rows in x.split(4096)])
-    met = sae_fit.Agreement()
+    met, silent = sae_fit.Agreement(), 0
     for rows in x[torch.from_numpy(vectors.rows("test"))].split(4096):
-        met.add(rows, sae.decode(sae.encode(rows)))
+        f = sae.encode(rows)
+        met.add(rows, sae.decode(f))
+        silent += int((f == 0).all(1).sum())
     settings = {"active": sae.k, "steps": steps, "batch": batch, "lr": lr, "direction": direction}
-    explained = met.explained_variance() if met.n else None
-    return index, sae.W if direction == "decoder" else sae.E.T, settings, \
-        {"renewed": renewed, "explained_lower": explained}
+    more = {"renewed": renewed, "explained_lower": met.explained_variance() if met.n else None,
+            "silent": silent / met.n if met.n else None}
+    return index, sae.W if direction == "decoder" else sae.E.T, settings, more
 
 
 METHODS = {"clvq": by_clvq, "vq": by_vq, "kmeans": by_kmeans, "ward": by_ward, "sae": by_sae}
