@@ -35,10 +35,11 @@ class ConceptStudy:
     models: tuple = ("crate", "gpt2")
     base: tuple = ("--preset", "3L", "--n-embd", 256, "--block-size", 128, "--train-steps", 400, "--lr", 2e-3,
                    "--warmup", 100, "--eval-every", 0, "--seed", 1337)
-    classifier: tuple = ("--overwrite", "--length", 64, "--cut", "end", "--epochs", 3, "--seed", 1337)
-    texts: tuple = (8000, 0)        # reviews, topics (0: all)
-    concepts: tuple = ("--seeds", "0,1,2", "--least", 5, "--most", 10, "--tests", 400, "--whole", 120,
-                       "--nodes", 12, "--epochs", 15)
+    classifier: tuple = ("--overwrite", "--length", 64, "--cut", "end", "--seed", 1337)
+    flags: tuple = (("--texts", 12000, "--epochs", 2, "--names", "negative,positive"),      # of reviews
+                    ("--texts", 0, "--epochs", 6))                                          # of topics
+    concepts: tuple = ("--seeds", "0,1,2", "--least", 10, "--most", 6, "--tests", 400, "--whole", 120,
+                       "--nodes", 12, "--epochs", 10)
     out: Path = ROOT / "out" / "concepts"
     results: Path = ROOT / "results"
     part = Study.part               # a finished part is kept
@@ -50,12 +51,12 @@ class ConceptStudy:
             base = self.out / f"{kind}-base"
             self.part(base, "train.py", "--model", kind, "--data", self.reviews, "--tokenizer", self.ranks,
                       "--overwrite", *self.base)
-            for name, source, texts in zip(("reviews", "topics"), (self.reviews, self.topics), self.texts):
-                runs.append(self.one(kind, name, source, texts, base / "last"))
+            for name, source, flags in zip(("reviews", "topics"), (self.reviews, self.topics), self.flags):
+                runs.append(self.one(kind, name, source, flags, base / "last"))
         found = {"schema": 1, "command": "python -m crate_mini.study_concepts REVIEWS RANKS",
                  "reviews": Path(self.reviews).name, "topics": Path(self.topics).name,
-                 "ranks": Path(self.ranks).name, "texts": self.texts, "base": list(map(str, self.base)),
-                 "classifier": list(map(str, self.classifier)), "concepts": list(map(str, self.concepts)),
+                 "ranks": Path(self.ranks).name, "base": self.base, "classifier": self.classifier,
+                 "flags": self.flags, "concepts": self.concepts,
                  "note": "one language model and one classifier of each kind; seeds are of discovery, "
                          "partners, directions and folds",
                  "machine": machine.describe(torch.device("cpu")), "runs": runs}
@@ -64,11 +65,11 @@ class ConceptStudy:
             file.write(json.dumps(rounded(found), indent=1, allow_nan=False).encode() + b"\n")
         print(f"\n{tables(found)}")
 
-    def one(self, kind, name, source, texts, base):
+    def one(self, kind, name, source, flags, base):
         """Classifier and concepts of one model on one set of texts; its line in results/concepts.json."""
         place = self.out / f"{kind}-{name}"
         self.part(place / "classifier", "train.py", "--task", "classify", "--init", base, "--data", source,
-                  "--texts", texts, *self.classifier)
+                  *flags, *self.classifier)
         self.part(place / "concepts", "interpret.py", "concepts", place / "classifier" / "last",
                   *self.concepts)
         found = cli.read_json(place / "concepts" / "concepts.json")

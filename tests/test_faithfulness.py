@@ -75,6 +75,8 @@ def test_vectors_hold_the_states_and_follow_the_filter(small):
         s, end = v.sentence[i], text.ends(v.sentence[i])[0][v.position[i]]
         np.testing.assert_allclose(v.lower[i], whole[1, s, end], atol=1e-5)
         np.testing.assert_allclose(v.upper[i], whole[3, s, end], atol=1e-5)
+    few = states.vectors(lm, text, found, (1, 3), least=2, most=5, tests=3)
+    assert set(few.sentence[few.rows("test")]) == set(np.flatnonzero(found.split == SPLITS["test"])[:3])
     with pytest.raises(UserError, match="layers 2,1 are not there"):
         states.vectors(lm, text, found, (2, 1))
     with pytest.raises(UserError, match="no word occurs 99 times"):

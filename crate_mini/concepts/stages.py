@@ -97,12 +97,13 @@ class Concepts:
         return classify.texts_of(self.facts)
 
     def vectors(self, again):
-        stamp = self.stamp("vectors", None, "least", "most", layers=self.layers, weights=self.meta["sha256"])
+        stamp = self.stamp("vectors", None, "least", "most", "tests", layers=self.layers,
+                           weights=self.meta["sha256"])
         path = self.out / "vectors.npz"
         self.v = None if again or not path.exists() else Vectors.load(path)
         if self.v is None or self.v.facts.get("made") != stamp:
             self.v = states.vectors(self.model, self.text, self.labelled, self.layers, self.s.least,
-                                    self.s.most, {"made": stamp})
+                                    self.s.most, self.s.tests, {"made": stamp})
             self.v.save(path)
         n = {split: int(self.v.rows(split).sum()) for split in SPLITS}
         self.k = self.s.k or min(400, max(8, n["train"] // 200))

@@ -55,18 +55,21 @@ def read(tokenizer, texts, length, cut):
     return Text(*pad(rows, tokenizer.eot), words, pad(numbers, -1)[0].numpy())
 
 
-def vectors(model, text, found, layers, least=5, most=20, facts=None):
+def vectors(model, text, found, layers, least=5, most=20, tests=0, facts=None):
     """Vectors of the words of a Text in two `layers` of a Classifier; found: the Labelled it was read from.
 
     Of training and stop texts, words that the training texts have `least` times or more, the first `most`
-    times that each of the two splits has them; of test texts every word (CLVQ-VAE's code, as LACOAT's).
+    times that each of the two splits has them; of the first `tests` test texts (0: all) every word (as in the
+    code of CLVQ-VAE and LACOAT).
     Raises UserError for layers that are not there, and when no word is that frequent.
     """
     lower, upper = layers
     if not 0 <= lower <= upper <= len(model.lm.blocks):
         raise UserError(f"layers {lower},{upper} are not there; give two of 0 to {len(model.lm.blocks)}, the "
                         "first not above the second, such as --layers 1,3.")
-    rows = [(s, *pair) for s in range(len(text.words)) for pair in zip(*text.ends(s))]
+    tested = np.cumsum(found.split == SPLITS["test"])                  # in the order of the texts
+    wanted = (found.split != SPLITS["test"]) | (tested <= (tests or len(tested)))
+    rows = [(s, *pair) for s in np.flatnonzero(wanted) for pair in zip(*text.ends(s))]
     of = np.array(rows, np.int64).reshape(-1, 3)                        # sentence, token, word's number
     spelled = [text.words[s][n] for s, _, n in rows]
     vocabulary, word = np.unique(spelled, return_inverse=True)
@@ -74,10 +77,9 @@ def vectors(model, text, found, layers, least=5, most=20, facts=None):
     of, word = of[keep], word[keep]
     if not (found.split[of[:, 0]] == SPLITS["train"]).any():
         raise UserError(f"no word occurs {least} times in the training texts; give more texts, or --least 1.")
-    states = np.stack([gather(model, text, of, layer) for layer in layers])
     facts = {"layers": [lower, upper], "least": least, "most": most, "labelled": found.facts, **(facts or {})}
-    return Vectors(*states, of[:, 0], word, of[:, 2], found.label, found.split, vocabulary.tolist(),
-                   found.classes, facts)
+    return Vectors(*gather(model, text, of, layers), of[:, 0], word, of[:, 2], found.label, found.split,
+                   vocabulary.tolist(), found.classes, facts)
 
 
 def frequent(word, split, n, least, most):
@@ -92,12 +94,12 @@ def frequent(word, split, n, least, most):
 
 
 @torch.no_grad()
-def gather(model, text, of, layer, size=64):
-    """(N, d) float32: states after block `layer` at places of (N, 3): sentence, token, anything."""
-    out = np.empty((len(of), model.lm.config.n_embd), np.float32)
+def gather(model, text, of, layers, size=64):
+    """(2, N, d) float32: states of the two layers at places (N, 3): sentence (sorted), token, anything."""
+    out = np.empty((2, len(of), model.lm.config.n_embd), np.float32)
     for part, T in batches(np.unique(of[:, 0]), text.lengths, size):
-        z = model.states(text.ids[part, :T].to(model.head.weight.device), layer).float().cpu().numpy()
+        z = model.states(text.ids[part, :T].to(model.head.weight.device))[list(layers)].float().cpu().numpy()
         first, last = np.searchsorted(of[:, 0], [int(part[0]), int(part[-1]) + 1])
         at = np.searchsorted(part.numpy(), of[first:last, 0])
-        out[first:last] = z[at, of[first:last, 1]]
+        out[:, first:last] = z[:, at, of[first:last, 1]]
     return out
