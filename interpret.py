@@ -8,11 +8,12 @@
     concepts   discrete concepts across layers of a classifier (CLVQ-VAE): does it need them? beside controls
     report     pages to look at from what `neurons` wrote: index.html, human.html; counts people's answers
 
-Each command's settings are one dataclass below; results go to the folder `interpret` beside the checkpoint.
+Results go to the folder `interpret` beside the checkpoint.
 """
 
 import sys
 from dataclasses import asdict, dataclass, fields
+from inspect import cleandoc
 from pathlib import Path
 
 from crate_mini import UserError, atomic_write, checkpoint, cli, data, evidence, machine, measure, sae_fit
@@ -287,7 +288,7 @@ def main():
         raise UserError(f"unknown command {name!r}{cli.nearest(name, COMMANDS)}; choose one of "
                         f"{', '.join(COMMANDS)}, as in `python interpret.py layers out/crate-3L/best`.")
     settings, function = COMMANDS[name]
-    parser = cli.Parser(prog=f"interpret.py {name}", description=settings.__doc__)
+    parser = cli.Parser(prog=f"interpret.py {name}", description=cleandoc(settings.__doc__))
     parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint folder, like out/crate-3L/best",
                         **({"nargs": "?"} if function.__defaults__ else {}))
     cli.add_fields(parser, settings, "settings")
