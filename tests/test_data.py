@@ -263,7 +263,7 @@ def corpus_cache(tmp_path_factory):
 CHILD = """
 import hashlib, os, signal, sys
 from pathlib import Path
-from crate_mini import corpora, prepare, tokenizer
+from crate_mini.corpus import corpora, prepare, tokenizer
 source, cache, deadly = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 prepare.PART, prepare.BATCH = 3000, 1000
 count = 0
