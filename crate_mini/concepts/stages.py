@@ -127,10 +127,10 @@ class Concepts:
                 self.codes[method, seed] = found
 
     def cached(self, name, stamp, again, make):
-        """The JSON of a stage: what its file holds if that is still true, else made and written."""
+        """The JSON of a stage: what its file holds if that is still true and whole, else made and written."""
         path = self.out / f"{name}.json"
         found = None if again or not path.exists() else cli.read_json(path)
-        if found is None or found.get("made") != stamp:
+        if found is None or found.get("made") != stamp or found.get("stopped"):
             print(name, flush=True)
             found = {"made": stamp, **make()}
             evidence.write_json(path, found)
@@ -199,7 +199,8 @@ class Concepts:
         found = result.collect(self)
         evidence.write_json(self.out / "concepts.json", found)
         title = f"{'/'.join(Path(self.ckpt).resolve().parts[-2:])} · concepts"
-        asked = concept_packet.questions(self.cards, self.methods[:2], self.v.classes, self.seeds[0])
+        two = [m for m in dict.fromkeys(["clvq", "kmeans", *self.methods]) if m in self.methods][:2]
+        asked = concept_packet.questions(self.cards, two, self.v.classes, self.seeds[0])
         page, sheet, key = concept_packet.packet(asked, title)
         files = {"concepts.html": concept_page.page(found, title), "packet.html": page, "packet.csv": sheet,
                  "packet-key.json": key}

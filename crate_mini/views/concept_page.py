@@ -13,6 +13,7 @@ from crate_mini.concepts.ablate import VARIANTS
 from crate_mini.views.pages import html, visible
 
 COLORS = ("#1f4e8c", "#d1495b", "#2a9d6f", "#e0a030", "#7b5ea7", "#888888")
+RETRAINED = "the own code, and a new probe on what is left of the states"
 STYLE = """<style>
 .code { break-inside: avoid; margin: 0 0 1.4rem; padding-top: .6rem; border-top: 1px solid #8884; }
 .code .words span { white-space: nowrap; margin-right: .7em; } .code small { opacity: .65; }
@@ -67,13 +68,13 @@ def cuts(result):
         head = "".join(f"<th>{escape(m)}</th>" for m in methods)
         out.append(f'<h3>{escape(form)}</h3><div class="wide"><table class="cuts"><tr><th>intact '
                    f"{whole['accuracy']:.3f}, chance {whole['chance']:.3f}, n {whole['n']}</th>{head}</tr>")
-        for name in [*VARIANTS, "retrained"]:
+        for name, meaning in {**VARIANTS, "retrained": RETRAINED}.items():
             cells = ""
             for found in methods.values():
                 one = found["faithfulness"][form].get(name) or intact.get(name)
                 flip = ' class="flip"' if one and one["verdict"] == "sign flip" else ""
                 cells += f"<td{flip}>" + (f"{one['accuracy']:.3f} {one['verdict']}" if one else "–") + "</td>"
-            out.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
+            out.append(f"<tr><th>{escape(name)} <small>{escape(meaning)}</small></th>{cells}</tr>")
         out.append("</table></div>")
     return "".join(out)
 
@@ -93,7 +94,7 @@ def code(card, classes):
             f'</p><div class="mix">{mix}</div><p class="words">{words}</p>{texts}</div>')
 
 
-def cloud(result, target, codes=4, width=44):
+def cloud(result, target, codes=4, width=23):
     """concepts.png: words of the first codes of each method on the page, their size by the root of the count.
 
     Colour is the class that most of the code's training words are from."""
@@ -118,16 +119,16 @@ def cloud(result, target, codes=4, width=44):
 
 
 def layout(words, width):
-    """[(x in half characters, y in 0 .. 1, size in points, word)]: the most frequent first, in rows, as many
-    as fit five."""
+    """[(x in characters of the largest, y in 0 .. 1, size in points, word)]: the most frequent first, in
+    rows, as many as fit five."""
     most, out, x, row = max((n for _, n in words), default=1), [], 0.0, 0
     for word, n in words:
-        scale = 0.5 + 0.5 * (n / most) ** 0.5
-        room = 2 * scale * (len(word) + 1.2)
+        scale = 0.4 + 0.6 * (n / most) ** 0.5
+        room = scale * (len(word[:30]) + 1)
         if x + room > width and x > 0:
             x, row = 0.0, row + 1
         if row == 5:
             break
-        out.append((x, 0.9 - 0.2 * row, 13 * scale, word[:30]))
+        out.append((x, 0.9 - 0.2 * row, 17 * scale, word[:30]))
         x += room
     return out
