@@ -219,6 +219,8 @@ def main_measure(s, ckpt):
     path = evidence.write_json(place / "steering.json", result)
     picture = dose_views.figure([result, *others], path.with_suffix(".png"))
     print(f"\n{dose_views.table(result)}\n\nfiles     {path}, {picture}")
+    if (place / "scores.jsonl").exists():
+        print(f"page      `python interpret.py report {ckpt}` shows it above the neurons")
 
 
 COMMANDS = {"demo": (Demo, main_demo), "measure": (Measure, main_measure)}

@@ -1,8 +1,8 @@
 """`python -m crate_mini.study_steering [SEED ...]`: what does turning a neuron do, and what does it cost?
 
 The checkpoints are those that `python -m crate_mini.study default` left in out/study: CRATE, crate+ and the
-GPT-2 twin, three seeds each. The twin's layers get sparse autoencoders; then neurons of all, features of the
-autoencoders and random directions are turned by the same doses on the same text.
+GPT-2 twin, three seeds each. The layers of the first twin get sparse autoencoders; then neurons of all,
+features of the autoencoders and random directions are turned by the same doses on the same text.
 -> results/steering.json, results/steering.png, and the README's tables
 
 Every part is `interpret.py sae` or `steer.py measure` in a process of its own; a part that is finished is
@@ -43,13 +43,13 @@ def part(place, *words):
             file.write(json.dumps(words).encode())
 
 
-def measured(kind, seed):
-    """(steering.json of one checkpoint, [facts of each of its autoencoders])."""
+def measured(kind, seed, sae):
+    """(steering.json of one checkpoint, [facts of each of its autoencoders, if it is to have some])."""
     name, places, facts = f"{kind}-{seed}", [], []
     ckpt, flags = RUNS / name / "last", []
     if not (ROOT / ckpt).exists():
         raise UserError(f"{ckpt} is missing; `python -m crate_mini.study default` trains it.")
-    if kind == "gpt2":
+    if sae:
         for layer in range(cli.read_json(ROOT / ckpt / "config.json")["config"]["n_layer"]):
             place = OUT / f"{name}-sae-{layer}"
             part(place, "interpret.py", "sae", ckpt, "--layer", layer, "--seed", seed, *SAE)
@@ -88,7 +88,7 @@ def run(seeds):
     for done, (seed, kind) in enumerate(grid):
         left = (time.monotonic() - start) / max(1, done) * (len(grid) - done) / 60
         print(f"[{done + 1}/{len(grid)}] {kind} {seed}" + f"  ETA {left:.0f} min" * bool(done), flush=True)
-        result, facts = measured(kind, seed)
+        result, facts = measured(kind, seed, kind == "gpt2" and seed == seeds[0])
         runs.setdefault(kind, []).append(result)
         saes += [{"model": kind, "seed": seed, **f} for f in facts]
     models = {kind: together(some) for kind, some in runs.items()}

@@ -263,7 +263,9 @@ def test_measure_has_controls_and_inserting_a_neuron_costs_nothing(run, cache, t
     ckpt = make(tmp_path / "best", text, kind)
     lm, _ = checkpoint.load(ckpt)
     facts = sae.save(tmp_path, sae.SAE(H, 256, layer=1, k=8), lm, {})
+    known(ckpt)
     told = run("measure", *SMALL, "--sae", str(tmp_path / f"sae-L1-{facts['name']}"), ckpt=ckpt)
+    assert f"`python interpret.py report {ckpt}` shows it" in told
     found = result(tmp_path / "interpret")
     for row in found["inserted"]:
         costs = row["kind"] == "feature"

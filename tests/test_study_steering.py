@@ -73,14 +73,14 @@ def parts(place, monkeypatch):
 def test_parts_run_once_and_the_result_holds_all_seeds(place, monkeypatch, capsys):
     seen = parts(place, monkeypatch)
     study_steering.main()
-    assert len(seen) == 2 * (3 + 3)                             # two seeds: three models, three autoencoders
-    last = seen[-1]
-    autoencoders = last[last.index("--sae") + 1].split(",")
-    assert last[:3] == ["steer.py", "measure", "out/study/gpt2-2/last"]
-    assert autoencoders[1] == "out/steering/gpt2-2-sae-1/sae-L1-x4-k32.pt" and len(autoencoders) == 3
+    assert len(seen) == 3 + 3 + 3               # three models, autoencoders of the first twin's three layers
+    twin = seen[5]
+    autoencoders = twin[twin.index("--sae") + 1].split(",")
+    assert twin[:3] == ["steer.py", "measure", "out/study/gpt2-1/last"]
+    assert autoencoders[1] == "out/steering/gpt2-1-sae-1/sae-L1-x4-k32.pt" and len(autoencoders) == 3
     found = json.loads((place / "results" / "steering.json").read_text())
     assert found["seeds"] == [1, 2] and found["command"] == "python -m crate_mini.study_steering 1 2"
-    assert found["machine"]["device"] and len(found["sae"]) == 6
+    assert found["machine"]["device"] and len(found["sae"]) == 3
     twin = found["models"]["gpt2"]
     assert twin["summary"]["neuron"]["doses"]["4"]["effect"]["n"] == 4      # two neurons of each of two seeds
     assert twin["summary"]["neuron"]["doses"]["4"]["effect"]["mean"] == pytest.approx(4 + 1.5 + 4)
@@ -94,10 +94,10 @@ def test_parts_run_once_and_the_result_holds_all_seeds(place, monkeypatch, capsy
                  "gpt2 3L | 0 | 8x | 0.26 | 0.150 | 0.50 |"):
         assert line in told
     study_steering.main()
-    assert len(seen) == 12                                          # finished parts are kept,
+    assert len(seen) == 9                                           # finished parts are kept,
     (place / "out" / "steering" / "crate-1" / "finished.json").write_text("[]")
     study_steering.main()
-    assert len(seen) == 13                                          # another command runs again
+    assert len(seen) == 10                                          # another command runs again
 
 
 def test_a_tiny_cost_is_not_called_none(place):
