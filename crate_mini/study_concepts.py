@@ -36,10 +36,11 @@ class ConceptStudy:
     base: tuple = ("--preset", "3L", "--n-embd", 256, "--block-size", 128, "--train-steps", 400, "--lr", 2e-3,
                    "--warmup", 100, "--eval-every", 0, "--seed", 1337)
     classifier: tuple = ("--overwrite", "--length", 64, "--cut", "end", "--seed", 1337)
-    flags: tuple = (("--texts", 12000, "--epochs", 2, "--names", "negative,positive"),      # of reviews
-                    ("--texts", 0, "--epochs", 6))                                          # of topics
-    concepts: tuple = ("--seeds", "0,1,2", "--least", 10, "--most", 6, "--tests", 400, "--whole", 120,
-                       "--nodes", 12, "--epochs", 10)
+    reviewers: tuple = ("--texts", 12000, "--epochs", 2, "--names", "negative,positive")
+    reporters: tuple = ("--texts", 0, "--epochs", 6)
+    concepts: tuple = ("--seeds", "0,1,2", "--most", 6, "--tests", 400, "--whole", 120, "--nodes", 12,
+                       "--epochs", 10)
+    least: tuple = (30, 8)          # times that training texts have a word: reviews, topics
     out: Path = ROOT / "out" / "concepts"
     results: Path = ROOT / "results"
     part = Study.part               # a finished part is kept
@@ -51,12 +52,19 @@ class ConceptStudy:
             base = self.out / f"{kind}-base"
             self.part(base, "train.py", "--model", kind, "--data", self.reviews, "--tokenizer", self.ranks,
                       "--overwrite", *self.base)
-            for name, source, flags in zip(("reviews", "topics"), (self.reviews, self.topics), self.flags):
-                runs.append(self.one(kind, name, source, flags, base / "last"))
+            for name, source, flags, least in (("reviews", self.reviews, self.reviewers, self.least[0]),
+                                               ("topics", self.topics, self.reporters, self.least[1])):
+                place = self.out / f"{kind}-{name}"
+                self.part(place / "classifier", "train.py", "--task", "classify", "--init", base / "last",
+                          "--data", source, *flags, *self.classifier)
+                self.part(place / "concepts", "interpret.py", "concepts", place / "classifier" / "last",
+                          "--least", least, *self.concepts)
+                runs.append({"model": kind, "texts": name, **kept(place / "concepts")})
         found = {"schema": 1, "command": "python -m crate_mini.study_concepts REVIEWS RANKS",
                  "reviews": Path(self.reviews).name, "topics": Path(self.topics).name,
                  "ranks": Path(self.ranks).name, "base": self.base, "classifier": self.classifier,
-                 "flags": self.flags, "concepts": self.concepts,
+                 "reviewers": self.reviewers, "reporters": self.reporters, "concepts": self.concepts,
+                 "least": self.least,
                  "note": "one language model and one classifier of each kind; seeds are of discovery, "
                          "partners, directions and folds",
                  "machine": machine.describe(torch.device("cpu")), "runs": runs}
@@ -65,21 +73,16 @@ class ConceptStudy:
             file.write(json.dumps(rounded(found), indent=1, allow_nan=False).encode() + b"\n")
         print(f"\n{tables(found)}")
 
-    def one(self, kind, name, source, flags, base):
-        """Classifier and concepts of one model on one set of texts; its line in results/concepts.json."""
-        place = self.out / f"{kind}-{name}"
-        self.part(place / "classifier", "train.py", "--task", "classify", "--init", base, "--data", source,
-                  *flags, *self.classifier)
-        self.part(place / "concepts", "interpret.py", "concepts", place / "classifier" / "last",
-                  *self.concepts)
-        found = cli.read_json(place / "concepts" / "concepts.json")
-        methods = {m: {k: of[k] for k in ("settings", "health", "explained_by_codes", "stability",
-                                          "naive_bayes_proxy", "with_members", "wordless")}
-                   for m, of in found["methods"].items()}
-        kept = ("seeds", "layers", "k", "classes", "classifier", "words", "salience", "controls", "not_run",
-                "by_seed", "judge", "people")
-        return {"model": kind, "texts": name, "labelled": found["labelled"], "methods": methods,
-                "commit": found["machine"].get("commit"), **{k: found[k] for k in kept}}
+
+def kept(folder):
+    """What results/concepts.json keeps of a concepts.json: all but the pages' words and the checkpoint."""
+    found = cli.read_json(folder / "concepts.json")
+    methods = {m: {k: of[k] for k in ("settings", "health", "explained_by_codes", "stability",
+                                      "naive_bayes_proxy", "with_members", "wordless")}
+               for m, of in found["methods"].items()}
+    names = ("labelled", "seeds", "layers", "k", "classes", "classifier", "words", "salience", "controls",
+             "not_run", "by_seed", "judge", "people")
+    return {"methods": methods, "commit": found["machine"].get("commit"), **{k: found[k] for k in names}}
 
 
 def rounded(value, digits=4):
