@@ -126,6 +126,18 @@ def test_the_gradient_goes_straight_through():
     assert torch.allclose(z.grad, q.grad + beta * 2 * (z - out["e"]).detach() / z.numel(), atol=1e-6)
 
 
+def test_codes_move_in_training_before_they_are_read_and_never_in_evaluation():
+    model, (x, real) = build(), words([5, 3])
+    before, z = model.codebook.e.clone(), model.encoder(x[real])
+    out = model(x, real, draw())
+    want = Codebook(before)
+    want.update(z.detach(), out["index"])
+    assert torch.equal(model.codebook.e, want.e) and not torch.equal(before, want.e)
+    assert torch.equal(out["e"], want.e[out["index"]])
+    model.eval()(x, real)
+    assert torch.equal(model.codebook.e, want.e)
+
+
 def test_the_encoder_mixes_by_its_share():
     encoder, x = Encoder(6, 0.2), torch.randn(5, 6, generator=draw())
     assert encoder.m.item() == pytest.approx(0.275, abs=1e-3)

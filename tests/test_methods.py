@@ -140,6 +140,12 @@ def test_kmeans_of_anything(n, d, k, seed):
     assert torch.equal(centres, clusters.kmeans(x, k, seed)[0])
 
 
+def test_a_centre_without_rows_stays_where_it_was(monkeypatch):
+    monkeypatch.setattr(clusters, "seeding", lambda x, k, draw: torch.tensor([[0.0], [99.0]]))
+    centres, index = clusters.kmeans(torch.tensor([[1.0], [3.0]]), 2)
+    assert centres.tolist() == [[2.0], [99.0]] and index.tolist() == [0, 0]
+
+
 def test_distances_keep_their_digits_beside_a_large_shared_part():
     x = torch.randn(50, 16, generator=torch.Generator().manual_seed(0)) + 1000
     exact = (x.double()[:, None] - x.double()[:7]).square().sum(-1)
