@@ -54,6 +54,8 @@ def bench(found):
         ms = {name: m["median"] for name, m in row["ms"].items()}
         op, shape, dtype = row["name"].removesuffix(" both").rsplit(" ", 2)
         density = re.search(r"density ([\d.]+)", row["note"])
+        if density and not 5 < float(density[1]) < 20:
+            continue
         name = f"{op} {shape}" + (f", density {float(density[1]):.0f} %" if density else "")
         times = [f"{ms[n] / ms['fused']:.2f}x" if n in ms else "" for n in ("eager", "compile", "products")]
         cells.setdefault(name, {})[dtype] = [f"{ms['fused']:.3g}", *times]
@@ -63,14 +65,36 @@ def bench(found):
 
 
 def ladder(found):
-    """Versions of the product under `ista_step`, naive to fast: milliseconds, and times as fast as eager."""
-    lines, cells = ["| version | bf16 ms | eager | fp32 ms | eager |", "|---|---|---|---|---|"], {}
+    """Versions of the product under `ista_step`, naive to fast: milliseconds (times as fast as eager)."""
+    cells = {}
     for row in found["rows"]:
-        version, ms = row["name"].split()[-2], {name: m["median"] for name, m in row["ms"].items()}
-        cells.setdefault(version, []).append(f"{ms['fused']:.3g} | {ms['eager'] / ms['fused']:.2f}x")
-    return "\n".join(lines + [f"| {version} | {' | '.join(sides)} |" for version, sides in cells.items()])
+        dtype, version, _ = row["name"].split()[2:]
+        ms = {name: m["median"] for name, m in row["ms"].items()}
+        cells.setdefault(dtype, {})[version] = f"{ms['fused']:.3g} ({ms['eager'] / ms['fused']:.2f}x)"
+    names = next(iter(cells.values()))
+    return "\n".join([f"| ms | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|",
+                      *(f"| {dtype} | {' | '.join(row.values())} |" for dtype, row in cells.items())])
+
+
+def neurons(found):
+    """Deepest models: scores x 100, means over layers and seeds; the whole is `study_neurons table`."""
+    def mean(runs, scoring, metric):
+        return f"{100 * statistics.mean(r[scoring]['overall'][metric]['mean'] for r in runs):.1f}"
+
+    lines = ["| | validation loss | density, % | ngram_r | null_r | init_r | openai_random[ngram] | "
+             f"ngram_r, density <= {found['match_density']:.0%} |", "|---" * 8 + "|"]
+    for preset, kind in itertools.product(found["presets"][-1:], NAMES):
+        runs = [r for r in found["runs"] if (r["preset"], r["model"]) == (preset, kind)]
+        density = [s["density"]["mean"] for r in runs for s in r["as it is"]["sites"].values()]
+        plain = ("ngram_r", "null_r", "init_r", "openai_random[ngram]")
+        cells = [f"{statistics.mean(r['val_loss'] for r in runs):.3f}",
+                 f"{100 * statistics.mean(density):.1f}", *(mean(runs, "as it is", m) for m in plain),
+                 mean(runs, "matched", "ngram_r")]
+        lines.append(f"| {preset} {NAMES[kind]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    for file, show in (("default", default), ("speed", speed), ("bench", bench), ("versions", ladder)):
+    for file, show in (("default", default), ("speed", speed), ("bench", bench), ("versions", ladder),
+                       ("neurons", neurons)):
         print(show(cli.read_json(RESULTS / f"{file}.json")), "\n")

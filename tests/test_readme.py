@@ -6,18 +6,27 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from crate_mini import reference, tables
+from crate_mini import classify, reference, tables
 from crate_mini.corpus.tokenizer import load_tokenizer
+from crate_mini.model import Config
 from crate_mini.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import interpret  # noqa: E402
+import steer  # noqa: E402
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.split(" #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
             for line in block.splitlines() if line.strip()]
+BRIEF = {  # what makes a command of the other scripts small
+    "layers": "--tokens 64", "neurons": "--tokens 4000 --n 4", "report": "--humans 5", "selftest": "",
+    "sae": "--steps 5 --batch 16 --tokens 64 --l1 1e-4"}
 SMALL = shlex.split("--train-steps 2 --eval-tokens 300 --n-layer 1 --n-embd 24 --n-head 2 --block-size 16 "
                     "--batch-size 4 --micro-batch 2 --warmup 1 --device cpu")
 
@@ -26,11 +35,21 @@ SMALL = shlex.split("--train-steps 2 --eval-tokens 300 --n-layer 1 --n-embd 24 -
 def desk(tmp_path_factory):
     """A folder as a reader has it: scripts and package in place, and a text of their own."""
     folder = tmp_path_factory.mktemp("desk")
-    for name in ("train.py", "crate_mini", "csrc", "setup.py"):
+    for name in ("train.py", "interpret.py", "steer.py", "crate_mini", "csrc", "setup.py"):
         (folder / name).symlink_to(ROOT / name)
     lines = (f"line {i} of a small text about codes\n" for i in range(3000))
     (folder / "mytext.txt").write_text("".join(lines))
+    run(["train.py", "--data", "mytext.txt", *SMALL, "--block-size", "64"], folder, tmp_path_factory)
     return folder
+
+
+def run(words, folder, tmp_path_factory):
+    """A script in a process of its own, on one thread, with a cache of this test's own."""
+    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1",
+                               "CRATE_CACHE": str(tmp_path_factory.getbasetemp() / "cache")})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def small(words):
@@ -40,7 +59,7 @@ def small(words):
         return words[:words.index("--train-steps")] + ["--train-steps", "3"]
     if "train.py" in words:
         return words + SMALL
-    return words
+    return words + shlex.split(BRIEF[words[2]]) if "interpret.py" in words else words
 
 
 def commands():
@@ -56,15 +75,10 @@ def test_first_command_installs_and_trains_and_second_tests():
 @pytest.mark.parametrize("command", commands())
 def test_command_runs(command, desk, tmp_path_factory):
     words = small(shlex.split(command))
-    if words[0] == "torchrun":
-        words[0:1] = [sys.executable, "-m", "torch.distributed.run"]
-    words = [sys.executable if w == "python" else w for w in words]
-    done = subprocess.run(words, cwd=desk, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1",
-                               "CRATE_CACHE": str(tmp_path_factory.getbasetemp() / "cache")})
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = run(["-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words[1:], desk,
+               tmp_path_factory)
     if "train.py" in words:
-        assert "\nresult " in done.stdout and "\nnext " in done.stdout
+        assert "\nresult " in said and "\nnext " in said
 
 
 def test_default_table_is_the_one_in_results():
@@ -95,15 +109,24 @@ def test_kernel_table_is_the_one_in_results():
     assert tables.ladder(found) in README and found["command"] in README
 
 
+def test_scores_of_neurons_are_those_in_results():
+    found = json.loads((ROOT / "results" / "neurons.json").read_text())
+    assert tables.neurons(found) in README and found["command"] in README
+    assert ("one seed" if len(found["seeds"]) == 1 else f"{len(found['seeds'])} seeds") in README
+    assert found["machine"]["commit"][:12] in README
+
+
 def test_names_and_files_exist():
     for name in re.findall(r"`reference\.(?!py)(\w+)`", README):
         assert hasattr(reference, name)
     for path in re.findall(r"`((?:crate_mini|csrc|tests)/[\w/.]+)`", README):
         assert (ROOT / path).exists(), path
-    for script in ("train.py",):
-        helped = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
-        known = helped.stdout + "--nnodes --node-rank --master-addr --standalone"   # the last are torchrun's
-        for flag in set(re.findall(r"`(--[a-z0-9-]+)", README)):
-            assert flag in known, flag
+    settings = [Settings, Config, steer.Steer, steer.Demo, steer.Measure, classify.Settings,
+                *(s for s, _ in interpret.COMMANDS.values())]
+    known = {f.name.rstrip("_").replace("_", "-") for s in settings for f in fields(s)}
+    known |= {"resume", "config", "nnodes", "node-rank", "master-addr", "standalone", "fuzz-minutes", "task",
+              "help", "nproc-per-node"}
+    for flag in set(re.findall(r"--([a-z][a-z0-9-]+)", re.sub(r"bench --.*?`|torchrun --.*", "", README))):
+        assert flag in known, flag
     assert f"a vocabulary of {load_tokenizer(Settings.tokenizer).vocab_size:,}" in README
     assert f"{Settings.train_steps} steps" in README and len(README.splitlines()) <= 260
