@@ -38,8 +38,8 @@ class ConceptStudy:
     classifier: tuple = ("--overwrite", "--length", 64, "--cut", "end", "--seed", 1337)
     reviewers: tuple = ("--texts", 12000, "--epochs", 2, "--names", "negative,positive")
     reporters: tuple = ("--texts", 0, "--epochs", 6)
-    concepts: tuple = ("--seeds", "0,1,2", "--most", 6, "--tests", 400, "--whole", 120, "--nodes", 12,
-                       "--epochs", 10)
+    concepts: tuple = ("--seeds", "0,1,2", "--most", 5, "--tests", 400, "--whole", 120, "--nodes", 10,
+                       "--epochs", 8)
     least: tuple = (30, 8)          # times that training texts have a word: reviews, topics
     out: Path = ROOT / "out" / "concepts"
     results: Path = ROOT / "results"

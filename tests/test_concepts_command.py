@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crate_mini import UserError, checkpoint, classify, cli, data, model, study_concepts
-from crate_mini.concepts import command, judge, result, stages
+from crate_mini.concepts import command, faithfulness, judge, result, stages
 from crate_mini.concepts.vectors import Codes
 from crate_mini.judges import llm
 from crate_mini.judges.clients import Failed
@@ -63,7 +63,7 @@ def test_it_says_all_it_found_and_what_it_did_not_run(found):
     for of in found["methods"].values():
         assert set(of["health"]) == {"0", "1"} and len(of["codes"]) == 5
         assert -1 <= of["stability"]["mean"] <= 1
-        assert set(of["faithfulness"]) == {"probe", "last", "all", "partners", "survives"}
+        assert set(of["faithfulness"]) == {*faithfulness.FORMS, "partners", "survives"}
     assert {"command", "machine", "checkpoint", "seed"} <= set(found)
     assert "kmeans" in result.table(found) and found["salience"]["gap_mean"] < 1
 
@@ -243,11 +243,12 @@ def test_the_study_keeps_every_control_and_counts_what_survives(found, tmp_path,
     kept = cli.read_json(tmp_path / "concepts.json")
     text = study_concepts.tables(kept)
     assert len(kept["runs"]) == 4 and text in capsys.readouterr().out
-    row = next(line for line in text.splitlines() if line.startswith("| reviews, ") and "| probe" in line)
+    row = next(line for line in text.splitlines() if line.startswith("| reviews, ") and "| probe, m" in line)
     assert len(row.split("|")) == len(study_concepts.CONTROLS) + 5 and "- |" not in row
-    own = [seed["methods"]["clvq"]["probe"]["own"] for seed in found["by_seed"].values()]
+    own = [seed["methods"]["clvq"]["probe, mean"]["own"] for seed in found["by_seed"].values()]
     drop = 100 * np.mean([o["relative_drop"] for o in own])
-    assert f"clvq, probe: accuracy falls by {drop:.1f} %" in text and "language-model judges: not run" in text
+    assert f"clvq, probe, mean: accuracy falls by {drop:.1f} %" in text
+    assert "language-model judges: not run" in text
 
 
 def test_the_study_refuses_what_it_cannot_read(monkeypatch):

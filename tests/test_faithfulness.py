@@ -143,7 +143,8 @@ def test_the_model_without_a_direction_is_what_the_whole_pass_gives(small):
     lm, tokenizer = small
     ids, lengths = encode(tokenizer, TEXTS + ["two words", "again such"], 40, "start")
     n, layer = len(ids), 1
-    found = ablate.Items(np.arange(n), np.arange(n), ids, lengths, torch.zeros(n), torch.zeros(n, D))
+    found = ablate.Items(np.arange(n), np.arange(n), ids, lengths, torch.zeros(n), torch.zeros(n, D),
+                         torch.zeros(n, D))
     above, g = ablate.Above(lm, found, layer, size=2), torch.Generator().manual_seed(0)
     us = [ablate.unit(torch.randn(n, D, generator=g, dtype=torch.float64)) for _ in range(2)]
     z = lm.states(ids, layer)
@@ -204,7 +205,8 @@ def planted(n=240, share=4.0):
     table[:, -1] = h
     ids = torch.zeros(n, 3, dtype=torch.long)
     ids[:, 1] = torch.arange(n)
-    found = ablate.Items(test, test, ids[test], torch.full((len(test),), 3), label[test], h[test])
+    found = ablate.Items(test, test, ids[test], torch.full((len(test),), 3), label[test], h[test],
+                         h[test])
     return Planted(table, u), v, codes, found
 
 
@@ -224,7 +226,7 @@ def test_the_true_code_is_missed_and_a_random_direction_is_not():
         assert set(told[form]) == {*ablate.OF_CODES, "retrained"}
         assert set(shared[form]) == {*ablate.VARIANTS} - {*ablate.OF_CODES} | {"intact"}
     assert set(told["partners"]) == {"another", "same class", "other class"}
-    assert "own" in faithfulness.table({"planted": told}, shared, "probe")
+    assert "own" in faithfulness.table({"planted": told}, shared, "probe, mean")
 
 
 def test_below_chance_is_called_a_sign_flip():
@@ -233,6 +235,7 @@ def test_below_chance_is_called_a_sign_flip():
     assert faithfulness.outcome(np.arange(100) < 50, all_right, 0.5)["verdict"] == "at chance"
     assert faithfulness.outcome(np.arange(100) < 80, all_right, 0.5)["verdict"] == "drop"
     assert faithfulness.outcome(all_right, all_right, 0.5)["verdict"] == "no drop"
+    assert faithfulness.outcome(right, np.arange(100) < 55, 0.5)["verdict"] == "nothing to lose"
 
 
 def test_a_shared_mean_makes_a_cut_flip_the_sign():

@@ -27,13 +27,15 @@ OF_CODES = tuple(VARIANTS)[:6]      # what depends on the codes; the rest is sha
 @dataclass
 class Items:
     """n test texts with a salient word: text (n,) its number, row (n,) of the word in Vectors; ids (n, T),
-    lengths (n,), label (n,) tensors; h (n, d) the read-out's state at the lower layer."""
+    lengths (n,), label (n,) tensors; at the lower layer h (n, d) the read-out's state, mean (n, d) the mean
+    of the words' states."""
     text: np.ndarray
     row: np.ndarray
     ids: torch.Tensor
     lengths: torch.Tensor
     label: torch.Tensor
     h: torch.Tensor
+    mean: torch.Tensor
 
     def first(self, n):
         """The first n of them."""
@@ -51,10 +53,12 @@ def items(model, text, vectors, salient):
     h = [model.states(text.ids[part, :T].to(device), layer).cpu()[torch.arange(len(part)),
                                                                  text.lengths[part] - 1]
          for part, T in batches(rows, text.lengths, 64)]
-    lengths = text.lengths[rows]
+    lengths, total = text.lengths[rows], np.zeros((len(vectors.label), vectors.lower.shape[1]))
+    np.add.at(total, vectors.sentence, vectors.lower)
+    count = np.bincount(vectors.sentence, minlength=len(total))[rows.numpy(), None]
     return Items(rows.numpy(), np.array([row_of[pair] for pair in pairs]),
                  text.ids[rows, :int(lengths.max())], lengths, torch.from_numpy(vectors.label)[rows],
-                 torch.cat(h))
+                 torch.cat(h), torch.from_numpy((total[rows.numpy()] / count).astype(np.float32)))
 
 
 def unit(x):

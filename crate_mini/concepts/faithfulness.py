@@ -1,9 +1,10 @@
 """Does the classifier use a concept? Take the code of the salient word out and see what is left, twice:
 
-    probe      the original's form: out of the read-out's state at the lower layer, judged by probes
-    last       inside the model: out of the read-out's place at that layer; all blocks above and the real head
-               run on
-    all        inside the model, out of every place
+    probe, read-out     the original's form: out of a text's state at the lower layer, judged by probes; that
+    probe, mean         state is the read-out's (as it does for BERT) or the mean of the words' (for LLaMA)
+    last                inside the model: out of the read-out's place at that layer; all blocks above and the
+                        real head run on
+    all                 inside the model, out of every place
 
 beside controls that any rank-one cut would pass (ablate.VARIANTS). "retrained" is no cut of its own: a new
 probe on the states without the own code (inside the model: on what the head reads then) tells whether what
@@ -20,7 +21,8 @@ from crate_mini.concepts.probe import Probes
 from crate_mini.views.human import wilson
 
 FOLDS, DRAWS = 20, 1000             # of the probes; of the bootstrap over texts
-FORMS = ("probe", "last", "all")
+PROBES = {"probe, read-out": "h", "probe, mean": "mean"}        # form: field of Items
+FORMS = (*PROBES, "last", "all")
 AGAINST = ("another", "same class", "mean", "raw", "gaussian")  # what the own code must do more harm than
 
 
@@ -34,13 +36,15 @@ def bootstrap(values, seed=0):
 def outcome(right, intact, chance, fold=None):
     """What a cut does: right, intact (n,) bool with and without it; fold (n,) for the spread over folds.
 
-    verdict: "sign flip" (accuracy below chance, its interval too), "at chance" (chance within it), "drop"
-    (the drop's interval is above 0), else "no drop".
+    verdict: "nothing to lose" (chance lies within the interval of the accuracy without the cut), "sign flip"
+    (accuracy below chance, its interval too), "at chance" (chance within it), "drop" (the drop's interval is
+    above 0), else "no drop".
     """
     p, whole, drop = right.mean(), intact.mean(), intact.astype(float) - right
     low, high = wilson(int(right.sum()), len(right))
     between = bootstrap(drop)
-    verdict = ("sign flip" if high < chance else "at chance" if low <= chance else
+    verdict = ("nothing to lose" if wilson(int(intact.sum()), len(intact))[0] <= chance else
+               "sign flip" if high < chance else "at chance" if low <= chance else
                "drop" if between[0] > 0 else "no drop")
     found = {"n": len(right), "accuracy": float(p), "ci95": [low, high], "chance": chance,
              "drop": float(whole - p), "drop_ci95": between, "relative_drop": float((whole - p) / whole)
@@ -63,13 +67,15 @@ class Trial:
         self.above = Above(model, found, layer)
         self.whole = min(whole, len(found.row))
         self.few = Above(model, found.first(self.whole), layer) if self.whole else None
-        self.probes = Probes(found.h, found.label, self.C, folds, seed)
+        self.states = {form: getattr(found, name) for form, name in PROBES.items()}
+        self.probes = {form: Probes(x, found.label, self.C, folds, seed) for form, x in self.states.items()}
         self.chance = float(torch.bincount(found.label).max() / len(found.label))
         nothing = torch.zeros_like(found.h)
         read = {"last": self.above.last([nothing])[0]}
         if self.whole:
             read["all"] = self.few.all(nothing[:self.whole])
-        self.intact = {"probe": self.probes.right(found.h), **{k: self.right(v) for k, v in read.items()}}
+        self.intact = {**{form: self.probes[form].right(x) for form, x in self.states.items()},
+                       **{k: self.right(v) for k, v in read.items()}}
         self.predicted = {k: v[0].argmax(1) for k, v in read.items()}
         self.sure = {k: self.probability(v, self.predicted[k]) for k, v in read.items()}
 
@@ -84,11 +90,14 @@ class Trial:
     def run(self, directions):
         """{form: {variant: (n,) bool right}} and {form: {variant: outcome}} of {variant: (n, d) directions};
         the third: {form: (n, d) states without the own code}, for what is trained anew."""
-        h, names, read = self.found.h, list(directions), {}
-        right = {"probe": {v: self.probes.right(without(h, u)) for v, u in directions.items()}}
-        told = {"probe": {v: outcome(r, self.intact["probe"], self.chance, self.probes.fold.numpy())
-                          for v, r in right["probe"].items()}}
-        results = {"last": dict(zip(names, self.above.last(list(directions.values()))))}
+        right, told, read = {}, {}, {}
+        for form, x in self.states.items():
+            probes = self.probes[form]
+            right[form] = {v: probes.right(without(x, u)) for v, u in directions.items()}
+            told[form] = {v: outcome(r, self.intact[form], self.chance, probes.fold.numpy())
+                          for v, r in right[form].items()}
+            read[form] = without(x, directions["own"]) if "own" in directions else None
+        results = {"last": dict(zip(directions, self.above.last(list(directions.values()))))}
         if self.whole:
             results["all"] = {v: self.few.all(u[:self.whole]) for v, u in directions.items()}
         for form, found in results.items():
@@ -99,15 +108,13 @@ class Trial:
                 told[form][v] |= {"probability_change": float(change.mean()),
                                   "probability_change_ci95": bootstrap(change)}
             read[form] = found["own"][1] if "own" in found else None
-        if "own" in directions:
-            read["probe"] = without(h, directions["own"])
         return right, told, read
 
     def shared(self):
         """The controls that no codebook enters: (right, {form: {variant: outcome}}), intact among them."""
         right, told, _ = self.run(shared_directions(self.vectors, self.found, self.seed))
         for form, found in told.items():
-            fold = self.probes.fold.numpy() if form == "probe" else None
+            fold = self.probes[form].fold.numpy() if form in PROBES else None
             found["intact"] = outcome(self.intact[form], self.intact[form], self.chance, fold)
         return right, told
 
