@@ -90,7 +90,7 @@ def run(seeds):
         print(f"[{done + 1}/{len(grid)}] {kind} {seed}" + f"  ETA {left:.0f} min" * bool(done), flush=True)
         result, facts = measured(kind, seed, kind == "gpt2" and seed == seeds[0])
         runs.setdefault(kind, []).append(result)
-        saes += [{"model": kind, "seed": seed, **f} for f in facts]
+        saes += [{**f, "model": kind, "seed": seed} for f in facts]
     models = {kind: together(some) for kind, some in runs.items()}
     found = {"schema": 1, "seeds": seeds,
              "command": shlex.join(["python", "-m", "crate_mini.study_steering", *sys.argv[1:]]),

@@ -58,7 +58,7 @@ def parts(place, monkeypatch):
             found = made_up(re.search(r"([^/]+)-\d+/last", words[3])[1], seed)
             (out / "steering.json").write_text(json.dumps(found))
         else:
-            facts = {"name": "x4-k32", "layer": int(words[words.index("--layer") + 1])}
+            facts = {"name": "x4-k32", "model": "its hash", "layer": int(words[words.index("--layer") + 1])}
             (out / f"sae-L{facts['layer']}.json").write_text(json.dumps({"saes": [facts]}))
         return SimpleNamespace(returncode=0)
     monkeypatch.setattr(study_steering, "subprocess", SimpleNamespace(run=instead))
@@ -80,7 +80,8 @@ def test_parts_run_once_and_the_result_holds_all_seeds(place, monkeypatch, capsy
     assert autoencoders[1] == "out/steering/gpt2-1-sae-1/sae-L1-x4-k32.pt" and len(autoencoders) == 3
     found = json.loads((place / "results" / "steering.json").read_text())
     assert found["seeds"] == [1, 2] and found["command"] == "python -m crate_mini.study_steering 1 2"
-    assert found["machine"]["device"] and len(found["sae"]) == 3
+    assert found["machine"]["device"] and {s["model"] for s in found["sae"]} == {"gpt2"}
+    assert [(s["seed"], s["layer"]) for s in found["sae"]] == [(1, 0), (1, 1), (1, 2)]
     twin = found["models"]["gpt2"]
     assert twin["summary"]["neuron"]["doses"]["4"]["effect"]["n"] == 4      # two neurons of each of two seeds
     assert twin["summary"]["neuron"]["doses"]["4"]["effect"]["mean"] == pytest.approx(4 + 1.5 + 4)

@@ -12,9 +12,9 @@ from crate_mini.activations import kind_of
 from crate_mini.dose import AT_KL, METRICS
 from crate_mini.model import Config
 from crate_mini.views.charts import Plot
-from crate_mini.views.figures import AMBER, BLUE, GREEN, GREY, RED, grid, shared_legend, write
+from crate_mini.views.figures import AMBER, BLUE, GREEN, GREY, RED, grid, write
 
-COLORS = BLUE, GREEN, RED, AMBER, "#7a5195"
+COLORS = BLUE, GREEN, RED, "#7a5195"          # of models; an autoencoder's features are AMBER
 LINES = {"neuron": "o-", "feature": "s-.", "feature+error": "^--", "random": "x:"}
 DASHES = {"neuron": ("init", "none", "solid"), "feature": ("init", "9 2 2 2", "dashes and dots"),
           "feature+error": ("init", "5 3", "dashed"), "random": ("null", "2 2", "grey")}     # in the page
@@ -160,7 +160,7 @@ def figure(results, target):
     for result, color in zip(results, COLORS * len(results)):
         for kind, found in result["summary"].items():
             look = {"fmt": LINES[kind], "markersize": 4, "linewidth": 1.2, "capsize": 2,
-                    "color": GREY if kind == "random" and len(results) == 1 else color,
+                    "color": paint(kind, GREY if kind == "random" and len(results) == 1 else color),
                     "label": f"{name(result)}, {kind}"}
             for axis, (_, x, y) in zip(axes, PANELS):
                 ys = [f[y] for f in found["doses"].values()]
@@ -182,16 +182,22 @@ def figure(results, target):
                 ylabel="correlation of logits", ylim=(None, 1.03))
     for axis in axes[4:]:
         axis.xaxis.get_major_locator().set_params(integer=True)
-    shared_legend(drawn, axes)
+    handles, labels = axes[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, frameon=False, loc="outside lower center", ncols=4)
     return write(drawn, target)
+
+
+def paint(kind, color):
+    """A kind's colour in a model of this colour."""
+    return AMBER if kind.startswith("feature") else color
 
 
 def _inserted(axis, result, color):
     """KL of putting each kind into each layer without turning it."""
     for kind in dict.fromkeys(r["kind"] for r in result["inserted"]):
         rows = [r for r in result["inserted"] if r["kind"] == kind]
-        axis.plot([r["layer"] for r in rows], [r["kl"] for r in rows], LINES[kind], color=color, markersize=4,
-                  linewidth=1.2)
+        axis.plot([r["layer"] for r in rows], [r["kl"] for r in rows], LINES[kind], color=paint(kind, color),
+                  markersize=4, linewidth=1.2)
 
 
 def _attribution(axis, result, color):
