@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 from crate_mini import cli
+from crate_mini.views import dose_views
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 NAMES = {"crate": "CRATE (paper)", "crate+": "crate+", "gpt2": "GPT-2 twin"}
@@ -96,5 +97,5 @@ def neurons(found):
 
 if __name__ == "__main__":
     for file, show in (("default", default), ("speed", speed), ("bench", bench), ("versions", ladder),
-                       ("neurons", neurons)):
+                       ("neurons", neurons), ("steering", dose_views.readme)):
         print(show(cli.read_json(RESULTS / f"{file}.json")), "\n")

@@ -91,8 +91,7 @@ def test_parts_run_once_and_the_result_holds_all_seeds(place, monkeypatch, capsy
     assert (place / "results" / "steering.png").read_bytes().startswith(b"\x89PNG")
     told = capsys.readouterr().out
     for line in ("crate 3L, neuron | 5.500 | 0 exactly |", "crate 3L, random | 5.500 |  |",
-                 "gpt2 3L, feature | 5.500 | 0.01 |", "gpt2 3L | 1 | 8x | 0.37 | none | 0.50 |",
-                 "gpt2 3L | 0 | 8x | 0.26 | 0.150 | 0.50 |"):
+                 "gpt2 3L, feature | 5.500 | 0.01 |", "| gpt2 3L | 0.17 (0.150) | 0.28 (none) |"):
         assert line in told
     study_steering.main()
     assert len(seen) == 9                                           # finished parts are kept,

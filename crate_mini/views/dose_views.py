@@ -90,18 +90,20 @@ def readme(found):
         for kind, some in result["summary"].items():
             costs = [r["kl"] for r in result["inserted"] if r["kind"] == kind]
             cost = ", ".join(dict.fromkeys("0 exactly" if kl == 0 else f"{kl:.2g}" for kl in costs))
-            turned.append([f"{model}, {kind}", f"{loss:.3f}", cost, *map(cell, some["at_kl"].values()),
-                           some["at_kl"]["effect"]["n"], cell(some["doses"]["4"]["kl"])])
+            at = some["at_kl"]
+            turned.append([f"{model}, {kind}", f"{loss:.3f}", cost, cell(at["own"]), cell(at["seen"]),
+                           at["own"]["n"]])
         pairs += [[f"{model}, {pair}", cell(some["own"]), cell(some["seen"]), some["own"]["n"]]
                   for pair, some in result["contrasts"].items()]
-        told += [[model, r["layer"], f"{r['dose']:g}x", f"{r['correlation']:.2f}", null(r),
-                  f"{r['top10']:.2f}"] for r in result["attribution"]]
+        least = min(r["dose"] for r in result["attribution"])
+        told.append([model, *(f"{r['correlation']:.2f} ({null(r)})" for r in result["attribution"]
+                              if r["dose"] == least)])
     return "\n\n".join((
-        markdown(["what is turned", "base loss", "KL of inserting it, by layer", f"effect at KL {AT_KL}",
-                  "own", "seen", "n", "KL at 4x"], turned),
+        markdown(["what is turned", "base loss", "KL of inserting it, by layer", f"own at KL {AT_KL}", "seen",
+                  "n"], turned),
         markdown([f"the same neurons at KL {AT_KL}", "own", "seen", "n"], pairs),
-        markdown(["weights against a run", "layer", "dose", "correlation", "another neuron's",
-                  "top 10 shared"], told)))
+        markdown(["weights against a run (another neuron's)",
+                  *(f"layer {n}" for n in range(max(map(len, told)) - 1))], told)))
 
 
 # ---- a section of index.html -----------------------------------------------------------------------------
