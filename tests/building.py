@@ -11,8 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def copy_package(folder):
     """What setup.py needs, without csrc/: enough of the package to be built and described."""
-    (folder / "crate_mini").mkdir(parents=True)
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "crate_mini/__init__.py", "crate_mini/_stamp.py"):
+    inner = [str(path.relative_to(ROOT)) for path in ROOT.glob("crate_mini/**/__init__.py")]
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "crate_mini/_stamp.py", *inner):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     (folder / "README.md").write_text("a copy, to build\n")
     return folder

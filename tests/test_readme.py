@@ -15,6 +15,7 @@ from crate_mini import classify, reference, tables
 from crate_mini.corpus.tokenizer import load_tokenizer
 from crate_mini.model import Config
 from crate_mini.settings import Settings
+from crate_mini.views import dose_views
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -39,7 +40,8 @@ def desk(tmp_path_factory):
         (folder / name).symlink_to(ROOT / name)
     lines = (f"line {i} of a small text about codes\n" for i in range(3000))
     (folder / "mytext.txt").write_text("".join(lines))
-    run(["train.py", "--data", "mytext.txt", *SMALL, "--block-size", "64"], folder, tmp_path_factory)
+    run(["train.py", "--data", "mytext.txt", *SMALL, "--block-size", "64", "--n-layer", "3"], folder,
+        tmp_path_factory)
     return folder
 
 
@@ -59,7 +61,11 @@ def small(words):
         return words[:words.index("--train-steps")] + ["--train-steps", "3"]
     if "train.py" in words:
         return words + SMALL
-    return words + shlex.split(BRIEF[words[2]]) if "interpret.py" in words else words
+    if "interpret.py" in words:
+        return words + shlex.split(BRIEF[words[2]])
+    if "measure" in words:
+        return words + shlex.split("--neurons 2 --tokens 64 --doses 1,2,4")
+    return words
 
 
 def commands():
@@ -86,13 +92,13 @@ def test_default_table_is_the_one_in_results():
     assert tables.default(found) in README
     assert found["machine"]["commit"][:12] in README and found["command"] in README
     told = [line.strip() for line in found["runs"][0]["sample"].splitlines() if line.strip()]
-    assert "\n".join(told[:5]) in README
+    assert "\n".join(told[:3]) in README
 
 
 def test_what_more_docstrings_cost_is_in_results():
     found = json.loads((ROOT / "results" / "deps.json").read_text())
     bits = found["bits_per_byte_of_pydocs"]
-    assert f"{bits['pydocs+deps']:.3f} against {bits['pydocs']:.3f} bits per byte" in README
+    assert f"{bits['pydocs+deps']:.3f} against {bits['pydocs']:.3f} bits per byte" in " ".join(README.split())
     assert found["command"] in README
 
 
@@ -114,6 +120,12 @@ def test_scores_of_neurons_are_those_in_results():
     assert tables.neurons(found) in README and found["command"] in README
     assert ("one seed" if len(found["seeds"]) == 1 else f"{len(found['seeds'])} seeds") in README
     assert found["machine"]["commit"][:12] in README
+
+
+def test_steering_is_the_one_in_results():
+    found = json.loads((ROOT / "results" / "steering.json").read_text())
+    assert dose_views.readme(found).split("\n\n")[0] in README
+    assert found["command"] in README and found["machine"]["commit"][:12] in README
 
 
 def test_names_and_files_exist():

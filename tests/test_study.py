@@ -66,7 +66,17 @@ def test_speed_table_has_every_cell():
 
 def test_bench_table_shows_the_rows_where_we_lose():
     ms = {"fused": {"median": 2.0}, "eager": {"median": 1.0}, "compile": {"median": 3.0}}
-    rows = [{"name": name, "note": "", "operations": 2e9, "ms": ms} for name in
-            ("ista 8x2 float32 forward", "mssa 8x2 float32 both", "ista_step 8x2 float32 both")]
-    assert tables.bench({"rows": rows}).splitlines()[2:] == [
-        "| mssa 8x2 float32 | 2 | 0.50x | 1.50x |  | 1000 |"]
+    names = ("mssa 8192x128 bfloat16 both", "mssa 8192x128 float32 both", "mssa 8192x128 float32 forward",
+             "ista_step 8192x128 float32 both", "mssa 8x2 float32 both")
+    rows = [{"name": name, "note": "", "operations": 2e9, "ms": ms} for name in names]
+    side = "2 | 0.50x | 1.50x |  |"
+    assert tables.bench({"rows": rows}).splitlines()[2:] == [f"| mssa 8192x128 | {side} {side}"]
+
+
+def test_ladder_goes_from_naive_to_fast():
+    rows = [{"name": f"ista_step 8x2 {dtype} {version} forward", "ms": {"fused": {"median": ms},
+             "eager": {"median": 3.0}}} for dtype in ("bfloat16", "float32")
+            for version, ms in (("naive", 6.0), ("avx2", 2.0))]
+    line = "6 (0.50x) | 2 (1.50x) |"
+    assert tables.ladder({"rows": rows}).splitlines() == [
+        "| ms | naive | avx2 |", "|---|---|---|", f"| bfloat16 | {line}", f"| float32 | {line}"]
