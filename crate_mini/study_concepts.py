@@ -46,7 +46,7 @@ class ConceptStudy:
     part = Study.part               # a finished part is kept
 
     def run(self):
-        """All parts, then the result file; prints the tables."""
+        """All parts; after each the result file, for a study that is cut short. Prints tables."""
         runs = []
         for kind in self.models:
             base = self.out / f"{kind}-base"
@@ -60,6 +60,11 @@ class ConceptStudy:
                 self.part(place / "concepts", "interpret.py", "concepts", place / "classifier" / "last",
                           "--least", least, *self.concepts)
                 runs.append({"model": kind, "texts": name, **kept(place / "concepts")})
+                found = self.write(runs)
+        print(f"\n{tables(found)}")
+
+    def write(self, runs):
+        """results/concepts.json of the runs so far; returns what is in it."""
         found = {"schema": 1, "command": "python -m crate_mini.study_concepts REVIEWS RANKS",
                  "reviews": Path(self.reviews).name, "topics": Path(self.topics).name,
                  "ranks": Path(self.ranks).name, "base": self.base, "classifier": self.classifier,
@@ -71,7 +76,7 @@ class ConceptStudy:
         self.results.mkdir(exist_ok=True)
         with atomic_write(self.results / "concepts.json") as file:
             file.write(json.dumps(rounded(found), indent=1, allow_nan=False).encode() + b"\n")
-        print(f"\n{tables(found)}")
+        return found
 
 
 def kept(folder):

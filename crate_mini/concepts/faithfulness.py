@@ -149,11 +149,11 @@ def table(methods, shared, form):
     names = [*VARIANTS, "retrained"]
     lines = [f"{form}: intact {shared[form]['intact']['accuracy']:.3f}, chance "
              f"{shared[form]['intact']['chance']:.3f}, n {shared[form]['intact']['n']}"]
-    lines += [f"{'taken out':<18}" + "".join(f"{method:>19}" for method in methods)]
+    lines += [f"{'taken out':<18}" + "".join(f"{method:>23}" for method in methods)]
     for name in names:
         cells = []
         for found in methods.values():
             one = found[form].get(name) or shared[form].get(name)
             cells.append("-" if one is None else f"{one['accuracy']:.3f} {one['verdict']}")
-        lines.append(f"{name:<18}" + "".join(f"{cell:>19}" for cell in cells))
+        lines.append(f"{name:<18}" + "".join(f"{cell:>23}" for cell in cells))
     return "\n".join(lines)
