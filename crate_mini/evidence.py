@@ -44,10 +44,9 @@ def command(script):
 
 def header(script, ckpt, meta, model, **more):
     """What every result carries: command, machine, and the checkpoint's hash, shape and training."""
-    weights = meta.get("files", {}).get("weights", {})
     return {"schema": 1, "command": command(script), **more,
             "machine": machine.describe(model.tokens.weight.device),
-            "checkpoint": {"path": str(ckpt), "sha256": weights.get("sha256"), "config": meta["config"],
+            "checkpoint": {"path": str(ckpt), "sha256": meta.get("sha256"), "config": meta["config"],
                            "training": meta["training"]}}
 
 

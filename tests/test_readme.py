@@ -87,6 +87,13 @@ def test_command_runs(command, desk, tmp_path_factory):
         assert "\nresult " in said and "\nnext " in said
 
 
+def test_what_steer_measures_comes_onto_the_page_of_neurons(desk, tmp_path_factory):
+    ckpt = "out/crate-3L/best"
+    for script, command in (("interpret.py", "neurons"), ("steer.py", "measure"), ("interpret.py", "report")):
+        run(small(["python", script, command, ckpt])[1:], desk, tmp_path_factory)
+    assert "<h2>Steering</h2>" in (desk / "out" / "crate-3L" / "interpret" / "index.html").read_text()
+
+
 def test_default_table_is_the_one_in_results():
     found = json.loads((ROOT / "results" / "default.json").read_text())
     assert tables.default(found) in README
