@@ -126,7 +126,7 @@ def section(result):
         + "</tbody></table></div>" for head, rows in tables(result))
     return (f'<section><h2>Steering</h2><p class="saw">{escape(result["command"])}. Doses are multiples of '
             "each neuron’s observed maximum; KL and loss on text that chose nothing; intervals of the mean "
-            f'over neurons.</p><div class="charts">{charts}</div>{written}</section>')
+            f'over neurons.</p><div class="charts two">{charts}</div>{written}</section>')
 
 
 def _chart(result, title, x, y):

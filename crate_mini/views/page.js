@@ -139,7 +139,7 @@ function tools() {
 }
 
 function show_charts(site) {
-  const blocks = [...document.querySelectorAll(".charts")];
+  const blocks = [...document.querySelectorAll(".charts[data-site]")];
   const wanted = blocks.some(b => b.dataset.site === site) ? site : "";
   blocks.forEach(b => { b.hidden = b.dataset.site !== wanted; });
   $("tabs").replaceChildren(...blocks.length < 2 ? [] : blocks.map(b => el("button", {
