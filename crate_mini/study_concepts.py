@@ -6,7 +6,8 @@ classifiers are discovered by all methods with three seeds and judged beside all
 concepts.json. REVIEWS: labelled, like imdb_train.jsonl.xz; TOPICS: labelled, bbc unless given.
 
 About an hour on one core. Every part is `train.py` or `interpret.py` itself in a process of its own; a part
-that is finished is kept as long as its command stays the same. `... study_concepts table` prints the tables.
+that is finished is kept as long as its command stays the same. `... study_concepts table` prints the tables,
+`table clvq` those of one method, for the README.
 """
 
 import json
@@ -75,7 +76,7 @@ class ConceptStudy:
                  "machine": machine.describe(torch.device("cpu")), "runs": runs}
         self.results.mkdir(exist_ok=True)
         with atomic_write(self.results / "concepts.json") as file:
-            file.write(json.dumps(rounded(found), indent=1, allow_nan=False).encode() + b"\n")
+            file.write(json.dumps(rounded(found), allow_nan=False).encode() + b"\n")
         return found
 
 
@@ -114,7 +115,7 @@ def cell(found):
     return f"{statistics.mean(one['accuracy'] for one in found):.3f} {most}"
 
 
-def faithfulness(found):
+def faithfulness(found, methods):
     """Markdown: accuracy after each cut by texts, model, form, method; means over seeds."""
     lines = [f"| texts, model | form (intact, chance) | method | {' | '.join(CONTROLS)} |",
              "|---" * (len(CONTROLS) + 3) + "|"]
@@ -125,7 +126,7 @@ def faithfulness(found):
             whole = [seed["shared"][form]["intact"] for seed in run["by_seed"].values()]
             mean = statistics.mean(w["accuracy"] for w in whole)
             intact = f"{form} ({mean:.3f}, {whole[0]['chance']:.3f})"
-            for method in run["methods"]:
+            for method in methods or run["methods"]:
                 cells = [cell(cuts(run, method, form, v)) for v in CONTROLS]
                 lines.append(f"| {run['texts']}, {NAMES[run['model']]} | {intact} | {method} | "
                              f"{' | '.join(cells)} |")
@@ -176,20 +177,20 @@ def headline(found, method="clvq"):
     return "\n".join(lines)
 
 
-def tables(found):
-    """All that the README shows of the study."""
+def tables(found, methods=()):
+    """All that the study found; cuts of some methods only if any are named."""
     lines = [f"{NAMES[r['model']]} on {r['texts']}: classifier {r['classifier']['accuracy']:.3f} of "
              f"{r['classifier']['n']}, 95 % {r['classifier']['ci95'][0]:.3f} to "
              f"{r['classifier']['ci95'][1]:.3f}, chance {r['classifier']['chance']:.3f}; language-model "
              f"judges: {r['judge'] if isinstance(r['judge'], str) else 'run'}; people: not run"
              for r in found["runs"]]
-    return "\n\n".join(["\n".join(lines), headline(found), faithfulness(found), codebooks(found)])
+    return "\n\n".join(["\n".join(lines), headline(found), faithfulness(found, methods), codebooks(found)])
 
 
 def main():
     words = sys.argv[1:]
-    if words == ["table"]:
-        print(tables(cli.read_json(ROOT / "results" / "concepts.json")))
+    if words[:1] == ["table"]:
+        print(tables(cli.read_json(ROOT / "results" / "concepts.json"), words[1:]))
     elif 2 <= len(words) <= 3:
         ConceptStudy(*map(absolute, words)).run()
     else:
