@@ -95,7 +95,20 @@ def neurons(found):
     return "\n".join(lines)
 
 
+def concepts(found, method="clvq", control="same class"):
+    """One sentence: how far accuracy falls without a concept's code, and how often it is the code's doing."""
+    by_form, passed = {}, []
+    for seed in (seed for run in found["runs"] for seed in run["by_seed"].values()):
+        for form, rows in seed["methods"][method]["survives"].items():
+            by_form.setdefault(form, []).append(seed["methods"][method][form]["own"]["relative_drop"])
+            passed.append(rows[control]["passes"])
+    drops = [100 * statistics.mean(rows) for rows in by_form.values()]
+    return (f"accuracy falls by {min(drops):.0f} to {max(drops):.0f} %, by the form of the test, and in "
+            f"{sum(passed)} of {len(passed)} cases by more than without the code of another text of the same "
+            "class")
+
+
 if __name__ == "__main__":
     for file, show in (("default", default), ("speed", speed), ("bench", bench), ("versions", ladder),
-                       ("neurons", neurons), ("steering", dose_views.readme)):
+                       ("neurons", neurons), ("steering", dose_views.readme), ("concepts", concepts)):
         print(show(cli.read_json(RESULTS / f"{file}.json")), "\n")

@@ -27,7 +27,8 @@ COMMANDS = [line.split(" #")[0].strip() for block in re.findall(r"```sh\n(.*?)``
             for line in block.splitlines() if line.strip()]
 BRIEF = {  # what makes a command of the other scripts small
     "layers": "--tokens 64", "neurons": "--tokens 4000 --n 4", "report": "--humans 5", "selftest": "",
-    "sae": "--steps 5 --batch 16 --tokens 64 --l1 1e-4"}
+    "sae": "--steps 5 --batch 16 --tokens 64 --l1 1e-4",
+    "concepts": "--k 4 --epochs 1 --tests 40 --whole 4 --nodes 2 --least 2 --methods kmeans --no-controls"}
 SMALL = shlex.split("--train-steps 2 --eval-tokens 300 --n-layer 1 --n-embd 24 --n-head 2 --block-size 16 "
                     "--batch-size 4 --micro-batch 2 --warmup 1 --device cpu")
 
@@ -40,6 +41,9 @@ def desk(tmp_path_factory):
         (folder / name).symlink_to(ROOT / name)
     lines = (f"line {i} of a small text about codes\n" for i in range(3000))
     (folder / "mytext.txt").write_text("".join(lines))
+    rows = ({"text": f"a {word} film, number {i}, seen with {word} friends", "label": word == "good"}
+            for i in range(200) for word in ("good", "bad"))
+    (folder / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(["train.py", "--data", "mytext.txt", *SMALL, "--block-size", "64", "--n-layer", "3"], folder,
         tmp_path_factory)
     return folder
@@ -59,6 +63,8 @@ def small(words):
     words = ["pydocs" if before == "--tokenizer" else w for before, w in zip(["", *words], words)]
     if "--resume" in words:
         return words[:words.index("--train-steps")] + ["--train-steps", "3"]
+    if "classify" in words:
+        return words + ["--texts", "300", "--length", "16", "--epochs", "1"]
     if "train.py" in words:
         return words + SMALL
     if "interpret.py" in words:
@@ -83,7 +89,7 @@ def test_command_runs(command, desk, tmp_path_factory):
     words = small(shlex.split(command))
     said = run(["-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words[1:], desk,
                tmp_path_factory)
-    if "train.py" in words:
+    if "train.py" in words and "classify" not in words:
         assert "\nresult " in said and "\nnext " in said
 
 
@@ -133,6 +139,11 @@ def test_steering_is_the_one_in_results():
     found = json.loads((ROOT / "results" / "steering.json").read_text())
     assert dose_views.readme(found).split("\n\n")[0] in README
     assert found["command"] in README and found["machine"]["commit"][:12] in README
+
+
+def test_what_is_said_of_concepts_is_in_results():
+    found = json.loads((ROOT / "results" / "concepts.json").read_text())
+    assert tables.concepts(found) in " ".join(README.split())
 
 
 def test_names_and_files_exist():
