@@ -94,6 +94,10 @@ def test_excerpts_for_the_page(done):
         peaks = [max(e["acts"]) for e in row["top"]]
         assert peaks == sorted(peaks, reverse=True)
     assert len(shown[J["token set"]]["top"]) == 10 and not shown[J["dead"]]["top"]
+    acts = own["uniform_score_acts"].reshape(-1, len(shown)).astype(np.float64)
+    other, r = shown[J["bigram"]]["together"][0]
+    assert r == pytest.approx(np.corrcoef(acts[:, J["bigram"]], acts[:, other])[0, 1], abs=1e-3)
+    assert all(row["atoms"] == [] for row in shown)         # planted neurons write nothing
 
 
 def test_pages_are_there(done):
@@ -110,6 +114,7 @@ def test_every_live_neuron_has_its_effect_and_no_dead_one(done):
         if "effect" in row:                 # a planted neuron moves no logit
             assert row["effect"]["raised"] == [] and row["effect"]["kl"] == 0 == row["effect"]["loss"]
             assert row["effect"]["clamp"] == pytest.approx(row["max"], rel=1e-3)
+            assert row["effect"]["far"]["clamp"] == pytest.approx(5 * row["max"], rel=1e-3)
 
 
 def test_same_seed_same_files_and_any_stage_again(done):

@@ -49,9 +49,16 @@ def neuron(rng, vocabulary, site, j, status="live", shown=(10, 10, 3)):
                         "openai_tar[ngram]": float(rng.random()) if live else None,
                         "openai_random[ngram]": None},
              "why": {"openai_random[ngram]": "constant" if live else "dead"}}
+    if live:
+        def moved():
+            return {k: [[int(t), 0.5] for t in rng.choice(vocabulary, 4, replace=False)]
+                    for k in ("raised", "lowered")}
+        score["effect"] = {"clamp": 4.0, "positions": 4, "kl": 0.01, "loss": -0.5, **moved(),
+                           "far": {"clamp": 20.0, "positions": 4, "kl": 0.25, "loss": 0.125, **moved()}}
     parts = ["score" if i % 2 else "fit" for i in range(20)]
     groups = [[excerpt(rng, vocabulary, parts[i]) for i in range(n if live else 0)] for n in shown]
     shows = {"site": site, "neuron": j, "hist": rng.integers(0, 99, 50).tolist() if live else [0] * 50,
+             "atoms": [[(j + 1) % 6, .5], [77, .25]] if live else [], "together": [],
              **dict(zip(("top", "intervals", "random"), groups))}
     return score, shows
 
@@ -189,8 +196,19 @@ def test_nothing_of_a_corpus_runs_in_a_browser(tmp_path):
     assert found["index"].count('href="#L') == 12                           # a row a neuron
     assert "<h1>L0/1</h1>" in found["bare"] and 'class="t peak' in found["bare"]
     assert 'class="choice"' in found["human"]
+    assert 'href="#L0%2F2"' in found["bare"] and "L0/77" in found["bare"]   # the latter is not on the page
+    assert "Raised to 20 instead: KL 0.25 nats, loss +0.125 nats" in found["bare"]
     for name in ("bare", "human"):
         assert "&lt;img src=x" in found[name] and "<img" not in found[name].split("<script")[0]
+
+
+@browser
+def test_a_browser_hides_the_charts_of_other_layers_and_no_others(tmp_path, monkeypatch):
+    results(tmp_path)
+    monkeypatch.setattr(pages.dose_views, "beside", lambda *_: '<div class="charts two">steering</div>')
+    (tmp_path / "index.html").write_bytes(pages.index(tmp_path, PLAIN.__getitem__))
+    found = re.findall(r'<div class="charts[^>]*>', dom(tmp_path / "index.html", tmp_path / "profile"))
+    assert [("hidden" in tag) for tag in found] == [False, True, True, False], found
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------
@@ -202,7 +220,12 @@ def test_numbers_round_trip(tmp_path):
         assert (data["sites"][n["site"]], n["id"]) == (score["site"], score["neuron"])
         assert dict(zip(data["metrics"], n["scores"])) == flat(score["scores"])
         assert all(n[k] == score[k] for k in ("density", "max", "mean", "status"))
-        assert n.get("hist") == shows["hist"]
+        assert n.get("hist") == shows["hist"] and n.get("atoms", []) == shows["atoms"]
+        assert ("effect" in n) == ("effect" in score)
+        if "effect" in n:
+            for mine, own in ((n["effect"], score["effect"]), (n["effect"]["far"], score["effect"]["far"])):
+                for k in ("raised", "lowered"):
+                    assert [[data["tokens"][t], v] for t, v in mine[k]] == [[f" w{t}", v] for t, v in own[k]]
         scale = 10 ** n["digits"]
         for group in ("top", "intervals", "random"):
             for e, (at, doc, scored, _, acts, sim) in zip(shows[group], n.get(group, []), strict=True):

@@ -113,7 +113,10 @@ class Planted(nn.Module):
                              expansion=1)
         self.tokens = nn.Embedding(EOT + 1, h)
         nn.init.zeros_(self.tokens.weight)      # nothing is predicted: the neurons move no logit
-        self.blocks = nn.ModuleList([nn.ModuleDict({"sparsifier": nn.ModuleDict({"code": nn.Identity()})})])
+        proj = nn.Linear(h, h, bias=False)      # and write nothing
+        nn.init.zeros_(proj.weight)
+        sparsifier = nn.ModuleDict({"code": nn.Identity(), "proj": proj})
+        self.blocks = nn.ModuleList([nn.ModuleDict({"sparsifier": sparsifier})])
 
     def trunk(self, idx):
         """(stream (B, T, h), [codes (B, T, h)]) of ids (B, T), as LM.trunk."""

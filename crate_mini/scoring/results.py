@@ -11,6 +11,7 @@ import numpy as np
 
 from crate_mini import activations, atomic_write, explain, score
 from crate_mini.scoring import metrics, summary
+from crate_mini.scoring.relatives import relatives
 from crate_mini.views import figures, human, pages
 
 AROUND = 24                     # tokens of an excerpt on a page
@@ -75,6 +76,7 @@ def score_all(r):
         sims, selected, lines = r.read("simulate", site), r.read("select", site), r.explained(site)
         uniform, ci95 = uniform_scores(r, site, sims, js)
         tables = r.tables(site, js)
+        near = relatives(r.model, site, own["uniform_score_acts"], js, r.directions.get(site.name))
         for i, (j, line) in enumerate(zip(js.tolist(), lines)):
             others = protocol_scores(r, sims, selected, i)
             if "trie" in line:
@@ -84,7 +86,7 @@ def score_all(r):
             row = score.row(site.name, site.layer, j, stats, line["label"], mine, others,
                             {"ngram_r": ci95[i]})
             rows.append(row | {"effect": line["effect"]} if "effect" in line else row)
-            shown.append({"site": site.name, "neuron": j, "hist": own["hist"][j].tolist(),
+            shown.append({"site": site.name, "neuron": j, "hist": own["hist"][j].tolist(), **near[i],
                           **excerpts_of(r, own, j, i, sims, tables)})
     score.write_rows(r.folder / "scores.jsonl", rows)
     score.write_rows(r.folder / "excerpts.jsonl", shown)

@@ -13,6 +13,7 @@ PROBE = 100_000                 # tokens that thresholds of density matching are
 BLOCK = 512                     # neurons whose tables are held at a time
 CONTEXTS = 4, 16                # held-out texts, and tokens read of them, in which neurons are raised
 RAISED = 5                      # next tokens in a label
+FAR = 5                         # times its maximum: the second level that a neuron is raised to
 
 
 # ---- record, select --------------------------------------------------------------------------------------
@@ -86,15 +87,16 @@ def explain_all(r):
         for some in blocks(js):
             place = explain.position_fit(own["uniform_fit_acts"][..., js[some]], start)
             found += explain.labels(r.tables(site, js[some]), texts, place)
-        effects = explain.effects(r.model, site.layer, js, own["max"][js], contexts, r.tokenizer.vocab_size,
-                                  site.encode, r.directions.get(site.name))
+        effects, far = (explain.effects(r.model, site.layer, js, times * own["max"][js], contexts,
+                                        r.tokenizer.vocab_size, site.encode, r.directions.get(site.name))
+                        for times in (1, FAR))
         tried = r.rng(site, "trie").choice(len(js), min(r.trie, len(js)), replace=False)
         with atomic_write(r.file("explain", site, "jsonl")) as file:
-            for i, (j, label, effect) in enumerate(zip(js.tolist(), found, effects)):
+            for i, (j, label, effect, more) in enumerate(zip(js.tolist(), found, effects, far)):
                 line = {"site": site.name, "neuron": j, "label": label}
                 if own["max"][j] > 0:
                     label["raised"] = [id for id, _ in effect["raised"][:RAISED]]
-                    line["effect"] = effect
+                    line["effect"] = effect | {"far": more}
                 if i in tried:
                     line["trie"] = trie(r, site, j).patterns
                 file.write(json.dumps(line).encode() + b"\n")

@@ -208,11 +208,27 @@ function excerpts(n) {
       el("span", {}, el("span", { class: "part" }, "fit"), " seen by the tables, so not simulated"),
       el("span", {}, el("span", { class: "part scored" }, "score"), " held out")),
     ...found.flatMap(([key, title, note]) => [
-      el("h3", {}, title, el("small", {}, note)), ...n[key].map(e => excerpt(n, e))]));
+      el("h3", {}, title, el("small", {}, note)),
+      ...key === "intervals" ? fifths(n) : n[key].map(e => excerpt(n, e))]));
 }
 
+// Of all that the neuron fires, how much lies in each fifth of its range; from the histogram's bins.
+function fifths(n) {
+  const mass = n.hist.map((c, bin) => c * (bin + .5)), all = mass.reduce((a, b) => a + b, 0);
+  const fifth = e => Math.min(4, Math.floor(5 * e[4][e[0]] / 10 ** n.digits / n.max));
+  return [4, 3, 2, 1, 0].flatMap(k => {
+    const some = n.intervals.filter(e => fifth(e) === k);
+    const part = mass.slice(k * mass.length / 5, (k + 1) * mass.length / 5).reduce((a, b) => a + b, 0);
+    return some.length ? [el("p", { class: "fifth" }, `${20 * k} to ${20 * k + 20} % of the largest value: `
+      + `${percent(part / all)} of all that it fires`), ...some.map(e => excerpt(n, e))] : [];
+  });
+}
+
+const fires = n => n.hist && n.hist.some(c => c > 0);
+const signed = v => (v >= 0 ? "+" : "−") + number(Math.abs(v));
+
 function histogram(n) {
-  if (!n.hist || !n.hist.some(c => c > 0)) return null;
+  if (!fires(n)) return null;
   const highest = Math.max(...n.hist), top = Math.log1p(highest);
   const bars = n.hist.map(c => el("i", { "--v": Math.log1p(c) / top }));
   return el("div", {}, el("h3", {}, "Positive values"),
@@ -220,6 +236,13 @@ function histogram(n) {
       "aria-label": `counts of positive values up to the largest, ${number(n.max)}` }, ...bars),
     el("p", { class: "ends" }, el("span", {}, "0"),
       el("span", {}, `log count, highest bar ${number(highest)}`), el("span", {}, number(n.max))));
+}
+
+// A quantile of the positive values, as far as the histogram's bins tell.
+function quantile(n, share) {
+  let left = share * n.hist.reduce((a, b) => a + b, 0);
+  const bin = n.hist.findIndex(c => (left -= c) <= 0);
+  return n.max * (bin + 1 + left / n.hist[bin]) / n.hist.length;
 }
 
 function table(title, rows) {
@@ -244,22 +267,40 @@ function effects(effect) {
   const rows = (list, sign) => (list || []).map(t => pair(chip(t[0], true), sign + number(Math.abs(t[1]))));
   return el("div", {}, el("h3", {}, "Effect on the next token"),
     el("p", { class: "note" }, `Raised to ${number(effect.clamp)}, its largest value, at the last token of `
-      + `${effect.positions} held-out texts: KL ${number(effect.kl)} nats, loss `
-      + `${effect.loss >= 0 ? "+" : "−"}${number(Math.abs(effect.loss))} nats. Changes of log-probability:`),
-    table("raised", rows(effect.raised, "+")), table("lowered", rows(effect.lowered, "−")));
+      + `${effect.positions} held-out texts: KL ${number(effect.kl)} nats, loss ${signed(effect.loss)} nats. `
+      + "Changes of log-probability:"),
+    table("raised", rows(effect.raised, "+")), table("lowered", rows(effect.lowered, "−")),
+    effect.far.kl === undefined ? null : el("div", {},
+      el("p", { class: "note" }, `Raised to ${number(effect.far.clamp)} instead: KL ${number(effect.far.kl)} `
+        + `nats, loss ${signed(effect.far.loss)} nats; raised and lowered most:`),
+      ...["raised", "lowered"].map(k =>
+        el("p", {}, ...effect.far[k].slice(0, 5).map(t => chip(t[0], k !== "raised"))))));
+}
+
+// Neurons that write alike, and that fire alike: links where they are on this page.
+function relatives(title, list, site) {
+  return table(title, (list || []).map(([id, value]) => {
+    const other = neurons.find(n => n.site === site && n.id === id), text = `${sites[site]}/${id}`;
+    return pair(el("span", {}, other ? el("a", { href: "#" + encodeURIComponent(text) }, text) : text, " ",
+      ...other ? label(other, 1) : []), value.toFixed(2));
+  }));
 }
 
 function side(n) {
   const tag = n.label || {};
   return el("aside", {},
     table("In numbers", [pair("status", n.status), pair("density", percent(n.density)),
-      pair("max", number(n.max)), pair("mean", number(n.mean))]),
+      pair("max", number(n.max)), pair("mean", number(n.mean)),
+      fires(n) ? pair("quartiles, when it fires",
+        [.25, .5, .75].map(q => number(quantile(n, q))).join(", ")) : ""]),
     histogram(n),
     table("Scores", scores(n)),
     tag.tokens && tag.tokens.length ? table("Label: tokens it fires on", [
       el("tr", {}, el("td", {}), ...cells(...["mean", "count", "share"].map(h => el("small", {}, h)))),
       ...tag.tokens.map(t => pair(chip(t[0]), number(t[1]), number(t[2]), percent(t[3])))]) : null,
-    chips("Tokens before", tag.left), n.effect ? effects(n.effect) : null);
+    chips("Tokens before", tag.left), n.effect ? effects(n.effect) : null,
+    relatives("Atoms nearest to its own, by cosine", n.atoms, n.site),
+    relatives("Neurons that fire with it, by r", n.together, n.site));
 }
 
 function open_neuron(i) {

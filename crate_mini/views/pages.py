@@ -7,7 +7,7 @@ bytes. Texts come from a corpus, so they are data everywhere: escaped here, set 
 the script, and a content security policy lets the browser run nothing but our own script and load nothing.
 
 The key "effect" of a line of scores.jsonl, which dead neurons lack, is shown as the causal effect on the next
-token: what explain.effects returns.
+token: what explain.effects returns, and under "far" the same for a multiple of that level.
 """
 
 import base64
@@ -111,7 +111,8 @@ def pack(neurons, token, metrics):
         label, effect = n.get("label") or {}, n.get("effect") or {}
         for _, e in _excerpts(n):
             count.update(e["tokens"])
-        for pairs in (label.get("tokens", []), effect.get("raised", []), effect.get("lowered", [])):
+        for pairs in (label.get("tokens", []), *(e.get(k, []) for e in (effect, effect.get("far", {}))
+                                                 for k in ("raised", "lowered"))):
             count.update(t[0] for t in pairs)
         count.update([*label.get("left", []), *label.get("raised", [])])
     order = {t: i for i, (t, _) in enumerate(sorted(count.items(), key=lambda c: (-c[1], c[0])))}
@@ -137,11 +138,13 @@ def _pack(n, order, sites, metrics, token):
               "label": {"tokens": pairs(label.get("tokens", [])), "class": label.get("class", ""),
                         **{k: [order[t] for t in label.get(k, [])] for k in ("left", "raised")}},
               "scores": [n["scores"].get(m) for m in metrics],
-              **{k: n.get(k) for k in ("status", "density", "max", "mean", "ci95", "hist")},
+              **{k: n.get(k) for k in ("status", "density", "max", "mean", "ci95", "hist", "atoms",
+                                       "together")},
               "why": n.get("why") if n["status"] != "dead" else None}
     if n.get("effect"):
-        packed["effect"] = {**n["effect"], **{k: pairs(n["effect"].get(k, []))
-                                              for k in ("raised", "lowered")}}
+        packed["effect"], far = ({**e, **{k: pairs(e.get(k, [])) for k in ("raised", "lowered")}}
+                                 for e in (n["effect"], n["effect"].get("far", {})))
+        packed["effect"]["far"] = far
     return {k: v for k, v in packed.items() if v not in (None, {}, [])}
 
 
