@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -572,6 +573,23 @@ def test_a_model_that_is_not_there(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(UserError, match="cannot be loaded"):
         run(tmp_path, simulator=f"hf:{tmp_path}", explainer="template")
+
+
+def test_an_answer_begins_with_something():
+    """What a model would rather begin with is an end or a line break; later they end the answer."""
+    from crate_mini.judges.local_lm import Hf
+    words = ["<end>", "\n", " ", "sea", " boats"]
+    logits = torch.zeros(5, 5)
+    for step, liked in enumerate([[0, 1, 2, 3], [4], [1]]):
+        logits[step, liked] = torch.linspace(9, 8, len(liked))
+    model = Hf.__new__(Hf)
+    model.tokenizer = SimpleNamespace(decode=lambda ids, **_: "".join(words[i] for i in ids))
+    model.model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=0))
+    model._encode, model._logits = lambda query: ([7], None), lambda ids, first: logits[len(ids) - 1][None]
+    assert model._text({"most": 9}) == {"text": "sea boats", "tokens": [1, 3]}
+    words[3:] = " ", " "
+    with pytest.raises(clients.Failed, match="an empty answer"):
+        model._text({"most": 9})
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ from crate_mini import UserError
 from crate_mini.corpus.formats import extra
 from crate_mini.judges.clients import Failed, numbers
 
+BEGINNINGS = 20                 # most likely tokens among which an answer's first one is looked for
+
 
 def find(name):
     """(folder, GGUF file in it or None) of a folder, a .gguf file or a package with one; or (hub name, None).
@@ -120,8 +122,9 @@ class Hf:
         new, text, ends = [], "", self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         while len(new) < query["most"] and ("chat" in query or "\n" not in text):
-            token = int(self._logits(ids + new, len(ids + new) - 1)[-1].argmax())
-            if token in ends:
+            best = self._logits(ids + new, len(ids + new) - 1)[-1].argsort(descending=True).tolist()
+            token = best[0] if new else self._beginning(best[:BEGINNINGS], ends)
+            if token is None or token in ends:
                 break
             new.append(token)
             text = self.tokenizer.decode(new, skip_special_tokens=True)
@@ -129,6 +132,11 @@ class Hf:
         if not text.strip():
             raise Failed("an empty answer")
         return {"text": text, "tokens": [len(ids), len(new)]}
+
+    def _beginning(self, tokens, ends):
+        """The first of some tokens that says something: small models like to begin with a line break, and
+        an answer is one line. None if none does."""
+        return next((t for t in tokens if t not in ends and self.tokenizer.decode([t]).strip()), None)
 
     def _next(self, query):
         ids, _ = self._encode(query)
