@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_pages
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -153,6 +154,15 @@ def test_the_packet_asks_blindly_and_counts(run, tmp_path):
     (tmp_path / "b.csv").write_text("question,choice\n1,nonsense\n")
     with pytest.raises(UserError, match="cannot be read as answers"):
         concept_packet.score(out / "packet-key.json", tmp_path / "b.csv")
+
+
+@test_pages.browser
+def test_the_packet_asks_in_a_browser(run, tmp_path):
+    """quiz.js and what follows it in the page are one script that runs."""
+    path = Path(run[0].out) / "packet.html"
+    told = test_pages.dom(path, tmp_path / "profile").split("<script")[0]
+    n = len(json.loads((path.parent / "packet-key.json").read_text())["questions"])
+    assert f"question 1 of {n}" in told and told.count('class="choice"') == 2 and "bad&lt;b&gt;" in told
 
 
 # ---- judges ----------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""A study with people that anyone can run: concepts.html asks, saves answers as JSON, `score` counts them.
+"""A study with people that anyone can run: packet.html asks, saves answers as JSON, `score` counts them.
 
 The question is CLVQ-VAE's: from a concept's words alone, what did the model say? Each item is the concept of
 one test text's salient word; people choose among the classes. Items are drawn by the seed, half of them where
 the model was right and half where it was wrong as far as there are such, every class as often; methods are
 mixed and nowhere named. Chance is one in as many as there are classes. Without a browser: the packet's
-second file, answers.csv, is a sheet to fill in.
+second file, packet.csv, is a sheet to fill in.
 """
 
 import csv
@@ -55,13 +55,13 @@ def packet(asked, about):
     for i, q in enumerate(shown, 1):
         words = " ".join(q["given"])        # a leading sign would be a formula to a spreadsheet
         rows.writerow([i, "'" + words if words[:1] in "=+-@\t" else words, " | ".join(q["options"]), ""])
-    return html(f"{about} · questions", body, data, asset("concept_packet.js")), \
+    return html(f"{about} · questions", body, data, asset("quiz.js") + asset("concept_packet.js")), \
         sheet.getvalue().encode(), key
 
 
 def score(key, *answers):
     """{method: {"n", "right", "accuracy", "ci95" (Wilson), "chance", "unanswered", "people"}} and the same
-    under "all", "where the model was right" and "where it was wrong"; files: the key, people's answers.
+    under "all", "model right" and "model wrong" (what it answered); files: the key, people's answers.
 
     Answers are the page's .json or a filled sheet's .csv (a class' name under choice). Raises UserError for a
     file that cannot be read, of another packet, or with a choice that is no class.
