@@ -105,7 +105,7 @@ def page(folder, token, seed=0, n=30):
             "questions": asked}
     body = (f'<main><header class="task"><p class="eyebrow">crate_mini · what people see in neurons</p>'
             f'<h1>{escape(name)}</h1></header><div id="task" class="task"></div></main>')
-    return html(f"{name} · questions", body, data, asset("human.js"))
+    return html(f"{name} · questions", body, data, asset("quiz.js") + asset("human.js"))
 
 
 def score(path):
