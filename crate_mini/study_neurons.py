@@ -83,12 +83,12 @@ class Study:
     def folder(self, preset, kind, seed):
         return self.out / f"{kind}-{preset}-{seed}"
 
-    def part(self, place, *words):
+    def part(self, place, *words, name=""):
         """Run a script with --out `place`, unless the very same command has finished there before.
 
-        Beside the folder: NAME.log, what the script said, and NAME.json, which says that it has finished.
+        Beside the folder: NAME.log, what it said, and NAME.json, which says that it has finished.
         """
-        told, log = (place.with_name(place.name + end) for end in (".json", ".log"))
+        told, log = (place.with_name((name or place.name) + end) for end in (".json", ".log"))
         began = time.monotonic()
         words = [str(word).removeprefix(f"{ROOT}/") for word in (*words, "--out", place)]
         if told.exists() and json.loads(told.read_text())["command"] == words:
