@@ -48,6 +48,13 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a
 #ifdef __CUDACC__
 __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
 __device__ __forceinline__ void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
+
+// In PTX, because nvcc 13 cuts the plain store of packed bf16 into four (seen in the machine code).
+__device__ __forceinline__ void store16_global(void* p, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
 #endif
 
 template <class T> struct alignas(16) Eight { T value[8]; };  // 16 bytes of bf16, 32 of float
@@ -66,12 +73,13 @@ template <class T> __device__ __forceinline__ void load8(const T* p, float out[8
   for (int i = 0; i < 8; ++i) out[i] = to_float(u.eight.value[i]);
 }
 
-template <class T> __device__ __forceinline__ void store8(T* p, const float in[8]) {
+template <bool kGlobal, class T> __device__ __forceinline__ void store8(T* p, const float in[8]) {
   union { uint4 raw[sizeof(T) / 2]; Eight<T> eight; } u;
 #pragma unroll
   for (int i = 0; i < 8; ++i) u.eight.value[i] = from_float<T>(in[i]);
 #pragma unroll
-  for (int i = 0; i < int(sizeof(T)) / 2; ++i) store16(reinterpret_cast<uint4*>(p) + i, u.raw[i]);
+  for (int i = 0; i < int(sizeof(T)) / 2; ++i)
+    (kGlobal ? store16_global : store16)(reinterpret_cast<uint4*>(p) + i, u.raw[i]);
 }
 
 // ---- one warp ----

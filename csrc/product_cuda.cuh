@@ -98,7 +98,7 @@ template <class T, class O> struct Epilogue {
     if (mask) load8(mask + index, masked);
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] = value(v[i], added[i], masked[i], column + i);
-    store8(out + index, v);
+    store8<true>(out + index, v);
   }
   bool is_wide(int64_t N) const { return wide(out, N) && wide(add, N) && wide(mask, N); }
 };
@@ -216,7 +216,7 @@ __device__ void load_slice_v3(bf16* tile, const Operand& from, int64_t row, int6
     }
     float v[8];
     from.eight(row + r, column + c, wide, v);
-    store8(to, v);
+    store8<false>(to, v);
   }
 }
 

@@ -49,6 +49,7 @@ inline uint4 load16(const void* p) { return emu::aligned16(p) ? *static_cast<con
 inline void store16(void* p, uint4 v) {
   if (emu::aligned16(p)) *static_cast<uint4*>(p) = v;
 }
+inline void store16_global(void* p, uint4 v) { store16(p, v); }
 
 inline void land(const emu::Copy& c) {
   memset(c.to, 0, 16);
