@@ -9,7 +9,6 @@ In CRATE a neuron is a coordinate of the model's own code: nothing is put into t
 """
 
 import itertools
-import math
 import re
 import shutil
 import sys
@@ -201,10 +200,11 @@ def main_measure(s, ckpt):
     desk = Desk(ckpt, s.data, s.device)
     try:
         doses = sorted({float(d) for d in s.doses.split(",")})
-        if not all(0 < d < math.inf for d in doses):
+        if not all(0 < d <= 1e6 for d in doses):
             raise ValueError
     except ValueError:
-        raise UserError(f"--doses {s.doses!r} are no doses; give numbers above 0 like 0.5,1,2,4,8.") from None
+        raise UserError(f"--doses {s.doses!r} are no doses; give numbers from 0 to a million like "
+                        "0.5,1,2,4,8.") from None
     others = [dose_views.read(path) for path in (s.beside or "").split(",") if path]
     place = evidence.folder(ckpt, s.out)
     place.mkdir(parents=True, exist_ok=True)                # before the work, not after it

@@ -67,7 +67,7 @@ class Desk:
     def maximum(self, layer, j):
         """(largest value that neuron j was seen at, where)."""
         row = self.known.get((self.site(layer), j), {})
-        if row.get("max"):
+        if row.get("max") and self.data is None:
             return row["max"], "interpret.py's record"
         Intervention(layer, j, sae=self.sae).check(self.model.config)
         value = self.observed(layer)[j].item()

@@ -167,8 +167,9 @@ def responses(judge, kinds, unit, doses, seen):
         for dose in doses:
             change = judge.response(replace(turned, value=dose * unit),
                                     {"effect": named, "own": own, "seen": seen})
-            rows.append({"layer": turned.layer, "neuron": turned.neuron, "kind": kind, "dose": dose,
-                         "unit": unit, **change, "raised": own.tolist(), "followers": seen.tolist()})
+            rows.append({"layer": turned.layer, "sae": turned.sae and turned.sae.name, "kind": kind,
+                         "neuron": turned.neuron, "dose": dose, "unit": unit, **change,
+                         "raised": own.tolist(), "followers": seen.tolist()})
     return rows
 
 
@@ -226,7 +227,7 @@ def contrasts(rows, seed):
     """
     rng, found, by = np.random.default_rng(seed), {}, {}
     for r in rows:
-        by.setdefault((r["layer"], r["neuron"]), {}).setdefault(r["kind"], []).append(r)
+        by.setdefault((r["layer"], r.get("sae"), r["neuron"]), {}).setdefault(r["kind"], []).append(r)
     for a, b in (("neuron", "random"), ("feature", "feature+error")):
         for m in ("own", "seen"):
             pairs = [[at_kl(kinds[k], m) for k in (a, b)] for kinds in by.values() if {a, b} <= set(kinds)]
@@ -241,7 +242,7 @@ def summary(rows, seed):
     for kind in dict.fromkeys(r["kind"] for r in rows):
         mine, by = [r for r in rows if r["kind"] == kind], {}
         for r in mine:
-            by.setdefault((r["layer"], r["neuron"]), []).append(r)
+            by.setdefault((r["layer"], r.get("sae"), r["neuron"]), []).append(r)
         found[kind] = {
             "doses": {f"{d:g}": {m: interval([r[m] for r in mine if r["dose"] == d], rng) for m in METRICS}
                       for d in dict.fromkeys(r["dose"] for r in mine)},

@@ -269,7 +269,8 @@ class LM(nn.Module):
     def generate(self, idx, n_new, temperature=1.0, top_k=None, generator=None, cache=True):
         """Continue ids (B, T) by n_new tokens; temperature 0 is greedy. Returns (B, T + n_new).
 
-        Beyond block_size the window slides, and all positions with it: there no cache can help.
+        Beyond block_size the window slides, and all positions with it: there no cache can help. Raises
+        UserError for logits that are not finite, or not any more when divided by the temperature.
         """
         with remember(self, idx.shape[1]) as past:
             for _ in range(n_new):
@@ -278,6 +279,9 @@ class LM(nn.Module):
                     past.slid, past.length = max(0, slid), 0
                 x, _ = self.trunk(idx[:, past.slid + past.length:])
                 logits = F.linear(x[:, -1], self.tokens.weight).float()
+                if not (logits / (temperature or 1)).isfinite().all():
+                    raise UserError(f"logits at temperature {temperature} are not finite numbers; raise the "
+                                    "temperature, or change the model less.")
                 if temperature == 0:
                     new = logits.argmax(-1, keepdim=True)
                 else:

@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT))
 import steer  # noqa: E402
 from crate_mini import UserError, checkpoint, cli, data, dose, model, sae, score  # noqa: E402
 from crate_mini.desk import Desk  # noqa: E402
+from crate_mini.steering import Intervention  # noqa: E402
+from crate_mini.steering import steer as steering  # noqa: E402
 
 T, H = 32, 128
 
@@ -150,6 +152,8 @@ def test_labels_are_shown_found_and_trusted_only_for_this_checkpoint(run, text, 
     assert "neuron 11 of" in run("--neuron", "label:suffix", "--prompt", "code", "--tokens", "2", ckpt=ckpt)
     assert "no label of" in run("--neuron", "label:comma", "--prompt", "code", ckpt=ckpt, code=2)
     assert "no label of" in run("--neuron", "label:s", "--layer", "1", "--prompt", "code", ckpt=ckpt, code=2)
+    other = ("--data", str(text))                                   # text given is text used
+    assert "held-out tokens" in run("--layer", "0", "--neuron", "9", "--prompt", "a", *other, ckpt=ckpt)
     known(ckpt, "another")
     told = run("--layer", "0", "--neuron", "9", "--prompt", "code", "--tokens", "2", ckpt=ckpt)
     assert "describes another checkpoint" in told and "label " not in told and "held-out tokens" in told
@@ -214,7 +218,7 @@ def test_sae_features_through_the_same_door(run, ckpt, tmp_path):
     (("--neuron", "3", "--layer", "0"), "never fired on"), (("--value", "nan"), "'nan' is no value"),
     (("--value", "1e999"), "is no value"), (("--value", "1e300abs"), "no finite number"),
     (("--value", "1e38abs"), "logits are not finite"), (("--top", "5000000"), "give 1 to 999999"),
-    (("--value", "2y"), "is no value"),
+    (("--value", "2y"), "is no value"), (("--temperature", "1e-45"), "are not finite"),
     (("--op", "turn"), "op 'turn' is unknown"),
     (("--op", "scale", "--value", "2abs"), "is no value"), (("--positions", "first"), "positions must be"),
     (("--prompt", ""), "the prompt is empty"), (("--prompt", "x" * 33), "33 tokens, the model reads 32"),
@@ -299,7 +303,7 @@ def test_measure_is_the_same_for_the_same_seed_and_joins_others(run, ckpt, tmp_p
 @pytest.mark.parametrize("words, told", [
     (("--doses", "0,1"), "are no doses"), (("--doses", "x"), "are no doses"),
     (("--doses", "nan"), "are no doses"), (("--doses", "1,nan"), "are no doses"),
-    (("--doses", "1e38"), "not finite"),
+    (("--doses", "1e19"), "are no doses"),
     (("--tokens", "90000"), "lower --tokens"), (("--neurons", "0"), "out of range"),
     (("--beside", "none.json"), "cannot be read"), (("--sae", "none"), "cannot be read")])
 def test_bad_measures_are_answered_in_one_sentence(run, tmp_path, words, told):
@@ -333,6 +337,40 @@ def test_followers_are_what_follows(ckpt):
     top, share = dose.observed(lm, 0, None, [x])
     assert top[0] == 1 and share[0] == 0.25
     plant.remove()
+
+
+def test_what_a_turn_does_is_judged_on_text_that_chose_nothing():
+    """KL(unsteered || steered), loss and log-probabilities by hand; continuations from other windows."""
+    lm, g = tiny("crate"), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        lm.tokens.weight.mul_(8)
+    V = lm.config.vocab_size
+    (cx, cy), (mx, my) = ([torch.randint(V, (2, 6), generator=g) for _ in "xy"] for _ in "cm")
+    turn, judge = Intervention(0, 5, "add", 4.0), dose.Judge(lm, (cx, cy), (mx, my), 20)
+
+    def log_p(idx, *turns):
+        with torch.no_grad(), steering(lm, turns):
+            return lm(idx).flatten(0, 1).log_softmax(-1)
+    p, q = log_p(mx), log_p(mx, turn)
+    found = judge.response(turn, {"some": torch.tensor([2, 7])})
+    assert found["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+    assert found["kl"] != pytest.approx((q.exp() * (q - p)).sum(-1).mean().item(), rel=1e-2)
+    assert found["loss"] == pytest.approx((p - q)[range(12), my.flatten()].mean().item(), rel=1e-4)
+    assert found["some"] == pytest.approx((q - p)[:, [2, 7]].mean().item(), rel=1e-4)
+    by_text = [(log_p(x, turn).exp().mean(0) - log_p(x).exp().mean(0)).topk(20).indices for x in (cx, mx)]
+    assert judge.continuations(turn).tolist() == by_text[0].tolist() != by_text[1].tolist()
+
+
+def test_features_of_two_autoencoders_are_two_though_they_share_a_number():
+    kinds = "feature", "feature+error"
+    rows = [{"layer": 0, "sae": name, "neuron": 5, "kind": kind, "dose": d, "kl": d / 10, "effect": v * d,
+             "own": v * d, "seen": 0.0, "loss": 0.0}
+            for name, v in (("a", 1.0), ("b", 3.0)) for kind in kinds for d in (0.5, 2)]
+    found = dose.summary(rows, 0)["feature"]["at_kl"]["own"]
+    assert found["n"] == 2 and dose.contrasts(rows, 0)["feature - feature+error"]["own"]["n"] == 2
+    alone = [dose.at_kl([r for r in rows if (r["sae"], r["kind"]) == (name, kinds[0])], "own")
+             for name in "ab"]
+    assert found["mean"] == pytest.approx(sum(alone) / 2)
 
 
 @given(st.lists(st.tuples(st.floats(1e-6, 2), st.floats(-3, 3)), min_size=1, max_size=6,
