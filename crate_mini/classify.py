@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from crate_mini import UserError, checkpoint, cli, data, machine
+from crate_mini import UserError, checkpoint, cli, data, machine, progress
 from crate_mini.classifier import Classifier, accuracy, batches, encode, logits, save
 from crate_mini.concepts import labelled
 from crate_mini.concepts.vectors import SPLITS
@@ -157,5 +157,7 @@ def main(argv):
     """The command line of train.py --task classify."""
     parser = cli.Parser(prog="train.py --task classify", description=Settings.__doc__)
     cli.add_fields(parser, Settings, "settings")
-    run(Settings(**vars(parser.parse_args(argv))))
+    s = Settings(**vars(parser.parse_args(argv)))
+    with progress.claim(s.out):                             # before the work, not after it
+        run(s)
     return 0

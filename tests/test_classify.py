@@ -106,6 +106,7 @@ def test_splits_are_balanced_disjoint_and_the_seeds(tmp_path):
     ("a.jsonl", '{"label": 1}\n', "line 1 has no text"),
     ("a.jsonl", "hello\n", "line 1 is not JSON"),
     ("a.csv", "text,stars\na,1\n", "line 2 has no label"),
+    ("a.csv", "text,label\n" + "a,1\nb,0\n" * 20 + "c,\n", "line 42 has no label"),
     ("a.jsonl", "".join(f'{{"text": "{i}", "label": 1}}\n' for i in range(30)), "one class only"),
     ("a.jsonl", "".join(f'{{"text": "{i}", "label": {i}}}\n' for i in range(60)), "different labels"),
     ("a.jsonl", "".join(f'{{"text": "{i}", "label": {i == 0}}}\n'.lower() for i in range(60)), "it takes 10"),
@@ -207,6 +208,13 @@ def test_the_task_is_read_from_the_command_line():
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--task", "classify"], capture_output=True,
                           text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "starts from a checkpoint" in done.stderr
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(trained, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(classify, "run", lambda s: pytest.fail("it worked before it looked"))
+    with pytest.raises(UserError, match="Nothing can be written"):
+        classify.main(["--init", trained[0].init, "--data", trained[0].data, "--out", str(tmp_path / "file")])
 
 
 def test_what_is_no_classifier_or_has_lost_its_texts(base, trained):

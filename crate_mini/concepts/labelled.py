@@ -161,7 +161,7 @@ def _pair(row, path, number):
     if text is None and isinstance(row.get("annotation_id"), str):
         text = (path.parent / "docs" / Path(row["annotation_id"]).name).read_text(encoding="utf-8")
     for found, what, known in ((text, "text", TEXT), (label, "label", LABEL)):
-        if found is None:
+        if found is None or what == "label" and not str(found).strip():
             raise UserError(f"{path} line {number} has no {what}: expected a field named "
                             f"""{' or '.join(known)}, as in {{"text": "A fine film.", "label": 1}}.""")
     return text, str(label).strip()
