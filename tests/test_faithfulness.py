@@ -112,7 +112,7 @@ def test_the_salient_word_is_the_one_that_is_read():
         lm.tokens.weight[ord("b"), 0] = 2.0
     got = salience.salience(found, text, np.arange(2), 0)
     assert got.position.tolist() == [1, -1] and got.predicted[0] == 0
-    assert got.difference[0] == pytest.approx(2.0) and got.facts()["gap_max"] < 1e-5
+    assert got.difference[0] == pytest.approx(2.0) and got.facts(16)["gap_max"] < 1e-5
 
 
 # ---- cuts ------------------------------------------------------------------------------------------------
@@ -137,6 +137,34 @@ def test_partners_are_whom_they_should_be(seed):
     found, n = ablate.partners(label, seed), len(label)
     assert all((j != np.arange(n)).all() for j in found.values())
     assert (label[found["same class"]] == label).all() and (label[found["other class"]] != label).all()
+
+
+def test_a_text_without_a_partner_is_told():
+    with pytest.raises(UserError, match="no partner of the same class"):
+        ablate.partners(torch.tensor([0, 1, 1, 0, 2]), 0)
+
+
+def test_directions_are_what_their_names_say():
+    """Every code, word and split its own vector: each variant from the words that VARIANTS tells."""
+    g, n, seed = torch.Generator().manual_seed(0), 12, 3
+    x, label = torch.randn(2 * n, 5, generator=g).numpy(), torch.arange(n) % 3
+    split = np.array([SPLITS["train"], SPLITS["test"]] * n)
+    v = Vectors(x, x[::-1], np.arange(2 * n), np.zeros(2 * n), np.zeros(2 * n), np.arange(2 * n) % 3, split,
+                ["w"])
+    codes = Codes("all", 0, np.arange(2 * n)[::-1].copy(), torch.randn(2 * n, 5, generator=g).numpy())
+    row = np.flatnonzero(v.rows("test"))
+    found = ablate.Items(row, row, None, None, label, torch.zeros(n, 5), None)
+    got, equal = ablate.code_directions(codes, v, found, seed)
+    of, partner = codes.assignment[row], ablate.partners(label, seed)
+    mean = codes.centroids[codes.assignment[v.rows("train")]].mean(0)
+    want = {"own": codes.centroids[of], "centred": codes.centroids[of] - mean,
+            "centred, another": codes.centroids[of[partner["another"]]] - mean,
+            **{name: codes.centroids[of[j]] for name, j in partner.items()}}
+    assert set(got) == set(want) == set(ablate.OF_CODES) and set(equal.values()) == {0.0}
+    shared = ablate.shared_directions(v, found, seed)
+    want |= {"mean": np.tile(x[v.rows("train")].mean(0), (n, 1)), "raw": x[row]}
+    for name, u in {**got, **{k: shared[k] for k in ("mean", "raw")}}.items():
+        torch.testing.assert_close(u, ablate.unit(torch.from_numpy(want[name])))
 
 
 def test_the_model_without_a_direction_is_what_the_whole_pass_gives(small):
@@ -171,6 +199,16 @@ def test_folds_are_stratified_and_no_text_is_judged_by_a_probe_that_saw_it():
     assert 0.35 < right.mean() < 0.65
     with pytest.raises(UserError, match="too few for 20 folds"):
         probe.Probes(h[:39], label[:39], 2)
+
+
+def test_a_probe_is_stopped_and_trained_without_the_texts_that_it_is_judged_on(monkeypatch):
+    """Other labels in a fold change all probes but the one that is judged on it."""
+    monkeypatch.setattr(probe, "deal", lambda label, folds, seed: np.arange(len(label)) % folds)
+    g = torch.Generator().manual_seed(0)
+    h, label = torch.randn(60, 8, generator=g), torch.randint(2, (60,), generator=g)
+    other = torch.where(torch.arange(60) % 5 == 2, 1 - label, label)
+    one, two = (probe.Probes(h, y, 2, 5).weights[0] for y in (label, other))
+    assert [torch.equal(a, b) for a, b in zip(one, two)] == [False, False, True, False, False]
 
 
 class Planted(Classifier):
@@ -220,6 +258,7 @@ def test_the_true_code_is_missed_and_a_random_direction_is_not():
         assert own["accuracy"] < 0.65 and own["verdict"] in ("at chance", "drop", "sign flip")
         assert own["drop"] == pytest.approx(whole["accuracy"] - own["accuracy"])
         assert told["survives"][form]["gaussian"]["passes"]
+        assert form in faithfulness.PROBES or told[form]["own"]["probability_change"] < 0
         # both classes' codes lie on one line: another text's code does the same harm, so the test fails it
         assert not told["survives"][form]["another"]["passes"]
         assert told[form]["retrained"]["accuracy"] < 0.65           # gone, not moved
@@ -235,6 +274,9 @@ def test_below_chance_is_called_a_sign_flip():
     assert faithfulness.outcome(np.arange(100) < 50, all_right, 0.5)["verdict"] == "at chance"
     assert faithfulness.outcome(np.arange(100) < 80, all_right, 0.5)["verdict"] == "drop"
     assert faithfulness.outcome(all_right, all_right, 0.5)["verdict"] == "no drop"
+    few = np.arange(100) < 17                   # of five classes the smallest, answered to every text
+    assert faithfulness.outcome(few, all_right, 0.24, least=0.17)["verdict"] == "at chance"
+    assert faithfulness.outcome(right, all_right, 0.24, least=0.17)["verdict"] == "sign flip"
     assert faithfulness.outcome(right, np.arange(100) < 55, 0.5)["verdict"] == "nothing to lose"
 
 

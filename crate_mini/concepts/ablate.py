@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from crate_mini import UserError
 from crate_mini.classifier import batches
 from crate_mini.past import remember
 
@@ -74,13 +75,19 @@ def without(h, u):
 
 
 def partners(label, seed):
-    """{variant: (n,) another text's number}, drawn by the seed: any, of the same class, of another class."""
+    """{variant: (n,) another text's number}, drawn by the seed: any, of the same class, of another class.
+
+    Raises UserError when a text has no such partner.
+    """
     rng, n = np.random.default_rng(seed), len(label)
     label, found = np.asarray(label), {}
     fits = {"another": np.ones((n, n), bool), "same class": label[:, None] == label,
             "other class": label[:, None] != label}
     for name, fit in fits.items():
         key = np.where(fit & ~np.eye(n, dtype=bool), rng.random((n, n)), -1)
+        if (key.max(1) < 0).any():
+            raise UserError(f"one of the {n} test texts has no partner of the {name}; give more labelled "
+                            "texts, or judge on all of them with --tests 0.")
         found[name] = key.argmax(1)
     return found
 

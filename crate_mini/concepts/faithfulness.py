@@ -8,8 +8,8 @@
 
 beside controls that any rank-one cut would pass (ablate.VARIANTS). "retrained" is no cut of its own: a new
 probe on the states without the own code (inside the model: on what the head reads then) tells whether what
-was lost is gone or only moved. Accuracy below chance is no lost information but a sign flip: whoever turns
-the answers round has it again.
+was lost is gone or only moved. Accuracy below what any constant answer has is no lost information but a sign
+flip: whoever turns the answers round has it again.
 """
 
 import numpy as np
@@ -33,18 +33,21 @@ def bootstrap(values, seed=0):
     return np.percentile(values[rows].mean(1), [2.5, 97.5]).tolist()
 
 
-def outcome(right, intact, chance, fold=None):
+def outcome(right, intact, chance, fold=None, least=None):
     """What a cut does: right, intact (n,) bool with and without it; fold (n,) for the spread over folds.
 
+    chance, least: shares of the largest and the smallest class (the same if not given); whoever knows nothing
+    of the text is right as often as one of them, or between.
     verdict: "nothing to lose" (chance lies within the interval of the accuracy without the cut), "sign flip"
-    (accuracy below chance, its interval too), "at chance" (chance within it), "drop" (the drop's interval is
-    above 0), else "no drop".
+    (accuracy below least, its interval too), "at chance" (not above chance by its interval), "drop" (the
+    drop's interval is above 0), else "no drop".
     """
     p, whole, drop = right.mean(), intact.mean(), intact.astype(float) - right
     low, high = wilson(int(right.sum()), len(right))
     between = bootstrap(drop)
+    least = chance if least is None else least
     verdict = ("nothing to lose" if wilson(int(intact.sum()), len(intact))[0] <= chance else
-               "sign flip" if high < chance else "at chance" if low <= chance else
+               "sign flip" if high < least else "at chance" if low <= chance else
                "drop" if between[0] > 0 else "no drop")
     found = {"n": len(right), "accuracy": float(p), "ci95": [low, high], "chance": chance,
              "drop": float(whole - p), "drop_ci95": between, "relative_drop": float((whole - p) / whole)
@@ -69,7 +72,6 @@ class Trial:
         self.few = Above(model, found.first(self.whole), layer) if self.whole else None
         self.states = {form: getattr(found, name) for form, name in PROBES.items()}
         self.probes = {form: Probes(x, found.label, self.C, folds, seed) for form, x in self.states.items()}
-        self.chance = float(torch.bincount(found.label).max() / len(found.label))
         nothing = torch.zeros_like(found.h)
         read = {"last": self.above.last([nothing])[0]}
         if self.whole:
@@ -81,6 +83,11 @@ class Trial:
 
     def right(self, result):
         return (result[0].argmax(1) == self.found.label[:len(result[0])]).numpy()
+
+    def judged(self, right, form, fold=None):
+        """The `outcome` of a form, with the classes' shares among its own texts."""
+        shares = torch.bincount(self.found.label[:len(right)], minlength=self.C) / len(right)
+        return outcome(right, self.intact[form], shares.max().item(), fold, shares.min().item())
 
     @staticmethod
     def probability(result, of):
@@ -94,15 +101,14 @@ class Trial:
         for form, x in self.states.items():
             probes = self.probes[form]
             right[form] = {v: probes.right(without(x, u)) for v, u in directions.items()}
-            told[form] = {v: outcome(r, self.intact[form], self.chance, probes.fold.numpy())
-                          for v, r in right[form].items()}
+            told[form] = {v: self.judged(r, form, probes.fold.numpy()) for v, r in right[form].items()}
             read[form] = without(x, directions["own"]) if "own" in directions else None
         results = {"last": dict(zip(directions, self.above.last(list(directions.values()))))}
         if self.whole:
             results["all"] = {v: self.few.all(u[:self.whole]) for v, u in directions.items()}
         for form, found in results.items():
             right[form] = {v: self.right(result) for v, result in found.items()}
-            told[form] = {v: outcome(r, self.intact[form], self.chance) for v, r in right[form].items()}
+            told[form] = {v: self.judged(r, form) for v, r in right[form].items()}
             for v, result in found.items():
                 change = self.probability(result, self.predicted[form]) - self.sure[form]
                 told[form][v] |= {"probability_change": float(change.mean()),
@@ -115,7 +121,7 @@ class Trial:
         right, told, _ = self.run(shared_directions(self.vectors, self.found, self.seed))
         for form, found in told.items():
             fold = self.probes[form].fold.numpy() if form in PROBES else None
-            found["intact"] = outcome(self.intact[form], self.intact[form], self.chance, fold)
+            found["intact"] = self.judged(self.intact[form], form, fold)
         return right, told
 
     def codes(self, codes, shared):
@@ -132,8 +138,7 @@ class Trial:
             label = self.found.label[:len(read[form])]
             if len(label) >= 2 * self.folds:
                 anew = Probes(read[form], label, self.C, self.folds, self.seed)
-                told[form]["retrained"] = outcome(anew.right(read[form]), self.intact[form], self.chance,
-                                                  anew.fold.numpy())
+                told[form]["retrained"] = self.judged(anew.right(read[form]), form, anew.fold.numpy())
             own, every = right[form]["own"].astype(float), {**right[form], **shared[form]}
             told["survives"][form] = {}
             for name in AGAINST:
