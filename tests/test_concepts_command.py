@@ -83,6 +83,30 @@ def test_stages_run_again_only_when_something_before_them_changed(run, capsys):
     assert changed == {"salience.npz"} and (Path(s.out) / "faithfulness.json").read_bytes() == before
 
 
+def test_a_damaged_file_is_made_again_and_told_facts_are_those_of_the_run(run, found):
+    s, ckpt = run
+    path = Path(s.out) / "salience.npz"
+    whole = path.read_bytes()
+    for harm in (b"", b"PK rubbish", whole[:-300]):
+        path.write_bytes(harm)
+        job = stages.Concepts(s, ckpt)
+        job.vectors(False)
+        job.salience(False)
+        assert job.salient.position.size == found["salience"]["texts"]
+    assert found["salience"]["nodes"] == s.nodes == 4
+
+
+def test_controls_of_another_mask_are_other_controls(run, monkeypatch):
+    s, ckpt = run
+    made = []
+    monkeypatch.setattr(stages.Concepts, "cached", lambda self, name, stamp, *_: made.append(stamp))
+    for mask in ("causal", "none"):
+        job = stages.Concepts(replace(s, mask=mask), ckpt)
+        job.vectors(False)
+        job.controls(False)
+    assert made[0] != made[1]
+
+
 @pytest.mark.parametrize("change, message", [
     ({"k": 10 ** 6}, "codes cannot be made of"), ({"layers": "1"}, "must be two"),
     ({"layers": "1,9"}, "0 to 2"), ({"layers": "a,b"}, "no list of whole numbers"),

@@ -299,7 +299,7 @@ def test_damaged_files_are_told(harm, words, tmp_path):
     harm(path)
     with pytest.raises(UserError, match=words) as told:
         Vectors.load(path)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(told.value) and "CKPT --from vectors`" in str(told.value)
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -76,7 +76,7 @@ def collect(run):
             "seeds": run.seeds, "layers": run.layers, "k": run.k, "classes": run.v.classes,
             "labelled": run.facts["labelled"], "classifier": run.facts["test"],
             "words": {split: int(run.v.rows(split).sum()) for split in SPLITS},
-            "salience": run.salient.facts(), "controls": run.told["explained"], "methods": methods,
+            "salience": run.salient.facts(run.s.nodes), "controls": run.told["explained"], "methods": methods,
             "not_run": {} if "ward" in run.methods else {"ward": "not run: not asked for or no scikit-learn"},
             "shared": run.judged["seeds"][first]["shared"], "by_seed": run.judged["seeds"],
             "judge": run.rated, "people": "not run: packet.html and packet.csv ask them, --answers counts"}

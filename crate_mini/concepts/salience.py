@@ -28,10 +28,10 @@ class Salience:
     difference: np.ndarray
     gap: np.ndarray
 
-    def facts(self):
-        """How complete the attributions are: gaps as shares of the mean |difference|. JSON-able."""
+    def facts(self, nodes):
+        """How complete the attributions of so many nodes are: gaps as shares of the mean |difference|."""
         size = np.abs(self.difference).mean() or 1.0
-        return {"texts": len(self.gap), "without_words": int((self.position < 0).sum()), "nodes": NODES,
+        return {"texts": len(self.gap), "without_words": int((self.position < 0).sum()), "nodes": nodes,
                 "mean_difference": float(size), "gap_mean": float(np.abs(self.gap).mean() / size),
                 "gap_max": float(np.abs(self.gap).max() / size)}
 

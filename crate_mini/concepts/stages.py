@@ -14,6 +14,9 @@ Each stage reads files of those before it. A finished one stays as long as its s
 
 import hashlib
 import json
+import zipfile
+import zlib
+from contextlib import suppress
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -137,7 +140,7 @@ class Concepts:
         return found
 
     def controls(self, again):
-        stamp = self.stamp("controls", "vectors", "controls", "epochs", k=self.k, seed=self.seeds[0])
+        stamp = self.stamp("controls", "vectors", "controls", "epochs", "mask", k=self.k, seed=self.seeds[0])
         settings = clvqvae.Settings(codes=self.k, epochs=self.s.epochs, mask=self.s.mask)
         device = str(self.model.head.weight.device)
         self.told = self.cached("controls", stamp, again, lambda: {"explained": health.reconstruction(
@@ -146,7 +149,9 @@ class Concepts:
     def salience(self, again):
         tests = np.flatnonzero(self.labelled.split == SPLITS["test"])[:self.s.tests or None]
         stamp, path = self.stamp("salience", "vectors", "nodes", "tests"), self.out / "salience.npz"
-        found = dict(np.load(path)) if path.exists() and not again else {}
+        found = {}
+        with suppress(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):   # damaged: made again
+            found = {} if again else dict(np.load(path))
         if str(found.pop("made", "")) != stamp:
             kept = ig.salience(self.model, self.text, tests, self.layers[0], self.s.nodes,
                                track=lambda work: track(work, "salience"))

@@ -16,7 +16,7 @@ from crate_mini import UserError, atomic_write
 
 SCHEMA = 1
 SPLITS = {"train": 0, "stop": 1, "test": 2}     # learn from, stop training by, judge on
-AGAIN = "make it again with `python interpret.py concepts CKPT`"
+AGAIN = "make it again with `python interpret.py concepts CKPT --from vectors`"
 
 
 @dataclass
