@@ -50,3 +50,12 @@ def test_relatives_of_a_model(feature):
     for j, one in enumerate(found):
         assert one["atoms"] == brute(cosine, j, 3) and one["together"] == brute(r, j, 3)
     assert found[5]["together"][0] == [6, 1.0] and found[4]["together"] == found[7]["together"] == []
+
+
+def test_two_constants_do_not_fire_together():
+    model = LM(preset("2L", vocab_size=64, block_size=8, n_embd=32))
+    acts = np.full((256, 64, 3), (1.7, 5.3, 0), np.float16)
+    acts[::2, :, 2] = 1
+    directions = torch.eye(3, model.config.n_code)
+    found = relatives.relatives(model, Site("L1", 1, 3), acts, np.arange(3), directions)
+    assert [one["together"] for one in found] == [[], [], []]

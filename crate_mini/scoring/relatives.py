@@ -35,7 +35,7 @@ def relatives(model, site, acts, neurons, direction=None):
     if direction is not None:
         written = written @ direction.detach().float().T
     x = acts.reshape(-1, acts.shape[-1]).astype(np.float32)
-    x -= x.mean(0)
+    x -= x.mean(0, dtype=np.float64)        # in float32 it is off by more than the constants below may vary
     x[:, np.abs(x).max(0, initial=0) < 1e-6] = 0                # a constant, but for rounding
     pairs = zip(alike(written.cpu().numpy(), neurons), alike(x, neurons))
     return [{"atoms": near, "together": same} for near, same in pairs]
