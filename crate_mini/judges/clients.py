@@ -20,6 +20,7 @@ import re
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from http.client import HTTPException
 
 from crate_mini import UserError
@@ -181,8 +182,9 @@ class Http:
                 with self.open(request, timeout=self.timeout) as reply:
                     return json.loads(reply.read())
             except urllib.error.HTTPError as e:
-                code, wait = e.code, retry_after(e.headers, wait)
-                said = e.read(300).decode("utf-8", "replace")
+                code, wait, said = e.code, retry_after(e.headers, wait), ""
+                with suppress(OSError, HTTPException):      # the connection may end before what it says does
+                    said = e.read(300).decode("utf-8", "replace")
             except (OSError, HTTPException) as e:
                 said = str(getattr(e, "reason", e)) or type(e).__name__
             said = " ".join((said.replace(key, "***") if key else said).split())

