@@ -87,9 +87,9 @@ class Problem:
             return torch.autograd.grad(out, self.inputs, self.seed) if backward else out
         return run
 
-    def cases(self, name):
+    def cases(self, name, mode=None):
         torch.compiler.reset()                  # or shapes of earlier rows fill its cache
-        compiled = torch.compile(self.plain, fullgraph=True, dynamic=False)
+        compiled = torch.compile(self.plain, fullgraph=True, dynamic=False, mode=mode)
         size = self.seed.element_size()
         for backward, label in ((False, "forward"), (True, "both")):
             products = self.forward + self.backward * backward
