@@ -99,6 +99,15 @@ def test_failures_are_kept_and_the_next_stage_runs(tmp_path, monkeypatch):
     assert found["build"]["runs"][0]["command"].startswith("python -c")
 
 
+@built
+def test_a_measuring_stage_is_a_process_of_its_own():
+    found, = (one := study_gpu.stage("code"))["runs"]
+    assert found["command"] == "python -m crate_mini.study_gpu --only code"
+    if found["code"]:
+        assert found["code"] == 2 and "cuobjdump and nvdisasm are not there" in found["tail"][-1]
+    assert bool(one["rows"]) == (found["code"] == 0 and fused._C.build_info()["cuda"])
+
+
 def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
     def rows(device):
         yield {"name": "one"}
