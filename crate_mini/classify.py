@@ -101,6 +101,19 @@ def fit(model, ids, lengths, label, split, s, log=print):
     return history
 
 
+def unseen(ids, split):
+    """(n,) rows of the test texts that read otherwise than all others that training saw, cut as they are.
+
+    News are printed again with another beginning or end. Raises UserError if there are none.
+    """
+    seen = {tuple(row) for row in ids[split != SPLITS["test"]].tolist()}
+    rows = torch.tensor([i for i in (split == SPLITS["test"]).nonzero()[:, 0].tolist()
+                         if tuple(ids[i].tolist()) not in seen], dtype=torch.int64)
+    if not len(rows):
+        raise UserError(f"at {ids.shape[1]} tokens all test texts read like others; raise --length.")
+    return rows
+
+
 def texts_of(facts):
     """The Labelled that a classifier's settings name; UserError if its texts are others now."""
     s = facts["settings"]
@@ -124,9 +137,11 @@ def run(s, log=print):
     label, split = torch.from_numpy(found.label), torch.from_numpy(found.split)
     model = Classifier(lm, len(found.classes), torch.Generator().manual_seed(s.seed)).to(device)
     cut = (lengths == s.length).float().mean()
-    log(f"texts     {len(label):,}, {cut:.0%} of them cut: {found.facts['texts']}")
+    rows = unseen(ids, split)
+    known = int((split == SPLITS["test"]).sum()) - len(rows)
+    log(f"texts     {len(label):,}, {cut:.0%} of them cut: {found.facts['texts']}"
+        + (f"\nnote      {known} test texts read like training texts and do not count" if known else ""))
     history = fit(model, ids, lengths, label, split, s, log)
-    rows = (split == SPLITS["test"]).nonzero()[:, 0]
     test = accuracy(logits(model, ids, lengths, rows), label[rows])
     facts = {"settings": {**asdict(s), "out": None}, "labelled": found.facts, "epochs": history, "test": test,
              "start": {"path": s.init, "sha256": meta.get("files", {}).get("weights", {}).get("sha256")},

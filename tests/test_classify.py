@@ -210,6 +210,21 @@ def test_the_task_is_read_from_the_command_line():
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "starts from a checkpoint" in done.stderr
 
 
+def test_test_texts_that_read_like_training_texts_do_not_count(trained, tmp_path):
+    """Ten texts end otherwise where nobody reads: as the classifier sees them they are training texts."""
+    rows = reviews(240)
+    s = replace(trained[0], epochs=1, length=12, out=str(tmp_path / "run"),
+                data=str(write(tmp_path / "a.jsonl", rows)))
+    found = labelled.load(s.data, s.texts, s.seed)
+    held = [t for t, p in zip(found.texts, found.split) if p == SPLITS["test"]]
+    known = next(t for t, p in zip(found.texts, found.split) if p == SPLITS["train"])
+    again = {t: f"{known} and so on, {i}" for i, t in enumerate(held[:10])}
+    write(tmp_path / "a.jsonl", [{**row, "text": again.get(row["text"], row["text"])} for row in rows])
+    assert classify.run(s, log=lambda line: None)["test"]["n"] == len(held) - 10
+    with pytest.raises(UserError, match="raise --length"):
+        classify.unseen(torch.ones(6, 4), torch.tensor([0, 0, 1, 1, 2, 2]))
+
+
 def test_a_place_that_cannot_be_written_is_told_before_the_work(trained, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(classify, "run", lambda s: pytest.fail("it worked before it looked"))
