@@ -361,6 +361,21 @@ def test_what_a_turn_does_is_judged_on_text_that_chose_nothing():
     assert judge.continuations(turn).tolist() == by_text[0].tolist() != by_text[1].tolist()
 
 
+def test_the_first_kind_names_the_continuations_of_all():
+    class Fake:
+        def continuations(self, turned):
+            assert turned.value == dose.CHOOSE * 0.5
+            return torch.tensor([turned.neuron])
+
+        def response(self, turned, tokens):
+            return {name: (turned.value, ids.tolist()) for name, ids in tokens.items()}
+
+    kinds = {"neuron": Intervention(0, 7), "random": Intervention(0, 9)}
+    rows = dose.responses(Fake(), kinds, 0.5, [1.0, 4.0], torch.tensor([3]))
+    assert [(r["kind"], r["effect"], r["own"], r["seen"]) for r in rows] == [
+        (kind, (v, [7]), (v, [j]), (v, [3])) for kind, j in (("neuron", 7), ("random", 9)) for v in (0.5, 2.0)]
+
+
 def test_features_of_two_autoencoders_are_two_though_they_share_a_number():
     kinds = "feature", "feature+error"
     rows = [{"layer": 0, "sae": name, "neuron": 5, "kind": kind, "dose": d, "kl": d / 10, "effect": v * d,
