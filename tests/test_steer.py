@@ -373,7 +373,7 @@ def test_the_first_kind_names_the_continuations_of_all():
     kinds = {"neuron": Intervention(0, 7), "random": Intervention(0, 9)}
     rows = dose.responses(Fake(), kinds, 0.5, [1.0, 4.0], torch.tensor([3]))
     assert [(r["kind"], r["effect"], r["own"], r["seen"]) for r in rows] == [
-        (kind, (v, [7]), (v, [j]), (v, [3])) for kind, j in (("neuron", 7), ("random", 9)) for v in (0.5, 2.0)]
+        (k, (v, [7]), (v, [j]), (v, [3])) for k, j in (("neuron", 7), ("random", 9)) for v in (0.5, 2.0)]
 
 
 def test_features_of_two_autoencoders_are_two_though_they_share_a_number():
