@@ -9,8 +9,8 @@
     steps      training steps of CRATE S and B on either backend, and of the GPT-2 twin; all compiled
     agree      100 training steps on the kernels and on PyTorch: how far apart their losses are
     sanitize   the tests small, under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
-    code       what nvcc made of each kernel: tensor-core, 16-byte and spilling instructions. Needs no GPU,
-               but cuobjdump and nvdisasm, of the CUDA toolkit
+    code       what nvcc made of each kernel: tensor-core, 16-byte and spilling instructions, to
+               results/sass.json. Needs no GPU, but cuobjdump and nvdisasm, of the CUDA toolkit
 
 Each stage is a process of its own with a time limit; results/CARD/COMMIT.json is written after each, failures
 included. Timings are medians, contestants in turns (see bench.py), random data, bfloat16.
@@ -228,9 +228,9 @@ def main():
     if args.only:
         return only(args.only, args.json)
     facts = machine.describe(machine.choose_device("auto"))
-    card = re.search(r"[A-Z]+\d\w*", facts["device"].upper()) if torch.cuda.is_available() else None
-    place = ROOT / "results" / (card[0].lower() if card else "nvcc")
-    path = Path(args.json or place / f"{facts['commit'].strip('+')}.json")
+    card = re.search(r"[A-Z]+\d\w*", facts["device"].upper())
+    place = f"{card[0].lower() if card else 'gpu'}/{facts['commit'].strip('+')}.json"
+    path = Path(args.json or ROOT / "results" / ("sass.json" if names == ["code"] else place))
     path.parent.mkdir(parents=True, exist_ok=True)
     return all_of(names, path, facts)
 
