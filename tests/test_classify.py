@@ -146,6 +146,22 @@ def test_it_learns_what_is_planted_and_says_how_well(trained):
     assert facts["labelled"]["classes"] == ["bad", "good"]
 
 
+def test_the_best_epoch_on_the_stop_split_stays(base, monkeypatch):
+    lm, kept, asked, scores = checkpoint.load(base)[0], [], [], iter([0.5, 0.9, 0.1])
+    found = classifier.Classifier(lm, 2, torch.Generator().manual_seed(0))
+    ids, lengths = classifier.encode(data.load_tokenizer(SPEC), [r["text"] for r in reviews(20)], 40, "start")
+    label, split = torch.arange(20) % 2, torch.arange(20) // 8
+
+    def accuracy(told, right):
+        asked.append(right)
+        return {"accuracy": next(scores)}
+    monkeypatch.setattr(classify, "accuracy", accuracy)
+    classify.fit(found, ids, lengths, label, split, classify.Settings(epochs=3, device="cpu"),
+                 log=lambda line: kept.append(found.head.weight.detach().clone()))
+    assert torch.equal(found.head.weight, kept[1]) and not torch.equal(kept[1], kept[2])
+    assert all(torch.equal(right, label[split == SPLITS["stop"]]) for right in asked)
+
+
 def test_its_file_is_the_classifier_and_a_checkpoint(trained):
     s, facts = trained
     place = f"{s.out}/last"

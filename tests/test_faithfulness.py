@@ -105,13 +105,14 @@ def test_the_salient_word_is_the_one_that_is_read():
     lm = model.LM(model.preset("1L", n_embd=8, n_head=2, block_size=16, vocab_size=300))
     found = Classifier(lm, 2).eval().requires_grad_(False)
     found.onward = lambda z, layer, lengths: (torch.stack([z[..., 0].sum(1), -z[..., 0].sum(1)], 1), None)
-    text = states.read(data.load_tokenizer("bytes"), ["a b c", "  "], 10, "start")
+    text = states.read(data.load_tokenizer("bytes"), ["a b c", "  ", "b e b d"], 10, "start")
     with torch.no_grad():
         lm.tokens.weight.zero_()
         lm.positions.weight.zero_()
-        lm.tokens.weight[ord("b"), 0] = 2.0
-    got = salience.salience(found, text, np.arange(2), 0)
-    assert got.position.tolist() == [1, -1] and got.predicted[0] == 0
+        lm.tokens.weight[ord("b"), 0], lm.tokens.weight[ord("d"), 0] = 2.0, -3.0
+    got = salience.salience(found, text, np.arange(3), 0)
+    assert got.position.tolist() == [1, -1, 3]      # what speaks against the class counts by its size too
+    assert got.predicted[0] == 0
     assert got.difference[0] == pytest.approx(2.0) and got.facts(16)["gap_max"] < 1e-5
 
 
@@ -302,6 +303,9 @@ def test_the_proxy_reads_a_concept_that_tells_and_not_one_that_does_not():
     said = v.label.copy()
     told = members.proxy(codes, v, text, found, said)
     assert told["agreement"]["own"] == 1.0 and told["agreement"]["another"] < 0.7 and told["empty"] == 0
+    test = v.split == SPLITS["test"]                # what test texts say teaches the proxy nothing
+    lies = [[v.vocabulary[1 - i]] * 9 if t else words for words, t, i in zip(text.words, test, v.word)]
+    assert members.proxy(codes, v, SimpleNamespace(words=lies), found, said) == told
     blind = Codes("blind", 0, np.zeros(len(v.word), int), codes.centroids)
     assert members.proxy(blind, v, text, found, said)["agreement"]["own"] < 0.7
     assert members.members(codes, v)[0][0][0] == "bad" and members.class_mix(codes, v)[0, 1] == 0
