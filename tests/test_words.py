@@ -142,7 +142,7 @@ def test_neurons_are_drawn_by_the_seed(run, ckpt):
 
 
 @pytest.mark.parametrize("words, said", [
-    (("--protocols", "uniform"), "openai_tar"), (("--n", "-1"), "0 (all)"),
+    (("--protocols", "uniform"), "openai_tar"), (("--n", "-1"), "0 (all)"), (("--seed", "-1"), "a seed of 0"),
     (("--simulator", ""), "--simulator"), (("--budget", "x"), "budget")])
 def test_bad_settings(run, words, said):
     assert said in run(*words, code=2)[0]
@@ -150,6 +150,16 @@ def test_bad_settings(run, words, said):
 
 def test_neurons_must_have_run(run, tmp_path):
     assert "record" in run("--out", str(tmp_path), code=2)[0]
+
+
+def test_scores_of_another_record_are_refused(run, ckpt, tmp_path):
+    """The tables' numbers would be of other excerpts than the language model's beside them."""
+    for path in (ckpt.parent / "interpret").glob("*.json*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    found = json.loads((tmp_path / "summary.json").read_text())
+    found["record"]["stamp"] = "0"
+    (tmp_path / "summary.json").write_text(json.dumps(found))
+    assert "of another record than is there now" in run("--out", str(tmp_path), code=2)[0]
 
 
 def test_too_many_failures(run, ckpt):

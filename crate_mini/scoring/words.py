@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crate_mini import UserError, activations, atomic_write, checkpoint, data, evidence, machine, score
+from crate_mini import UserError, activations, atomic_write, checkpoint, cli, data, evidence, machine, score
 from crate_mini.judges import llm
 from crate_mini.scoring import excerpts, summary
 
@@ -42,14 +42,17 @@ def run(s, ckpt, folder, log=print):
     llm.check(s)
     names = [name.strip() for name in s.protocols.split(",")]
     unknown = [name for name in names if name not in score.PROTOCOLS]
-    if unknown or s.n < 0:
-        raise UserError(f"--protocols {s.protocols!r} and --n {s.n}: choose some of "
-                        f"{', '.join(score.PROTOCOLS)}, and 0 (all) or more neurons.")
+    if unknown or s.n < 0 or s.seed < 0:
+        raise UserError(f"--protocols {s.protocols!r}, --n {s.n}, --seed {s.seed}: choose some of "
+                        f"{', '.join(score.PROTOCOLS)}, 0 (all) or more neurons, a seed of 0 or more.")
     record, meta = activations.load(folder), checkpoint.load(ckpt)[1]
     if record.header["checkpoint"]["sha256"] != meta["sha256"]:
         raise UserError(f"the record in {folder} is of another checkpoint than {ckpt}; run `neurons` again.")
     tokenizer = data.load_tokenizer(meta["tokenizer"]["spec"])
     rows = drawn(score.read_rows(folder / "scores.jsonl"), s.n, s.seed)
+    if cli.read_json(folder / "summary.json")["record"] != record.header:   # their tables stand beside ours
+        raise UserError(f"the scores in {folder} are of another record than is there now; make them again "
+                        f"with `python interpret.py neurons {ckpt} --from select`.")
     names = [name for name in names if name != "openai_random" or "openai_tar" not in names]
     selected = {f"{row['site']} {row['neuron']}": {name: excerpts.select(
         record, row["site"], name, row["neuron"], record.header["seed"]) for name in names}
