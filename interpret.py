@@ -198,6 +198,9 @@ def neurons(s, ckpt):
         chosen = [Site(f"L{sae.layer}.sae-{sae.name}", sae.layer, len(sae.W), sae.encode, path)
                   for path, sae, _ in found]
         directions = {site.name: sae.W for site, (_, sae, _) in zip(chosen, found)}
+        if len(directions) < len(chosen):
+            raise UserError(f"--sae {s.sae}: two of these are of one layer and one name and would be mixed "
+                            "up; score them one after the other, each with an --out of its own.")
     parts = ["sae"] * bool(s.sae) + [f"density-{s.match_density:g}"] * bool(s.match_density)
     place = evidence.folder(ckpt, s.out).joinpath(*parts)
     r = Run(model, meta, tokenizer, corpus, place, chosen, str(ckpt),

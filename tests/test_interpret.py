@@ -75,6 +75,8 @@ def test_neurons_then_features_then_pages(desk, call):
     code, told, err = call("neurons {}/best --sae {}/interpret/sae-L0-x2-k4.pt --n 5 --tokens 9000")
     assert not code and (out / "sae" / "index.html").exists(), err
     assert {row["site"] for row in score.read_rows(out / "sae" / "scores.jsonl")} == {"L0.sae-x2-k4"}
+    code, told, err = call("neurons {}/best --sae {0},{0}".replace("{0}", "{}/interpret/sae-L0-x2-k4.pt"))
+    assert code == 2 and "of one layer and one name" in err
     code, told, err = call("neurons {}/best --match-density 0.05 --layers 0 --n 5 --tokens 9000")
     assert not code and max(row["density"] for row in score.read_rows(
         out / "density-0.05" / "scores.jsonl")) < 0.1, err
