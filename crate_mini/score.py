@@ -20,7 +20,9 @@ import numpy as np
 from crate_mini import UserError, atomic_write
 from crate_mini.scoring import metrics
 
-PROTOCOLS = ("openai_tar", "openai_random", "anthropic_crate", "anthropic_2023")
+EXCERPTS = {"openai_tar": 10, "openai_random": 5, "anthropic_crate": 47, "anthropic_2023": 60}   # to score on
+PROTOCOLS = tuple(EXCERPTS)
+FEWER = "excerpts of the protocol's"     # in the reason beside a number that was made from fewer than these
 MISSING = 0.2                    # share of excerpts without an answer above which the neuron counts as failed
 COLUMNS = 64                     # neurons at a time: what bounds the memory of float64
 DEAD = "dead: never above 0 on the recorded tokens"

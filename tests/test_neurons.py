@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from crate_mini import UserError, activations, data, explain
-from crate_mini.scoring import metrics, neurons, puzzles, results, selftest
+from crate_mini.scoring import metrics, neurons, puzzles, results, selftest, summary
 
 J = puzzles.NEURON
 
@@ -58,11 +58,29 @@ def test_scores_of_planted_neurons(done):
 def test_counts_in_the_summary_add_up(done):
     found = json.loads((done.folder / "summary.json").read_text())
     for name, n in found["sites"]["L0"]["n"].items():
-        if name != "few_windows":
+        if not name.startswith("few_"):
             assert n["total"] == sum(n[k] for k in ("live", "dead", "undefined", "failed"))
             assert n["total"] == len(puzzles.READINGS)
     assert set(found["what_the_simulator_saw"]) == set(explain.SAW) - {"init"}
     assert found["record"] == json.loads((done.folder / "record.json").read_text())
+
+
+def test_fewer_excerpts_than_the_protocol_asks_for_are_told(done):
+    """Seven documents have seven top windows: too few for the ten that CRATE-LM's code scores on."""
+    site, selected = done.sites[0], done.read("select", done.sites[0])
+    sims, j = done.read("simulate", site), J["noise"]
+    found = results.protocol_scores(done, sims, selected, j)
+    assert not any(why for _, why in found.values())
+    selected.anthropic_crate_score_origin[j, 40:] = ""
+    found = results.protocol_scores(done, sims, selected, j)
+    value, why = found.pop("anthropic_crate[ngram]")
+    assert value is not None and why == "40 excerpts of the protocol's 47"
+    assert not any(why for _, why in found.values())
+    rows = lines(done, "scores.jsonl")
+    rows[j]["why"]["anthropic_crate[ngram]"] = why
+    told = summary.summarise(rows, {}, 1)
+    assert told["sites"]["L0"]["n"]["few_excerpts"]["anthropic_crate[ngram]"] >= 1
+    assert "anthropic_crate[ngram]: " in summary.table(told) and "fewer excerpts" in summary.table(told)
 
 
 def test_simulated_values_are_those_of_the_tables(done):
@@ -149,6 +167,23 @@ def test_a_stage_refuses_what_is_not_of_this_record(done, tmp_path):
     neurons.run(fewer, "select", until="explain")
     with pytest.raises(UserError, match="of other neurons"):
         planted(done.folder.parent, folder=tmp_path / "out", n=6, seed=1).explained(fewer.sites[0])
+    other = planted(done.folder.parent, folder=tmp_path / "out", n=5, seed=1, tokens=20_000)
+    neurons.run(other, until="select")      # its labels may know the documents that score now
+    with pytest.raises(UserError, match="of another record than is there now.*--from explain"):
+        neurons.run(other, "simulate")
+
+
+@pytest.mark.parametrize("name, spoil, said", [
+    ("select-L0.npz", lambda raw: raw[:-99], "--from select"),
+    ("explain-L0.jsonl", lambda raw: b"[]\n", "--from explain"),
+    ("select-L0.npz", lambda raw: raw[:2000] + bytes(2000) + raw[4000:], "--from select")])
+def test_a_damaged_file_is_one_sentence(done, name, spoil, said):
+    path = done.folder / name
+    raw = path.read_bytes()
+    path.write_bytes(spoil(raw))
+    with pytest.raises(UserError, match=f"{name} .* make it with {said}"):
+        neurons.run(planted(done.folder.parent, trie=99), "simulate")
+    path.write_bytes(raw)
 
 
 def test_a_stop_says_where_to_go_on_and_keeps_what_is_finished(done, monkeypatch):
@@ -226,6 +261,12 @@ def test_untrained_control_is_scored_by_its_own_tables(done, tmp_path, monkeypat
     neurons.run(r, until="score")
     for row in lines(r, "scores.jsonl"):      # here the "untrained" model is the model itself
         assert row["scores"]["uniform"]["init_r"] == row["scores"]["uniform"]["ngram_r"]
+    neurons.run(planted(done.folder.parent, folder=tmp_path / "out", tokens=20_000), until="explain")
+    stale = planted(done.folder.parent, folder=tmp_path / "out", controls=("init",), tokens=20_000)
+    with pytest.raises(UserError, match="init is of another text, seed or model"):
+        neurons.run(stale, "simulate")
+    with pytest.raises(UserError, match="scores in .* are of another record than is there now"):
+        neurons.run(stale, "report")
 
 
 def test_selftest_expectations(tmp_path):

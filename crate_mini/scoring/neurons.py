@@ -14,6 +14,8 @@ What the stages share is a `Run`; they are in stages.py and results.py.
 
 import json
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +89,17 @@ class Run:
     def record(self, found):
         self._record = found
 
+    @property
+    def init(self):
+        """The record of the untrained model; UserError if it is not of this text and architecture."""
+        found = activations.load(self.folder / "init")
+        theirs, ours = ([h["seed"], h["corpus"], h["tokens"], h["checkpoint"]["config"]]
+                        for h in (found.header, self.record.header))
+        if theirs != ours:
+            raise UserError(f"the record in {self.folder / 'init'} is of another text, seed or model than "
+                            "that beside it; make both with --from record.")
+        return found
+
     def each_site(self):
         """The sites one after the other; what was read of a site's record is dropped after its turn."""
         for site in self.sites:
@@ -124,7 +137,7 @@ class Run:
         try:
             with np.load(path) as file:
                 arrays = dict(file)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"Cannot read {path} ({error}); make it with --from {stage}.") from None
         if str(arrays.pop("stamp", "")) != self.record.header["stamp"]:
             raise UserError(f"{path} is of another record than is there now; make it with --from {stage}.")
@@ -142,14 +155,18 @@ class Run:
         return SimpleNamespace(**{name: value[:n] for name, value in found.items()})
 
     def explained(self, site):
-        """The lines that `explain` has written; UserError if they are not of the neurons that are scored."""
+        """The lines that `explain` has written; UserError if they are not of the neurons that are scored, or
+        not of this record: their labels may have been made from the documents that now score."""
         path = self.file("explain", site, "jsonl")
         try:
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            if [line["neuron"] for line in lines] == self.neurons(site).tolist():
+            if {line["record"] for line in lines} != {self.record.header["stamp"]}:
+                reason = "it is of another record than is there now"
+            elif [line["neuron"] for line in lines] == self.neurons(site).tolist():
                 return lines
-            reason = "it is of other neurons"
-        except (OSError, ValueError, KeyError) as error:
+            else:
+                reason = "it is of other neurons"
+        except (OSError, ValueError, KeyError, TypeError) as error:
             reason = error
         raise UserError(f"Cannot use {path} ({reason}); make it with --from explain.")
 

@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 
-from crate_mini import activations, atomic_write, explain, score
+from crate_mini import UserError, atomic_write, explain, score
 from crate_mini.scoring import metrics, summary
 from crate_mini.scoring.relatives import relatives
 from crate_mini.views import figures, human, pages
@@ -37,20 +37,28 @@ def uniform_scores(r, site, sims, neurons):
         other = partners(len(neurons), own["max"][neurons] > 0, r.rng(site, "null"))
         found["null_r"] = score.uniform(true, sims.uniform_ngram[..., other])["r"]
     if hasattr(sims, "uniform_init"):
-        init = activations.load(r.folder / "init").site(site.name)["uniform_score_acts"][..., neurons]
+        init = r.init.site(site.name)["uniform_score_acts"][..., neurons]
         found["init_r"] = score.uniform(init, sims.uniform_init)["r"]
     return found | {"f1": main["f1"], "auprc": main["auprc"]}, main["ci95"]
 
 
 def protocol_scores(r, sims, selected, i):
-    """{"PROTOCOL[simulator]": (number, reason)} of the scored neuron number i."""
+    """{"PROTOCOL[simulator]": (number, reason)} of the scored neuron number i.
+
+    A reason beside a number says that there were too few documents or firings for all of the excerpts.
+    """
     found = {}
     for source, name, simulator in (
             *(("openai_tar", name, sim) for sim in ("ngram", "five excerpts")
               for name in ("openai_tar", "openai_random")),
             *((name, name, "ngram") for name in ("anthropic_crate", "anthropic_2023"))):
         array = getattr(sims, f"{source}_{simulator.split()[0]}")[i]
-        found[f"{name}[{simulator}]"] = score.protocol(name, r.chosen(selected, source, "score", i), array)
+        excerpts = r.chosen(selected, source, "score", i)
+        value, why = score.protocol(name, excerpts, array)
+        n = excerpts.origin.tolist().count("random") if name == "openai_random" else len(excerpts.origin)
+        if n < score.EXCERPTS[name]:
+            why = why or f"{n} {score.FEWER} {score.EXCERPTS[name]}"
+        found[f"{name}[{simulator}]"] = value, why
     return found
 
 
@@ -142,15 +150,19 @@ def report(r):
 def draw(folder, token, seed=0, most=2048, humans=30):
     """Write index.html, human.html if there are neurons to ask people about, scores.png and density.png.
 
-    Their paths. Arguments as those of pages.index and human.page, whose errors it raises.
+    Their paths. Arguments as those of pages.index and human.page, whose errors it raises; a UserError too
+    when the scores are not of the record beside them, whose seed and text the page would tell.
     """
+    record, found, neurons = pages.read(folder)
+    if found.get("record", record).get("stamp") != record.get("stamp"):
+        raise UserError(f"the scores in {folder} are of another record than is there now; make them again "
+                        "with `python interpret.py neurons CKPT --from select`.")
     made = {"index.html": pages.index(folder, token, seed, most),
             "human.html": human.page(folder, token, seed, humans)}
     files = [folder / name for name, content in made.items() if content]
     for path in files:
         with atomic_write(path) as file:
             file.write(made[path.name])
-    record, found, neurons = pages.read(folder)
     name = pages.checkpoint_name(record)
     return [*files, figures.scores_by_layer({name: found}, folder / "scores.png"),
             figures.score_against_density({name: neurons}, folder / "density.png")]

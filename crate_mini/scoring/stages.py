@@ -93,7 +93,7 @@ def explain_all(r):
         tried = r.rng(site, "trie").choice(len(js), min(r.trie, len(js)), replace=False)
         with atomic_write(r.file("explain", site, "jsonl")) as file:
             for i, (j, label, effect, more) in enumerate(zip(js.tolist(), found, effects, far)):
-                line = {"site": site.name, "neuron": j, "label": label}
+                line = {"site": site.name, "neuron": j, "record": r.record.header["stamp"], "label": label}
                 if own["max"][j] > 0:
                     label["raised"] = [id for id, _ in effect["raised"][:RAISED]]
                     line["effect"] = effect | {"far": more}
@@ -115,7 +115,7 @@ def trie(r, site, j, windows=10):
 def simulate(r):
     """What each simulator expects: uniform_<name> (W, 64, n) for n neurons, <protocol>_<name> (n, m, w)."""
     for site in r.each_site():
-        init = activations.load(r.folder / "init") if r.has_init else None
+        init = r.init if r.has_init else None
         js, lines, chosen = r.neurons(site), r.explained(site), r.read("select", site)
         windows, parts = r.record.shared["uniform_score"], []
         for some in blocks(js):

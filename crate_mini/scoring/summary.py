@@ -5,10 +5,11 @@ For every metric n = live + dead + undefined + failed, and a mean is over the li
 """
 
 import itertools
+from collections import Counter
 
 import numpy as np
 
-from crate_mini.score import PROTOCOLS, flat, kind
+from crate_mini.score import FEWER, PROTOCOLS, flat, kind
 from crate_mini.scoring import metrics
 
 STATUS = ("live", "dead", "undefined", "failed")
@@ -72,6 +73,7 @@ def summarise(rows, saw, layers, seed=0, windows=None):
 
     saw: {simulator: the sentence that says what it saw}; layers: of the whole model; windows: how many
     uniform windows there are, to count the neurons ("few_windows") for which they are fewer than wanted.
+    "few_excerpts": by metric, how many neurons had fewer than its protocol asks for.
     """
     sites = {}
     for name, group in by_site(rows).items():
@@ -81,6 +83,8 @@ def summarise(rows, saw, layers, seed=0, windows=None):
         if windows is not None:
             n["few_windows"] = sum(windows < WINDOWS["sparse" if r["density"] < 0.01 else "dense"]
                                    for r in group)
+        few = {metric: sum(FEWER in r["why"].get(metric, "") for r in group) for metric in found}
+        n["few_excerpts"] = {metric: count for metric, count in few.items() if count}
         sites[name] = {"n": n, "density": density(group),
                        **{metric: statistics(values, seed) for metric, values in found.items()}}
     return {"seed": seed, "what_the_simulator_saw": saw, "sites": sites,
@@ -152,6 +156,11 @@ def table(found, seeds=1):
     blocks += ["n = live + dead + undefined + failed; mean over the live [95 % interval, neurons redrawn]" + (
         f"\n{few} neurons have fewer uniform windows than the {WINDOWS['dense']} wanted, or "
         f"{WINDOWS['sparse']} below 1 % density" if few else "")]
+    short = Counter()
+    for _, site in sites:
+        short.update(site["n"].get("few_excerpts", {}))
+    blocks += ["\n".join(f"{metric}: {count} neurons have fewer excerpts than it asks for (few documents, or "
+                         "they seldom fire)" for metric, count in short.items())] * bool(short)
     blocks += [all_layers(name, of) for name, of in found["overall"].items()]
     blocks += ["paper: averaged as the paper does, without the last layer at 6 and 12 layers; variance of\n"
                f"the layers' means. {'One training seed.' if seeds == 1 else f'{seeds} training seeds.'}"]
