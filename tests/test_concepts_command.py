@@ -96,6 +96,16 @@ def test_a_damaged_file_is_made_again_and_told_facts_are_those_of_the_run(run, f
     assert found["salience"]["nodes"] == s.nodes == 4
 
 
+def test_texts_that_training_read_are_not_looked_at(run):
+    s, ckpt = run
+    job = stages.Concepts(replace(s, tests=0), ckpt)
+    held, trained = (np.flatnonzero(job.labelled.split == i) for i in (2, 0))
+    job.text.ids[held[1]] = job.text.ids[trained[0]]
+    assert job.tests.tolist() == np.delete(held, 1).tolist()
+    few = stages.Concepts(replace(s, tests=3), ckpt)
+    assert few.tests.tolist() == held[:3].tolist()
+
+
 def test_controls_of_another_mask_are_other_controls(run, monkeypatch):
     s, ckpt = run
     made = []

@@ -99,6 +99,12 @@ class Concepts:
     def labelled(self):
         return classify.texts_of(self.facts)
 
+    @cached_property
+    def tests(self):
+        """Rows of the test texts that are looked at: the first --tests of those that training never read."""
+        rows = classify.unseen(self.text.ids, torch.from_numpy(self.labelled.split))
+        return rows.numpy()[:self.s.tests or None]
+
     def vectors(self, again):
         stamp = self.stamp("vectors", None, "least", "most", "tests", layers=self.layers,
                            weights=self.meta["sha256"])
@@ -106,7 +112,7 @@ class Concepts:
         self.v = None if again or not path.exists() else Vectors.load(path)
         if self.v is None or self.v.facts.get("made") != stamp:
             self.v = states.vectors(self.model, self.text, self.labelled, self.layers, self.s.least,
-                                    self.s.most, self.s.tests, {"made": stamp})
+                                    self.s.most, self.tests, {"made": stamp})
             self.v.save(path)
         n = {split: int(self.v.rows(split).sum()) for split in SPLITS}
         self.k = self.s.k or min(400, max(8, n["train"] // 200))
@@ -147,13 +153,12 @@ class Concepts:
             self.v, settings, self.seeds[0], device=device) if self.s.controls else "not run"})
 
     def salience(self, again):
-        tests = np.flatnonzero(self.labelled.split == SPLITS["test"])[:self.s.tests or None]
         stamp, path = self.stamp("salience", "vectors", "nodes", "tests"), self.out / "salience.npz"
         found = {}
         with suppress(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):   # damaged: made again
             found = {} if again else dict(np.load(path))
         if str(found.pop("made", "")) != stamp:
-            kept = ig.salience(self.model, self.text, tests, self.layers[0], self.s.nodes,
+            kept = ig.salience(self.model, self.text, self.tests, self.layers[0], self.s.nodes,
                                track=lambda work: track(work, "salience"))
             found = vars(kept)
             with atomic_write(path) as file:

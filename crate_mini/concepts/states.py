@@ -36,7 +36,7 @@ class Text:
 
 
 def read(tokenizer, texts, length, cut):
-    """The Text of `texts`; its ids are those of classifier.encode."""
+    """The Text of `texts`; its ids are those of classifier.encode, its words what these hold, in part too."""
     @cache
     def encoded(piece):
         return tokenizer.encode(piece)
@@ -49,26 +49,28 @@ def read(tokenizer, texts, length, cut):
             ids += new
             number += [len(own) if word else -1] * len(new)
             own += [word] if word else []
-        words.append(own)
+        number = kept(number, length, cut)
+        there = {n: i for i, n in enumerate(dict.fromkeys(n for n in number if n >= 0))}
+        words.append([own[n] for n in there])
         rows.append([tokenizer.eot, *kept(ids, length, cut), tokenizer.eot])
-        numbers.append([-1, *kept(number, length, cut), -1])
+        numbers.append([-1, *(there.get(n, -1) for n in number), -1])
     return Text(*pad(rows, tokenizer.eot), words, pad(numbers, -1)[0].numpy())
 
 
-def vectors(model, text, found, layers, least=5, most=20, tests=0, facts=None):
+def vectors(model, text, found, layers, least=5, most=20, tests=None, facts=None):
     """Vectors of the words of a Text in two `layers` of a Classifier; found: the Labelled it was read from.
 
     Of training and stop texts, words that the training texts have `least` times or more, the first `most`
-    times that each of the two splits has them; of the first `tests` test texts (0: all) every word (as in the
-    code of CLVQ-VAE and LACOAT).
+    times that each of the two splits has them; of the test texts `tests` (their rows; None: all) every word
+    (as in the code of CLVQ-VAE and LACOAT).
     Raises UserError for layers that are not there, and when no word is that frequent.
     """
     lower, upper = layers
     if not 0 <= lower <= upper <= len(model.lm.blocks):
         raise UserError(f"layers {lower},{upper} are not there; give two of 0 to {len(model.lm.blocks)}, the "
                         "first not above the second, such as --layers 1,3.")
-    tested = np.cumsum(found.split == SPLITS["test"])                  # in the order of the texts
-    wanted = (found.split != SPLITS["test"]) | (tested <= (tests or len(tested)))
+    wanted = found.split != SPLITS["test"]
+    wanted[found.split == SPLITS["test"] if tests is None else tests] = True
     rows = [(s, *pair) for s in np.flatnonzero(wanted) for pair in zip(*text.ends(s))]
     of = np.array(rows, np.int64).reshape(-1, 3)                        # sentence, token, word's number
     spelled = [text.words[s][n] for s, _, n in rows]
