@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from crate_mini import UserError, __version__, atomic_write, cli
-from crate_mini.foreign import import_foreign, is_foreign
+from crate_mini.foreign import fingerprint, import_foreign, is_foreign
 from crate_mini.model import LM, Config, to_dict
 
 FORMAT = 1
@@ -65,7 +65,7 @@ def load(path, device="cpu"):
     path = Path(path)
     if is_foreign(path):  # the tokenizer of all published CRATE-LM and GPT-2 models is GPT-2's
         model = import_foreign(path)
-        meta = {"config": to_dict(model.config), "training": {},
+        meta = {"config": to_dict(model.config), "training": {}, "sha256": fingerprint(model),
                 "tokenizer": {"spec": "gpt2", "hash": GPT2_TOKENIZER}}
         return model.to(device), meta
     meta, weights = _read(path, "weights")

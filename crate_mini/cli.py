@@ -142,7 +142,7 @@ def run(main):
     except UserError as e:
         message = str(e)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command starts again, finished parts are kept.", file=sys.stderr)
+        print("\ninterrupted; the same command starts again.", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         hush()

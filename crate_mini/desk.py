@@ -94,8 +94,8 @@ class Desk:
 
     def chosen(self, words, layer):
         """[(layer, neuron)] of --neuron and --layer."""
-        if words.startswith("label:"):
-            return [self.by_label(words.removeprefix("label:").strip(" \"'"), layer)]
+        if words.startswith("label:") and (text := words.removeprefix("label:").strip(" \"'")):
+            return [self.by_label(text, layer)]
         if not re.fullmatch(r" *-?\d{1,9} *(, *-?\d{1,9} *)*", words):
             raise UserError(f"--neuron {words!r} names no neuron; give a number like 40, several like 12,40, "
                             "or label:\"comma\".")

@@ -9,6 +9,7 @@ Files: what torch.save wrote, .safetensors, or a Hugging Face folder: config.jso
 file of its own beside checkpoint.py because this one changes when others change their formats.
 """
 
+import hashlib
 import json
 import math
 import pickle
@@ -72,6 +73,14 @@ def import_foreign(source, **changes):
         raise UserError(f"{where} has {next(iter(theirs))!r}, for which a {layout} model has no place.")
     model.load_state_dict(ours, assign=True)
     return model.eval()
+
+
+def fingerprint(model):
+    """sha256 of a model's shape and weights, wherever they came from."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, w in sorted(model.state_dict().items()):
+        digest.update(name.encode() + w.cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def export_foreign(model):

@@ -7,7 +7,6 @@ largest pre-activations (TopK, Gao et al. 2024). Training and evaluation: sae_fi
 they were neurons, give `encode` the codes.
 """
 
-import hashlib
 import json
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from crate_mini import UserError, atomic_write, checkpoint, cli
+from crate_mini.foreign import fingerprint
 
 
 class SAE(nn.Module):
@@ -102,14 +102,6 @@ def splice(model, layer, sae, error=False, edit=None):
         return x + (y - sae.decode(f)) if error else y
 
     return replaced(model, layer, function)
-
-
-def fingerprint(model):
-    """sha256 of a model's shape and weights, wherever they came from: what an SAE belongs to."""
-    digest = hashlib.sha256(repr(model.config).encode())
-    for name, w in sorted(model.state_dict().items()):
-        digest.update(name.encode() + w.cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def save(folder, sae, model, facts):

@@ -141,6 +141,12 @@ def test_a_training_checkpoint_with_its_arguments(tmp_path, prefix):
     lm, meta = checkpoint.load(tmp_path / "ckpt.pt")
     assert meta["tokenizer"]["spec"] == "gpt2" and meta["config"]["n_head"] == HEADS and not lm.training
     torch.testing.assert_close(lm.double()(IDS), forward(sd, "crate"), rtol=1e-9, atol=1e-9)
+    named = meta["sha256"]              # what results belong to: other weights, another name
+    torch.save({"model": sd, "model_args": args}, tmp_path / "ckpt.pt")
+    assert checkpoint.load(tmp_path / "ckpt.pt")[1]["sha256"] == named
+    next(iter(sd.values())).view(-1)[0] += 1
+    torch.save({"model": sd, "model_args": args}, tmp_path / "ckpt.pt")
+    assert checkpoint.load(tmp_path / "ckpt.pt")[1]["sha256"] != named
 
 
 def safetensors(sd):

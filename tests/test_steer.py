@@ -151,6 +151,7 @@ def test_labels_are_shown_found_and_trusted_only_for_this_checkpoint(run, text, 
     assert "label     token: “s” 70 %, “z” 10 %" in told and "2 neurons with 'S'" in told and "0:5" in told
     assert "neuron 11 of" in run("--neuron", "label:suffix", "--prompt", "code", "--tokens", "2", ckpt=ckpt)
     assert "no label of" in run("--neuron", "label:comma", "--prompt", "code", ckpt=ckpt, code=2)
+    assert "names no neuron" in run("--neuron", "label: \"\"", "--prompt", "code", ckpt=ckpt, code=2)
     assert "no label of" in run("--neuron", "label:s", "--layer", "1", "--prompt", "code", ckpt=ckpt, code=2)
     other = ("--data", str(text))                                   # text given is text used
     assert "held-out tokens" in run("--layer", "0", "--neuron", "9", "--prompt", "a", *other, ckpt=ckpt)
