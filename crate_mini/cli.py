@@ -110,17 +110,24 @@ def flags(settings):
     return words
 
 
-def read_json(path, known=None):
-    """A JSON object from a file; raises UserError for a bad file or a name that is not among the known."""
+def as_flags(message, names):
+    """A message about name=value, told as --name value to who typed it so."""
+    return re.sub(rf"\b({'|'.join(names)})=", lambda m: f"--{m[1].replace('_', '-')} ", message)
+
+
+def read_json(path, known=None, expected="a file that crate_mini has written"):
+    """A JSON object from a file; raises UserError for a bad file or a name that is not among the known.
+
+    expected: what such a file is, for that sentence.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
     except (OSError, ValueError, RecursionError) as e:
         reason = getattr(e, "strerror", None) or e
-        raise UserError(f"{path} cannot be read as JSON: {reason}; settings look like "
-                        '{"lr": 0.001}.') from e
+        raise UserError(f"{path} cannot be read as JSON: {reason}; expected {expected}.") from e
     if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object; settings look like {{\"lr\": 0.001}}.")
+        raise UserError(f"{path} holds no JSON object; expected {expected}.")
     for name in found:
         if known is not None and name not in known:
             raise UserError(f"{path} names {name!r}, which is no setting{nearest(name, known)}.")

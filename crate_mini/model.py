@@ -65,7 +65,8 @@ class Config:
                 raise UserError(f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(allowed)}.")
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "expansion", "ista_steps"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1 ({getattr(Config, name)}).")
+                like = getattr(Config, name)
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1; try {like}.")
         for name in ("lam", "l1", "query_rank"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} must be finite and not negative.")
@@ -93,9 +94,9 @@ KINDS = {
 
 def preset(size="3L", kind="crate", **changes):
     """Config of a named size (1L 2L 3L S B) and kind (crate, gpt2, crate+), with single fields changed."""
-    for value, table, flag in ((size, SIZES, "preset"), (kind, KINDS, "model")):
+    for value, table, name in ((size, SIZES, "preset"), (kind, KINDS, "model")):
         if value not in table:
-            raise UserError(f"{flag} {value!r} is unknown; choose one of {', '.join(table)}.")
+            raise UserError(f"{name}={value!r} is unknown; choose one of {', '.join(table)}.")
     return Config(**{**SIZES[size], **KINDS[kind], **changes})
 
 

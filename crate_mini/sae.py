@@ -124,7 +124,7 @@ def load(path, model):
     Raises UserError when a file is missing or damaged, or when the SAE was trained on other weights.
     """
     path = Path(str(path).removesuffix(".pt").removesuffix(".json") + ".json")
-    facts = cli.read_json(path)
+    facts = cli.read_json(path, expected="what `python interpret.py sae CKPT` writes")
     try:
         sae = SAE(facts["h"], facts["width"], facts["layer"], facts["k"], facts["l1"])
         sae.load_state_dict(checkpoint.read_tensors(path.with_suffix(".pt"), facts["sha256"]))

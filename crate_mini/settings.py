@@ -91,7 +91,11 @@ class Settings:
 def new_config(s, ids, changes=()):
     """Config of a new model, for a tokenizer of so many ids: --model and --preset, single fields changed."""
     size = {"vocab_size": -(-ids // 64) * 64, "block_size": 256 if s.preset.endswith("L") else 1024}
-    return preset(s.preset, s.model, **{**size, **dict(changes)})
+    try:
+        return preset(s.preset, s.model, **{**size, **dict(changes)})
+    except UserError as error:
+        names = {"preset", "model", *(f.name for f in fields(Config))}
+        raise UserError(cli.as_flags(str(error), names)) from None
 
 
 def idle(config):
@@ -132,7 +136,8 @@ def parse(argv=None):
     flags = vars(parser.parse_args(argv))
     config_file, resumed = flags.pop("config"), flags.pop("resume")
     training, shape = {f.name for f in fields(Settings)}, {f.name for f in fields(Config)}
-    given = {**(cli.read_json(config_file, sorted(training | shape)) if config_file else {}), **flags}
+    given = {**(cli.read_json(config_file, sorted(training | shape), 'settings like {"lr": 0.001}')
+                if config_file else {}), **flags}
     changes = {name: value for name, value in given.items() if name in shape}
     given = {name: value for name, value in given.items() if name in training}
     if "" in (config_file, resumed):

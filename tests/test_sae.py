@@ -431,8 +431,8 @@ def test_saved_and_loaded_are_the_same_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("harm, words", [
     (lambda p: p.with_suffix(".pt").unlink(), "No such file"),
     (lambda p: p.with_suffix(".pt").write_bytes(b"x"), "damaged"),
-    (lambda p: p.unlink(), "cannot be read"),
-    (lambda p: p.write_text("{"), "cannot be read as JSON"),
+    (lambda p: p.unlink(), "cannot be read as JSON: No such file or directory; expected what `python inter"),
+    (lambda p: p.write_text("{"), "cannot be read as JSON: Expecting .*; expected what `python interpret.py"),
     (lambda p: p.write_text("[]"), "no JSON object"),
     (lambda p: p.write_text("{}"), "holds no sparse autoencoder"),
     (lambda p: p.write_text(p.read_text().replace('"width": 140', '"width": 141')), "holds no sparse"),

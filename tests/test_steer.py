@@ -306,7 +306,8 @@ def test_measure_is_the_same_for_the_same_seed_and_joins_others(run, ckpt, tmp_p
     (("--doses", "nan"), "are no doses"), (("--doses", "1,nan"), "are no doses"),
     (("--doses", "1e19"), "are no doses"),
     (("--tokens", "90000"), "lower --tokens"), (("--neurons", "0"), "out of range"),
-    (("--beside", "none.json"), "cannot be read"), (("--sae", "none"), "cannot be read")])
+    (("--beside", "none.json"), "directory; expected what `python steer.py measure CKPT` writes"),
+    (("--sae", "none"), "directory; expected what `python interpret.py sae CKPT` writes")])
 def test_bad_measures_are_answered_in_one_sentence(run, tmp_path, words, told):
     assert told in run("measure", *SMALL, "--out", str(tmp_path), *words, code=2)
 

@@ -35,7 +35,7 @@ def name(result):
 
 def read(path):
     """A steering.json; raises UserError for a file that is none."""
-    found = cli.read_json(path)
+    found = cli.read_json(path, expected="what `python steer.py measure CKPT` writes")
     if not {"summary", "inserted", "attribution", "checkpoint"} <= set(found):
         raise UserError(f"{path} is no steering.json; `python steer.py measure CKPT` writes one.")
     return found
