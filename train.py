@@ -210,9 +210,10 @@ class Run:
                 os.write(1, b"\nfinishing this step, then saving; Ctrl-C again stops at once\n")
 
     def last_good(self):
-        """A sentence that names the newest checkpoint of this run."""
-        path = Path(self.s.out, "last")
-        return f"the last good checkpoint is {path}." if path.exists() else "no checkpoint was due yet."
+        """A sentence that says how to go on from the newest checkpoint of this run."""
+        if not Path(self.s.out, "last", "config.json").exists():
+            return "no checkpoint was due yet."
+        return f"--resume {shlex.quote(self.s.out)} goes on from the last good checkpoint."
 
     @torch.no_grad()
     def validate(self, limit=None):
@@ -242,11 +243,14 @@ class Run:
             return
         state = {"step": self.step, "best": self.best, "skipped": self.skipped,
                  "optimizer": self.optimizer.state_dict()} if resume else None
-        checkpoint.save(Path(self.s.out, name), self.lm, resume=state,
-                        tokenizer={"spec": self.s.tokenizer, "hash": self.tokenizer.hash},
-                        training={"settings": asdict(self.s), "step": self.step, "best_val_loss": self.best,
-                                  "corpus": self.corpus.meta, "machine": machine.describe(self.device),
-                                  "command": shlex.join(["python", *sys.argv]), **facts})
+        training = {"settings": asdict(self.s), "step": self.step, "best_val_loss": self.best,
+                    "corpus": self.corpus.meta, "machine": machine.describe(self.device),
+                    "command": shlex.join(["python", *sys.argv]), **facts}
+        try:
+            checkpoint.save(Path(self.s.out, name), self.lm, resume=state, training=training,
+                            tokenizer={"spec": self.s.tokenizer, "hash": self.tokenizer.hash})
+        except UserError as error:                                       # a full disk
+            raise UserError(f"{error} {self.last_good()}") from None
 
     def finish(self):
         """The whole held-out split, a sample, the figure, and what to type next."""

@@ -117,8 +117,12 @@ class Log:
         if due:
             values = {"step": run.step, "tokens": run.step * tokens, "loss": loss, "lr": lr,
                       "grad_norm": norm, "tokens_per_s": round(rate), **val}
-            with open(self.path, "a", newline="") as file:
-                file.write(",".join(str(values.get(name, "")) for name in self.COLUMNS) + "\n")
+            try:
+                with open(self.path, "a", newline="") as file:
+                    file.write(",".join(str(values.get(name, "")) for name in self.COLUMNS) + "\n")
+            except OSError as error:
+                raise UserError(f"Cannot write {self.path}: {error.strerror}; make room. "
+                                f"{run.last_good()}") from None
         left = int(seconds / done * (s.train_steps - run.step))
         line = (f"step {run.step}/{s.train_steps}  loss {loss:.4f}"
                 + "".join(f"  {name.replace('_loss', '')} {value:.4f}" for name, value in self.val.items())

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-from crate_mini import UserError, cli, data, machine, progress  # noqa: E402
+from crate_mini import UserError, checkpoint, cli, data, machine, progress  # noqa: E402
 from crate_mini.settings import OF_KIND, Settings, twin  # noqa: E402
 
 TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--block-size", "16", "--batch-size", "4",
@@ -302,7 +302,7 @@ def test_a_loss_that_is_not_finite_stops_or_is_skipped(text, tmp_path, monkeypat
 
     monkeypatch.setattr(train.model.LM, "forward", poisoned)
     poisoned.calls = 0
-    with pytest.raises(UserError, match=r"nan at step 5, learning rate .*/stop/last\. .*--on-nonfinite skip"):
+    with pytest.raises(UserError, match=r"nan at step 5, .*--resume \S*/stop goes on .*--on-nonfinite skip"):
         run(*flags, "--out", str(tmp_path / "stop"))
     assert json.loads((tmp_path / "stop" / "last" / "config.json").read_text())["training"]["step"] == 4
     poisoned.calls = 0
@@ -310,6 +310,36 @@ def test_a_loss_that_is_not_finite_stops_or_is_skipped(text, tmp_path, monkeypat
     assert "1 steps skipped" in capsys.readouterr().out
     assert all(torch.isfinite(w).all() for w in torch.load(
         next((tmp_path / "skip" / "last").glob("weights*")), weights_only=True).values())
+
+
+NO_FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+
+
+@pytest.mark.parametrize("full", ["checkpoint", pytest.param("log", marks=NO_FULL)])
+def test_a_full_disk_says_how_to_go_on_and_a_resume_loses_nothing(full, text, tmp_path, monkeypatch):
+    flags, out = [*TINY, "--data", text, "--train-steps", "8", "--save-every", "2"], tmp_path / "run"
+    run(*flags, "--out", str(tmp_path / "whole"))
+    row, write = progress.Log.row, checkpoint.write_tensors
+
+    def full_log(log, *values):
+        log.path = Path("/dev/full") if log.run.step == 7 else log.path
+        row(log, *values)
+
+    def full_folder(path, content):
+        last = out / "last" / "config.json"
+        if last.exists() and json.loads(last.read_text())["training"]["step"] == 6:
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    with monkeypatch.context() as patch:
+        if full == "log":
+            patch.setattr(progress.Log, "row", full_log)
+        else:
+            patch.setattr(checkpoint, "write_tensors", full_folder)
+        with pytest.raises(UserError, match=rf"No space left on device; .* --resume {out} goes on from"):
+            run(*flags, "--out", str(out))
+    assert run("--resume", str(out)) == 0 and weights(out) == weights(tmp_path / "whole")
+    assert rows(out) == rows(tmp_path / "whole")
 
 
 def test_settings_come_from_file_and_flags_win(text, tmp_path):
