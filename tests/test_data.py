@@ -259,12 +259,13 @@ def corpus_cache(tmp_path_factory):
     return source, folder / "cache", folder_bytes(folder / "cache")
 
 
-# Prepares argv[1] in argv[2] with small parts, and dies at the argv[3]-th file operation, as under kill -9.
+# Prepares argv[1] in argv[2] with small parts; signal argv[4] comes at the argv[3]-th file operation.
 CHILD = """
 import hashlib, os, signal, sys
 from pathlib import Path
+from crate_mini import cli
 from crate_mini.corpus import corpora, prepare, tokenizer
-source, cache, deadly = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+source, cache, deadly, number = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 prepare.PART, prepare.BATCH = 3000, 1000
 count = 0
 def mortal(function):
@@ -272,19 +273,21 @@ def mortal(function):
         global count
         count += 1
         if count == deadly:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return function(*args)
     return call
 os.replace, os.fsync = mortal(os.replace), mortal(os.fsync)
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job is born deaf to it
 tok = tokenizer.load_tokenizer("bytes")
 identity = {"format": 1, "source": corpora.describe(source), "val_fraction": 0.1}
-prepare.prepare(cache, identity, source, tok, 1, print)
+cli.run(lambda: prepare.prepare(cache, identity, source, tok, 1, print) and None)
 """
 
 
-def child(source, cache, deadly, **options):
-    return subprocess.run([sys.executable, "-c", CHILD, source, str(cache), str(deadly)], cwd=ROOT,
-                          capture_output=True, text=True, **options)
+def child(source, cache, deadly, number=signal.SIGKILL, **options):
+    words = [source, str(cache), str(deadly), str(int(number))]
+    return subprocess.run([sys.executable, "-c", CHILD, *words], cwd=ROOT, capture_output=True, text=True,
+                          **options)
 
 
 def test_killed_at_any_file_operation_it_ends_with_the_same_bytes(tmp_path):
@@ -300,6 +303,20 @@ def test_killed_at_any_file_operation_it_ends_with_the_same_bytes(tmp_path):
         done = child(source, cache, 0)
         assert done.returncode == 0 and folder_bytes(cache) == expected
         assert "going on after document" in done.stdout or deadly < 7
+
+
+def test_ctrl_c_is_one_sentence_and_the_same_command_goes_on(tmp_path):
+    source = write(tmp_path, stories(150))
+    assert child(source, tmp_path / "whole", 0).returncode == 0
+    for moment in (1, 7, 24, 55):
+        cache = tmp_path / f"stopped{moment}"
+        stopped = child(source, cache, moment, signal.SIGINT)
+        assert stopped.returncode == 130 and stopped.stderr.count("\n") == 2
+        assert "interrupted; the same command starts again, finished parts are kept." in stopped.stderr
+        assert not list(cache.glob("*.tmp"))
+        done = child(source, cache, 0)
+        assert done.returncode == 0 and folder_bytes(cache) == folder_bytes(tmp_path / "whole")
+        assert "going on after document" in done.stdout or moment < 7
 
 
 def test_two_processes_at_once(tmp_path):
@@ -341,7 +358,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
     source = write(tmp_path, stories(150))
     full = child(source, tmp_path / "cache", 0, preexec_fn=limit)
-    assert full.returncode == 1 and "UserError: Cannot write" in full.stderr
+    assert full.returncode == 2 and full.stderr.startswith("error: Cannot write")
     assert "MB; CRATE_CACHE" in full.stderr and "File too large" in full.stderr
     assert not list((tmp_path / "cache").glob("*.tmp"))
     assert child(source, tmp_path / "cache", 0).returncode == 0
