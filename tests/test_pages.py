@@ -48,7 +48,8 @@ def neuron(rng, vocabulary, site, j, status="live", shown=(10, 10, 3)):
              "scores": {"uniform": {k: float(rng.random()) if live else None for k in names},
                         "openai_tar[ngram]": float(rng.random()) if live else None,
                         "openai_random[ngram]": None},
-             "why": {"openai_random[ngram]": "constant" if live else "dead"}}
+             "why": {"openai_random[ngram]": "constant" if live else "dead",
+                     "openai_tar[ngram]": "3 excerpts of the protocol's 10"}}
     if live:
         def moved():
             return {k: [[int(t), 0.5] for t in rng.choice(vocabulary, 4, replace=False)]
@@ -197,6 +198,7 @@ def test_nothing_of_a_corpus_runs_in_a_browser(tmp_path):
     assert "<h1>L0/1</h1>" in found["bare"] and 'class="t peak' in found["bare"]
     assert 'class="choice"' in found["human"]
     assert 'href="#L0%2F2"' in found["bare"] and "L0/77" in found["bare"]   # the latter is not on the page
+    assert "3 excerpts of the protocol's 10" in found["bare"]
     assert "Raised to 20 instead: KL 0.25 nats, loss +0.125 nats" in found["bare"]
     for name in ("bare", "human"):
         assert "&lt;img src=x" in found[name] and "<img" not in found[name].split("<script")[0]

@@ -253,13 +253,13 @@ const pair = (left, ...right) => el("tr", {}, el("td", {}, left), ...cells(...ri
 const chips = (title, ids) => ids && ids.length
   ? el("div", {}, el("h3", {}, title), ...ids.map(t => chip(t, true))) : null;
 
-// A row for each score that there is, and for each that is missing for a reason.
+// A row for each score that there is, with what is to be said of it, and for each that is missing.
 function scores(n) {
   return metrics.map((m, k) => {
     const score = n.scores && n.scores[k], why = n.why && n.why[m], bounds = n.ci95 && n.ci95[m];
     if (missing(score)) return why && el("tr", {}, el("td", { colspan: 3 }, `${m}: `, el("small", {}, why)));
     const interval = bounds ? bounds.map(v => v.toFixed(2)).join(" to ") : "";
-    return pair(m, el("small", {}, interval), score.toFixed(3));
+    return pair(m, el("small", {}, interval || why || ""), score.toFixed(3));
   }).filter(Boolean);
 }
 
