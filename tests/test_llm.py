@@ -575,7 +575,7 @@ def test_a_dry_run_asks_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("more, said", [
-    ({"simulator": ""}, "need a --simulator"), ({"simulator": "gpt-4"}, "names no language model"),
+    ({"simulator": ""}, "^give a --simulator, hf:NAME"), ({"simulator": "gpt-4"}, "names no language model"),
     ({"explainer": "hf:"}, "names no language model"), ({"rung": "E"}, "A, B, C, D"),
     ({"style": "x"}, "chat"),
     ({"budget": -1}, "at least 0"), ({"workers": 0}, "at least 1"), ({"price": "3"}, "two numbers")])

@@ -105,7 +105,7 @@ def check(s):
         if getattr(s, name) not in known:
             raise UserError(f"--{name} {getattr(s, name)!r} is unknown; choose one of {', '.join(known)}.")
     if not s.simulator:
-        raise UserError("--explainer, --record and --replay need a --simulator, hf:NAME or http:MODEL.")
+        raise UserError("give a --simulator, hf:NAME or http:MODEL; --explainer, --record, --replay need it.")
     if s.workers < 1 or s.budget < 0:
         raise UserError(f"--workers {s.workers} must be at least 1, --budget {s.budget} at least 0.")
     if s.price and not re.fullmatch(r"[\d.]+,[\d.]+", s.price):
