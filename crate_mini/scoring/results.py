@@ -123,10 +123,12 @@ def excerpts_of(r, own, j, i, sims, tables):
                    shared["uniform_score_doc"][w], "score")
 
     fifth = np.where(peaks > 0, np.minimum(np.floor(5 * (peaks / limit)), 4), -1)
-    order = np.random.default_rng([r.seed, j]).permutation(len(peaks))
-    between = [[w for w in order if fifth[w] == step][:2] for step in (4, 3, 2, 1, 0)]
+    rng = np.random.default_rng([r.seed, j])
+    order, drawn = rng.permutation(len(peaks)), rng.choice(len(peaks), min(3, len(peaks)), replace=False)
+    between = [sorted([w for w in order if fifth[w] == step][:2], key=lambda w: -peaks[w])
+               for step in (4, 3, 2, 1, 0)]
     return {"top": rows, "intervals": [window(w) for some in between for w in some],
-            "random": [window(w) for w in order[:3]]}
+            "random": [window(w) for w in drawn]}
 
 
 def cut(tokens, acts, sim, doc, part):

@@ -134,12 +134,13 @@ def _cell(stat, n):
 
 
 def means(summary):
-    """The table of means: a row a metric, a column a site; then means of the layers' means."""
-    columns = dict(summary["sites"])
+    """The table of means: a row a metric; means of the layers' means, then a column a site."""
+    columns = {}
     for family, found in summary.get("overall", {}).items():
         name = "" if family == "codes" else f", {family}"
         columns[f"all layers{name}"] = found
         columns[f"as the paper averages{name}"] = {m: stat["paper"] for m, stat in found.items()}
+    columns |= summary["sites"]
     metrics = dict.fromkeys(m for c in columns.values() for m in c if m not in ("n", "density"))
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
     rows = "".join(

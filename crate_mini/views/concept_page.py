@@ -14,12 +14,20 @@ from crate_mini.views.pages import html, visible
 
 COLORS = ("#1f4e8c", "#d1495b", "#2a9d6f", "#e0a030", "#7b5ea7", "#888888")
 RETRAINED = "the own code, and a new probe on what is left of the states"
+ABOUT = {"probe, read-out": "out of the state that the classifier reads, at the lower layer; probes judge",
+         "probe, mean": "out of the mean of a text’s words, at the lower layer; probes judge",
+         "last": "out of the state that the classifier reads; the model itself runs on from there",
+         "all": "out of every word’s state; the model itself runs on from there"}
 STYLE = """<style>
 .code { break-inside: avoid; margin: 0 0 1.4rem; padding-top: .6rem; border-top: 1px solid #8884; }
 .code .words span { white-space: nowrap; margin-right: .7em; } .code small { opacity: .65; }
 .code q { display: block; margin: .3rem 0; quotes: none; } .mix { display: flex; height: .5rem; }
-.mix i { display: block; } table.cuts td, table.cuts th { padding: .15rem .6rem; text-align: right; }
-table.cuts th:first-child { text-align: left; } .flip { font-weight: bold; }
+.mix i { display: block; } .class { white-space: nowrap; margin-right: .8em; }
+.class i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .3em; }
+h3 { margin-top: 2rem; } h3 small { display: block; } .flip { font-weight: bold; }
+table.cuts td, table.cuts th { padding: .15rem .6rem; text-align: right; }
+table.cuts td { white-space: nowrap; }
+table.cuts th:first-child { text-align: left; min-width: 16rem; }
 </style>"""
 
 
@@ -38,10 +46,16 @@ def page(result, title):
         cards = found["codes"]
         body.append(f"<section><h2>{escape(method)}</h2><p>{len(cards)} of {found['with_members']} codes "
                     f"that have words, drawn at random by seed {result['seed']}; {found['wordless']} of all "
-                    "hold digits and signs only. Bars: classes of the texts around the code's training words "
-                    f"({', '.join(map(escape, result['classes']))}).</p>")
+                    "hold digits and signs only. Bars: classes of the texts around its training words, "
+                    f"{key(result['classes'])}</p>")
         body += [code(card, result["classes"]) for card in cards] + ["</section>"]
     return html(title, "".join([*body, "</main>"]), {}, "")
+
+
+def key(classes):
+    """Colours of the classes."""
+    return " ".join(f'<span class="class"><i style="background:{COLORS[i % len(COLORS)]}"></i>'
+                    f"{escape(c)}</span>" for i, c in enumerate(classes))
 
 
 def facts(result):
@@ -66,7 +80,8 @@ def cuts(result):
     for form, intact in result["shared"].items():
         whole, methods = intact["intact"], result["methods"]
         head = "".join(f"<th>{escape(m)}</th>" for m in methods)
-        out.append(f'<h3>{escape(form)}</h3><div class="wide"><table class="cuts"><tr><th>intact '
+        out.append(f'<h3>{escape(form)} <small>{ABOUT.get(form, "")}</small></h3>'
+                   '<div class="wide"><table class="cuts"><tr><th>intact '
                    f"{whole['accuracy']:.3f}, chance {whole['chance']:.3f}, n {whole['n']}</th>{head}</tr>")
         for name, meaning in {**VARIANTS, "retrained": RETRAINED}.items():
             cells = ""
