@@ -160,13 +160,13 @@ class Run:
         path = self.file("explain", site, "jsonl")
         try:
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            if {line["record"] for line in lines} != {self.record.header["stamp"]}:
+            if {line.get("record") for line in lines} != {self.record.header["stamp"]}:
                 reason = "it is of another record than is there now"
             elif [line["neuron"] for line in lines] == self.neurons(site).tolist():
                 return lines
             else:
                 reason = "it is of other neurons"
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = error
         raise UserError(f"Cannot use {path} ({reason}); make it with --from explain.")
 

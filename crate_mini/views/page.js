@@ -259,7 +259,8 @@ function scores(n) {
     const score = n.scores && n.scores[k], why = n.why && n.why[m], bounds = n.ci95 && n.ci95[m];
     if (missing(score)) return why && el("tr", {}, el("td", { colspan: 3 }, `${m}: `, el("small", {}, why)));
     const interval = bounds ? bounds.map(v => v.toFixed(2)).join(" to ") : "";
-    return pair(m, el("small", {}, interval || why || ""), score.toFixed(3));
+    const title = el("span", {}, `${m} `, el("small", {}, why || ""));
+    return pair(title, el("small", {}, interval), score.toFixed(3));
   }).filter(Boolean);
 }
 
