@@ -92,7 +92,8 @@ def record(model, meta, sites, corpus, out, *, path="", command="", seed=0, toke
     _check(counts, corpus, split, T)
     _check_memory(sites, V, len(bigrams), device)
     dtype, reason = machine.choose_dtype(device, dtype)
-    log(f"record    {len(sites)} sites, {sum(counts['tokens'].values()):,} tokens; products in "
+    control = "" if meta.get("sha256") else " of an untrained model, the control"
+    log(f"record    {len(sites)} sites{control}, {sum(counts['tokens'].values()):,} tokens; products in "
         f"{str(dtype).removeprefix('torch.')}: {reason}")
     shared = Shared(seen, bigrams, V, {part: (UNIFORM[part], counts["windows"][part]) for part in PARTS},
                     seed, device)

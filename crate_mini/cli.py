@@ -17,6 +17,7 @@ from dataclasses import fields
 
 from crate_mini import UserError
 
+SMALLER = "like train.py's --micro-batch 1 or interpret.py's --n 100"
 NO_MEMORY = "out of memory|an.t allocate|not enough memory|Storage size calculation overflowed"
 
 
@@ -159,6 +160,6 @@ def run(main):
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, MemoryError) and not re.search(NO_MEMORY, str(e)):
             raise
-        message = f"not enough memory ({str(e).splitlines()[0][:120]}); lower --micro-batch or --block-size."
+        message = f"not enough memory ({str(e).splitlines()[0][:120]}); take less at a time, {SMALLER}."
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

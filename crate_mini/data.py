@@ -53,8 +53,8 @@ class Corpus:
         """
         windows = self.n_tokens[split] - block_size
         if windows < 1:
-            raise UserError(f"The {split} split has {self.n_tokens[split]:,} tokens, too few for block_size "
-                            f"{block_size}, which needs one more than that: lower it or give more text.")
+            raise UserError(f"The {split} split has {self.n_tokens[split]:,} tokens, too few for a context "
+                            f"of {block_size}, which needs one more: lower --block-size or give more text.")
         key = hashlib.blake2b(f"{seed}/{split}/{step}".encode(), digest_size=16).digest()
         raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(batch_size)
         starts = (raw % np.uint64(windows)).tolist()

@@ -174,7 +174,8 @@ def _open(path):
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise UserError(f"{path} would have to run code to load and was refused; where you trust it, "
                             "save its tensors alone: torch.save(model.state_dict(), path).") from None
-        raise UserError(f"{path} is damaged, truncated or no checkpoint; fetch it again.") from None
+        advice = "give the folder that it is in" if path.suffix == ".json" else "fetch it again"
+        raise UserError(f"{path} is damaged, truncated or no checkpoint; {advice}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a dict of tensors.")
     return content, {key: facts[key] for key in ("n_head",) if key in facts}

@@ -442,7 +442,7 @@ BAD = {  # flags -> what the one sentence must name
     "resume nothing": (["--resume", "nowhere"], "nowhere"),
     "config nothing": (["--config", "nowhere.json"], "nowhere.json"),
     "config of other text": (["--config", str(ROOT / "LICENSE")], 'settings like {"lr": 0.001}.'),
-    "context": (["--block-size", "999999"], "block_size"),
+    "context": (["--block-size", "999999"], "lower --block-size"),
     "vocabulary": (["--vocab-size", "10"], "ids"),
     "below the tokenizer": (["--vocab-size", "10"], "below the 257 ids of --tokenizer bytes"),
     "on nonfinite": (["--on-nonfinite", "pray"], "stop or skip"),

@@ -119,8 +119,8 @@ def score(path):
         counts = {t: (len(f), [a["choice"] == a["answer"] for a in f if a["choice"] is not None])
                   for t, f in found.items()}
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} cannot be read as answers ({e!r}); human.html saves such a file; it is "
-                        "read by `python interpret.py report CKPT --answers answers.json`.") from None
+        raise UserError(f"{path} cannot be read as answers ({type(e).__name__}); human.html saves such a "
+                        "file; it is read by `python interpret.py report CKPT --answers answers.json`.") from None
     return {task: {"n": len(right), "right": sum(right), "unanswered": asked - len(right),
                    "accuracy": sum(right) / len(right) if right else None,
                    "ci95": wilson(sum(right), len(right)), "chance": CHANCE[task]}
