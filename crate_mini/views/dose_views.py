@@ -114,6 +114,7 @@ def beside(folder, sha256):
     found = read(path) if path.exists() else None
     return section(found) if found and found["checkpoint"]["sha256"] == sha256 else ""
 
+
 def section(result):
     """Everything measured, as HTML: a chart for each panel, and the tables."""
     lines = ", ".join(f"{kind} {DASHES[kind][2]}" for kind in result["summary"])

@@ -120,7 +120,7 @@ def score(path):
                   for t, f in found.items()}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} cannot be read as answers ({type(e).__name__}); human.html saves such a "
-                        "file; it is read by `python interpret.py report CKPT --answers answers.json`.") from None
+                        "file; `python interpret.py report CKPT --answers answers.json` reads it.") from None
     return {task: {"n": len(right), "right": sum(right), "unanswered": asked - len(right),
                    "accuracy": sum(right) / len(right) if right else None,
                    "ci95": wilson(sum(right), len(right)), "chance": CHANCE[task]}
