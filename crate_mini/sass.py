@@ -15,7 +15,8 @@ INSTRUCTIONS = r"\b(?:HGMMA|HMMA|LDSM|UTMALDG|LDGSTS[.\w]*|(?:LD|ST)[GL](?:\.E)?
 
 
 def counts(path, archs):
-    """A dict for each kernel of a module and architecture ("90a"): name, arch, its instructions' counts.
+    """A dict for each kernel of a module and architecture ("90a"): name, arch, registers of a thread, bytes of
+    stack, static shared and local memory, its instructions' counts.
 
     Raises UserError without cuobjdump and nvdisasm.
     """
@@ -23,10 +24,21 @@ def counts(path, archs):
         raise UserError("cuobjdump and nvdisasm are not there; they come with the CUDA toolkit, or as the "
                         "packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.")
     for arch in archs:
-        text = subprocess.run(["cuobjdump", "-sass", "-arch", f"sm_{arch}", path], capture_output=True,
-                              text=True, check=True).stdout
-        for name, found in instructions(text):
-            yield {"name": name, "arch": f"sm_{arch}", **found}
+        used = resources(dump("-res-usage", arch, path))
+        for name, found in instructions(dump("-sass", arch, path)):
+            yield {"name": name, "arch": f"sm_{arch}", **used.get(name, {}), **found}
+
+
+def dump(what, arch, path):
+    """What cuobjdump says of one architecture."""
+    return subprocess.run(["cuobjdump", what, "-arch", f"sm_{arch}", path], capture_output=True, text=True,
+                          check=True).stdout
+
+
+def resources(text):
+    """{kernel: {"registers", "stack", "shared", "local"}} of what `cuobjdump -res-usage` says."""
+    rows = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    return {name: dict(zip(("registers", "stack", "shared", "local"), map(int, row))) for name, *row in rows}
 
 
 def instructions(text):

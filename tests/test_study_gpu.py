@@ -68,6 +68,17 @@ def test_instructions_are_counted_by_kernel():
         ("_ZN10crate_mini1bEv", {"LDGSTS.E.BYPASS.128": 1, "HGMMA": 1})]
 
 
+def test_resources_are_those_of_the_kernel():
+    text = """
+ Function _Z1av:
+  REG:37 STACK:0 SHARED:1024 LOCAL:8 CONSTANT[0]:617 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _Z1bv:
+  REG:25 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:584 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+    assert sass.resources(text) == {"_Z1av": {"registers": 37, "stack": 0, "shared": 1024, "local": 8},
+                                    "_Z1bv": {"registers": 25, "stack": 16, "shared": 0, "local": 0}}
+
+
 @built
 def test_the_shipped_tensor_core_kernels_spill_nothing_and_store_16_bytes():
     try:
@@ -78,7 +89,8 @@ def test_the_shipped_tensor_core_kernels_spill_nothing_and_store_16_bytes():
         pytest.skip("no CUDA kernels in this build")
     for row in rows:
         assert row["HMMA"] >= 16 and row["STG.E.128"] >= 1 and row["LDGSTS.E.BYPASS.128"] >= 2, row
-        assert not {"LDL", "STL"} & set(row), row
+        assert not {"LDL", "STL"} & set(row) and row["stack"] == row["local"] == 0, row
+        assert 0 < row["registers"] <= 65536 / (2 * 256), row       # so two blocks of 256 threads fit
 
 
 def test_failures_are_kept_and_the_next_stage_runs(tmp_path, monkeypatch):
