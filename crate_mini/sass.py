@@ -15,8 +15,8 @@ INSTRUCTIONS = r"\b(?:HGMMA|HMMA|LDSM|UTMALDG|LDGSTS[.\w]*|(?:LD|ST)[GL](?:\.E)?
 
 
 def counts(path, archs):
-    """A dict for each kernel of a module and architecture ("90a"): name, arch, registers of a thread, bytes of
-    stack, static shared and local memory, its instructions' counts.
+    """A dict for each kernel of a module and architecture ("90a"): name, arch, registers of a thread, bytes
+    of stack, static shared and local memory, its instructions' counts.
 
     Raises UserError without cuobjdump and nvdisasm.
     """
