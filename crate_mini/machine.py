@@ -176,10 +176,13 @@ def processor():
 
 
 def commit():
-    """The source's git commit, with + when files differ from it; 'unknown' outside a checkout."""
-    here = os.path.dirname(os.path.abspath(__file__))
+    """The source's git commit, with + when files (but those in results/) differ from it; 'unknown' outside a
+    checkout."""
+    git = ["git", "-C", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
     try:
-        git = ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True,
+                              check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!results"]).returncode
+        return head + "+" * (changed != 0)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
