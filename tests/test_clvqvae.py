@@ -203,6 +203,26 @@ def test_batches_hand_out_every_word_once(size, S, seed):
 
 # ---- training --------------------------------------------------------------------------------------------
 
+def test_scales_are_of_the_training_words_alone():
+    v = planted()
+    train = v.rows("train")
+    v.lower[~train] *= 100
+    v.upper[~train] *= 100
+    want = [np.sqrt((x[train].astype(np.float64) ** 2).mean()) for x in (v.lower, v.upper)]
+    assert clvqvae.scales(v, "upper") == pytest.approx(want)
+    assert clvqvae.scales(v, "lower") == pytest.approx(want[:1] * 2)
+
+
+def test_weight_decay_is_of_matrices(monkeypatch):
+    made = []
+    adam = torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda groups, lr: made.append(adam(groups, lr)) or made[0])
+    clvqvae.fit(planted(), Settings(codes=4, heads=2, epochs=1, weight_decay=0.25))
+    matrices, others = made[0].param_groups
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.25, 0)
+    assert {p.ndim > 1 for p in matrices["params"]} == {True} and {p.ndim for p in others["params"]} <= {0, 1}
+
+
 def test_training_learns_the_planted_concepts():
     v = planted()
     model, history = clvqvae.fit(v, replace(SMALL, codes=2, epochs=25, batch=4))

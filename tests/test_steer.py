@@ -289,6 +289,7 @@ def test_measure_has_controls_and_inserting_a_neuron_costs_nothing(run, cache, t
     assert "| 0 | neuron | 0 | +0 |" in told and "feature+error | 1x" in told
     last = [r for r in found["attribution"] if r["layer"] == 1]
     assert len(found["attribution"]) == 4 and all(r["correlation"] > 0.8 for r in last)
+    assert all(r["null"] < r["correlation"] for r in last)      # another neuron's attribution tells less
 
 
 def test_measure_is_the_same_for_the_same_seed_and_joins_others(run, ckpt, tmp_path):
