@@ -147,6 +147,8 @@ def agree(device, n=100, batch=8, **more):
 
 
 def code(device):
+    if not fused._C:
+        raise UserError("there is no compiled extension to look into; `pip install -e . -v` says why.")
     yield from sass.counts(fused._C.__file__, fused._C.build_info()["archs"].split())
 
 

@@ -111,6 +111,12 @@ def test_failures_are_kept_and_the_next_stage_runs(tmp_path, monkeypatch):
     assert found["build"]["runs"][0]["command"].startswith("python -c")
 
 
+def test_without_an_extension_there_is_no_code_to_count(monkeypatch):
+    monkeypatch.setattr(fused, "_C", None)
+    with pytest.raises(UserError, match="there is no compiled extension to look into"):
+        list(study_gpu.code(CPU))
+
+
 @built
 def test_a_measuring_stage_is_a_process_of_its_own():
     found, = (one := study_gpu.stage("code"))["runs"]

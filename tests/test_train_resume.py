@@ -142,15 +142,21 @@ def test_a_run_that_diverges_to_the_end_says_so(text, tmp_path, monkeypatch):
         run(*flags, "--out", str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, text, tmp_path):
-    out = tmp_path / "run"
+def stepping(text, out, step):
+    """train.py in a process of its own, which has just told of a step of a long run."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *TINY, "--data", text, "--train-steps", "100000",
          "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     for line in process.stdout:
-        if line.startswith("step 5/"):
+        if line.startswith(f"step {step}/"):
             break
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, text, tmp_path):
+    out = tmp_path / "run"
+    process = stepping(text, out, 5)
     process.send_signal(number)
     said, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number and not error
@@ -281,12 +287,7 @@ def test_a_kill_sets_the_folder_free(tmp_path):
 
 def test_a_reader_that_leaves_stops_the_run_as_a_signal_does(text, tmp_path):
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *TINY, "--data", text, "--train-steps", "100000",
-         "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            break
+    process = stepping(text, out, 3)
     process.stdout.close()
     error = process.stderr.read()
     assert process.wait(timeout=60) == 128 + signal.SIGPIPE and not error
