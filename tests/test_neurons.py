@@ -109,8 +109,9 @@ def test_excerpts_for_the_page(done):
         for e in (*row["top"], *row["intervals"], *row["random"]):
             assert len(e["tokens"]) == len(e["acts"]) == results.AROUND
             assert e["acts"][e["at"]] == max(e["acts"]) and (e["sim"] is None) == (e["part"] == "fit")
-        peaks = [max(e["acts"]) for e in row["top"]]
-        assert peaks == sorted(peaks, reverse=True)
+        for group in ("top", "intervals"):
+            peaks = [max(e["acts"]) for e in row[group]]
+            assert peaks == sorted(peaks, reverse=True)
     assert len(shown[J["token set"]]["top"]) == 10 and not shown[J["dead"]]["top"]
     acts = own["uniform_score_acts"].reshape(-1, len(shown)).astype(np.float64)
     other, r = shown[J["bigram"]]["together"][0]
