@@ -7,6 +7,7 @@ the number of processes changes the speed and not the run. `python train.py --he
 `--task classify` makes a classifier of a checkpoint instead, on labelled texts (crate_mini/classify.py).
 """
 
+import gc
 import math
 import os
 import shlex
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before init_process_group: its default arguments would keep the group alive
 from torch.nn.parallel import DistributedDataParallel
 
 from crate_mini import UserError, checkpoint, classify, cli, data, machine, model, progress, report
@@ -276,12 +278,16 @@ def main(argv=None):
     if task == "classify":
         return classify.main(argv)
     s, config, start = parse(argv)
-    first = int(os.environ.get("RANK", 0)) == 0
+    first, run = int(os.environ.get("RANK", 0)) == 0, None
     try:
         with progress.claim(s.out) if first else nullcontext():
-            return Run(s, config, **start).train()
+            run = Run(s, config, **start)
+            return run.train()
     finally:
         if dist.is_initialized():
+            if run:  # its gradients' reducer shares the group, whose threads end with the last who holds it;
+                run.forward = None       # one that lets go of a tensor while Python exits would abort us
+            gc.collect()
             dist.destroy_process_group()
 
 
