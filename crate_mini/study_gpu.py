@@ -12,8 +12,10 @@
     code       what nvcc made of each kernel: tensor-core, 16-byte and spilling instructions, to
                results/sass.json. Needs no GPU, but cuobjdump and nvdisasm, of the CUDA toolkit
 
-Each stage is a process of its own with a time limit; results/CARD/COMMIT.json is written after each, failures
-included. Timings are medians, contestants in turns (see bench.py), random data, bfloat16.
+Each stage is a process of its own with a time limit. results/CARD/COMMIT.json is written after each, failures
+included, and keeps what earlier calls of that commit on that card found: the stages, half an hour in all, can
+be spread over calls. --commit names the source where git is not. Timings are medians, contestants in turns
+(see bench.py), random data, bfloat16.
 """
 
 import json
@@ -22,6 +24,7 @@ import re
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -52,19 +55,16 @@ def measured(case, device, repeats=7):
 
 def ceilings(device, side=8192, values=1 << 29):
     """{"tflops", "tb_s"} of this card: a large product of random bf16, a copy (bytes read and written)."""
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    x, out = torch.randn(values, device=device, dtype=torch.bfloat16), torch.empty_like(a)
-    y = torch.empty_like(x)
+    a, b, out = torch.randn(3, side, side, device=device, dtype=torch.bfloat16)
+    x, y = torch.randn(2, values, device=device, dtype=torch.bfloat16)
     case = bench.Case("", {"product": lambda: torch.mm(a, b, out=out), "copy": lambda: y.copy_(x)}, 0, 0)
     ms = {name: middle for name, (middle, _) in case.measure(device, 7).ms.items()}
     return {"tflops": 2 * side ** 3 / ms["product"] / 1e9, "tb_s": 4 * values / ms["copy"] / 1e9}
 
 
 def problems(device, tokens=TOKENS, widths=WIDTHS):
-    for op in ("ista", "mssa"):
-        for N in tokens:
-            for d in widths:
-                yield op, N, d, bench.problem(op, N, d, torch.bfloat16, device)
+    for op, N, d in product(("ista", "mssa"), tokens, widths):
+        yield op, N, d, bench.problem(op, N, d, torch.bfloat16, device)
 
 
 def floors(device, **sizes):
@@ -72,10 +72,10 @@ def floors(device, **sizes):
     yield {"name": "ceilings", **top}
     for op, N, d, problem in problems(device, **sizes):
         for case in problem.cases(f"{op} {N}x{d}"):
-            product, memory = case.operations / top["tflops"] / 1e9, case.moved / top["tb_s"] / 1e9
+            products, memory = case.operations / top["tflops"] / 1e9, case.moved / top["tb_s"] / 1e9
             yield {"name": case.name, "operations": case.operations, "bytes": case.moved,
-                   "ms_of_products": product, "ms_of_bytes": memory,
-                   "binds": "products" if product > memory else "bytes",
+                   "ms_of_products": products, "ms_of_bytes": memory,
+                   "binds": "products" if products > memory else "bytes",
                    "ms_of_a_pre_activation": 16 * N * d / top["tb_s"] / 1e9}  # (N, h) written, read again
 
 
@@ -136,14 +136,13 @@ def steps(device, presets=("S", "B"), batch=16, compile=True, **more):
 def agree(device, n=100, batch=8, **more):
     config = model.preset("3L", "crate", **{"vocab_size": 4096, "block_size": 256, **more})
     idx, targets = tokens_of(config, batch, device, 4)
-    losses = {}
+    losses = []
     for backend in ("fused", "reference"):
         step = trainer(config, idx, targets, device, compile=False)
         with ops.use_backend(backend):
-            losses[backend] = torch.stack([step(i) for i in range(n)]).tolist()
-    apart = [abs(a - b) for a, b in zip(*losses.values())]
-    yield {"name": f"{n} steps", "first": [v[0] for v in losses.values()],
-           "last": [v[-1] for v in losses.values()], "largest_difference": max(apart)}
+            losses.append(torch.stack([step(i) for i in range(n)]).tolist())
+    yield {"name": f"{n} steps", "first": [v[0] for v in losses], "last": [v[-1] for v in losses],
+           "largest_difference": max(abs(a - b) for a, b in zip(*losses))}
 
 
 def code(device):
@@ -185,9 +184,8 @@ def timed(words, limit, folder):
             status = str(error)
         log.seek(0)
         tail = log.read().splitlines()[-12:]
-    shown = ["python" if word == sys.executable else word for word in words]
-    return {"command": " ".join(shown), "seconds": round(time.monotonic() - began, 1), "code": status,
-            "tail": [line[-300:] for line in tail]}
+    return {"command": " ".join("python" if word == sys.executable else word for word in words),
+            "seconds": round(time.monotonic() - began, 1), "code": status, "tail": [s[-300:] for s in tail]}
 
 
 def stage(name):
@@ -201,24 +199,35 @@ def stage(name):
         return {"runs": runs, "rows": json.loads(path.read_text()) if path.exists() else []}
 
 
+def earlier(path, facts):
+    """{stage: what it came to} of a file by the same commit on the same machine; nothing of any other."""
+    try:
+        found = json.loads(path.read_text())
+        return found["stages"] if found["machine"] == facts else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def all_of(names, path, facts):
-    """Stages one after the other, into a file; the exit code."""
-    found = {"schema": 1, "command": f"python -m crate_mini.study_gpu {' '.join(names)}", "machine": facts,
-             "stages": {}}
+    """Stages one after the other, into a file beside those of earlier calls; the exit code."""
+    stages, status = earlier(path, facts), 0
     for name in names:
-        one = found["stages"][name] = stage(name)
-        write(path, found)
+        one = stages[name] = stage(name)
+        status |= any(run["code"] != 0 for run in one["runs"])
+        write(path, {"schema": 1, "command": f"python -m crate_mini.study_gpu {' '.join(stages)}",
+                     "machine": facts, "stages": stages})
         told = ("TIME UP" if r["code"] is None else f"code {r['code']}" for r in one["runs"])
         print(f"{name:9s} {sum(r['seconds'] for r in one['runs']):6.1f} s  {', '.join(told)}, "
               f"{len(one['rows'])} rows", flush=True)
     print(f"file      {path}")
-    return int(any(run["code"] != 0 for one in found["stages"].values() for run in one["runs"]))
+    return status
 
 
 def main():
     parser = cli.Parser(prog="-m crate_mini.study_gpu", description=__doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="(default all but code)")
     parser.add_argument("--json", help="file of the results (default results/CARD/COMMIT.json)")
+    parser.add_argument("--commit", help="name of this source (default: git's)")
     parser.add_argument("--only", help="measure one stage in this process")
     args = parser.parse_args()
     names, known = [args.only] if args.only else args.stages or STAGES, [*STAGES, "code"]
@@ -229,7 +238,7 @@ def main():
                         "crate_mini.study_gpu code`.")
     if args.only:
         return only(args.only, args.json)
-    facts = machine.describe(machine.choose_device("auto"))
+    facts = machine.describe(machine.choose_device("auto")) | ({"commit": args.commit} if args.commit else {})
     card = re.search(r"[A-Z]+\d\w*", facts["device"].upper())
     place = f"{card[0].lower() if card else 'gpu'}/{facts['commit'].strip('+')}.json"
     path = Path(args.json or ROOT / "results" / ("sass.json" if names == ["code"] else place))

@@ -111,6 +111,20 @@ def test_failures_are_kept_and_the_next_stage_runs(tmp_path, monkeypatch):
     assert found["build"]["runs"][0]["command"].startswith("python -c")
 
 
+def test_a_later_call_adds_to_what_the_same_commit_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_gpu, "COMMANDS", {name: [(sys.executable, "-c", f"raise SystemExit({code})")]
+                                                for name, code in (("build", 1), ("tests", 0))})
+    path, here = tmp_path / "found.json", {"device": "none", "commit": "a"}
+    assert study_gpu.all_of(["build"], path, here) == 1
+    assert study_gpu.all_of(["tests"], path, here) == 0             # its own stages, not those before
+    found = json.loads(path.read_text())
+    assert list(found["stages"]) == ["build", "tests"] and found["command"].endswith("study_gpu build tests")
+    study_gpu.all_of(["tests"], path, {**here, "commit": "b"})
+    assert list(json.loads(path.read_text())["stages"]) == ["tests"]
+    path.write_text("half a fi")
+    assert study_gpu.all_of(["tests"], path, here) == 0
+
+
 def test_without_an_extension_there_is_no_code_to_count(monkeypatch):
     monkeypatch.setattr(fused, "_C", None)
     with pytest.raises(UserError, match="there is no compiled extension to look into"):
