@@ -75,15 +75,15 @@ VERSION = 0         # of the CUDA kernels: 0 the best, 1.. from naive to fast, f
 
 def call(kernel, *arguments, like, space=None, versions=True):
     """Run a kernel on like's device; on CUDA with `space()` bytes of working memory, and its version."""
-    arguments = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    if like.device.type == "cpu":
-        return getattr(_C, f"{kernel}_cpu")(*arguments, torch.get_num_threads())
+    given = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    if like.device.type == "cpu":       # `arguments` keeps its name: it may hold the only reference to a copy
+        return getattr(_C, f"{kernel}_cpu")(*given, torch.get_num_threads())
     need(_C.build_info()["cuda"], kernel, "this build of crate_mini has no CUDA kernels; `pip install -e .` "
          "with nvcc on the PATH builds them")
     with torch.cuda.device(like.device):
         work = [] if space is None else [like.new_empty(space(), dtype=torch.uint8)]
-        arguments += [w.data_ptr() for w in work] + [VERSION] * versions
-        error = getattr(_C, f"{kernel}_cuda")(*arguments, torch.cuda.current_stream().cuda_stream)
+        given += [w.data_ptr() for w in work] + [VERSION] * versions
+        error = getattr(_C, f"{kernel}_cuda")(*given, torch.cuda.current_stream().cuda_stream)
     if error:
         raise RuntimeError(f"{kernel}: CUDA error {error}, a cudaError_t.")
 
