@@ -1,5 +1,6 @@
 """`interpret.py concepts` from a classifier to pages, its judges and its packet for people."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -175,8 +176,17 @@ def test_the_packet_asks_blindly_and_counts(run, tmp_path):
     data_of = page.split('id="data"')[1]
     digest = json.loads(data_of[data_of.index("{"):data_of.index("</script>")])["page"]
     (tmp_path / "a.json").write_text(json.dumps({"page": digest, "choices": [q["answer"] for q in asked]}))
-    filled = [f"{i},x,y,{q['options'][1 - q['answer']] if i > 1 else ''}" for i, q in enumerate(asked, 1)]
-    (tmp_path / "b.csv").write_text("\n".join(["question,words,choose one of,choice", *filled]))
+    with open(out / "packet.csv", newline="") as file:
+        sheet = list(csv.DictReader(file))
+    for row, q in zip(sheet[1:], asked[1:]):
+        row["choice"] = q["options"][1 - q["answer"]]
+
+    def hand_in():
+        with open(tmp_path / "b.csv", "w", newline="") as file:
+            rows = csv.DictWriter(file, sheet[0])
+            rows.writeheader()
+            rows.writerows(sheet)
+    hand_in()
     found = concept_packet.score(out / "packet-key.json", tmp_path / "a.json", tmp_path / "b.csv")
     n = len(asked)
     assert (found["all"]["right"], found["all"]["n"], found["all"]["unanswered"]) == (n, 2 * n - 1, 1)
@@ -185,6 +195,14 @@ def test_the_packet_asks_blindly_and_counts(run, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"page": "other", "choices": []}))
     with pytest.raises(UserError, match="another packet"):
         concept_packet.score(out / "packet-key.json", tmp_path / "a.json")
+    sheet[0]["words"] = "made 3.1 of 3.10"
+    hand_in()
+    assert concept_packet.score(out / "packet-key.json", tmp_path / "b.csv")["all"]["n"] == n - 1
+    for row in sheet:
+        row["words"] = "of another packet"
+    hand_in()
+    with pytest.raises(UserError, match="b.csv answers another packet"):
+        concept_packet.score(out / "packet-key.json", tmp_path / "b.csv")
     (tmp_path / "b.csv").write_text("question,choice\n1,nonsense\n")
     with pytest.raises(UserError, match="cannot be read as answers"):
         concept_packet.score(out / "packet-key.json", tmp_path / "b.csv")

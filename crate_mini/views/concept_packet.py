@@ -53,10 +53,15 @@ def packet(asked, about):
     rows = csv.writer(sheet)
     rows.writerow(["question", "words", "choose one of", "choice"])
     for i, q in enumerate(shown, 1):
-        words = " ".join(q["given"])        # a leading sign would be a formula to a spreadsheet
-        rows.writerow([i, "'" + words if words[:1] in "=+-@\t" else words, " | ".join(q["options"]), ""])
+        rows.writerow([i, in_a_cell(q["given"]), " | ".join(q["options"]), ""])
     return html(f"{about} · questions", body, data, asset("quiz.js") + asset("concept_packet.js")), \
         sheet.getvalue().encode(), key
+
+
+def in_a_cell(words):
+    """Words as the sheet shows them: a leading sign would be a formula to a spreadsheet."""
+    text = " ".join(words)
+    return "'" + text if text[:1] in "=+-@\t" else text
 
 
 def score(key, *answers):
@@ -90,15 +95,21 @@ def score(key, *answers):
 
 def choices(path, asked, digest):
     """[number of the chosen class or None] of one person's file."""
+    other = UserError(f"{path} answers another packet than this key's; score it with its own.")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if Path(path).suffix.lower() == ".csv":
-            named = {int(row["question"]): row["choice"].strip() for row in csv.DictReader(io.StringIO(text))}
+            rows = {int(row["question"]): row for row in csv.DictReader(io.StringIO(text))}
+            same = sum(row["words"].strip() == in_a_cell(asked[i - 1]["given"]).strip()
+                       for i, row in rows.items() if 0 < i <= len(asked))
+            if 2 * same < len(rows):        # not all: a spreadsheet makes 3.1 of 3.10
+                raise other
+            named = {i: row["choice"].strip() for i, row in rows.items()}
             return [None if not named.get(i) else q["options"].index(named[i])
                     for i, q in enumerate(asked, 1)]
         found = json.loads(text)
         if found["page"] != digest:
-            raise UserError(f"{path} answers another packet than this key's; score it with its own.")
+            raise other
         picked = found["choices"]
         if len(picked) != len(asked) or not all(c is None or c in range(len(q["options"]))
                                                 for c, q in zip(picked, asked)):
