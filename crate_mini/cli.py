@@ -158,8 +158,13 @@ def run(main):
     except OSError as e:
         message = f"{e.strerror}: {e.filename or 'while writing'}; free it or choose another place."
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and not re.search(NO_MEMORY, str(e)):
+        lines = str(e).splitlines() or [type(e).__name__]
+        if isinstance(e, MemoryError) or re.search(NO_MEMORY, str(e)):
+            message = f"not enough memory ({lines[0][:120]}); take less at a time, {SMALLER}."
+        elif type(e).__name__ == "InductorError":                        # not imported: it takes seconds
+            why = next((line for line in lines if "error:" in line), lines[0]).strip()
+            message = f"torch.compile cannot compile here ({why[:200]}); `--compile off` trains without it."
+        else:
             raise
-        message = f"not enough memory ({str(e).splitlines()[0][:120]}); take less at a time, {SMALLER}."
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

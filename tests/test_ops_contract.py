@@ -136,7 +136,13 @@ def test_compile_takes_a_whole_block_as_one_graph():
         out, codes = f(z)
         out.square().sum().backward()
         return [out, codes, *(w.grad for w in block.parameters())]
-    torch.testing.assert_close(run(torch.compile(block, fullgraph=True)), run(block), rtol=1e-4, atol=1e-4)
+    try:
+        got = run(torch.compile(block, fullgraph=True))
+    except RuntimeError as error:       # clang without OpenMP builds our kernels, but nothing of Inductor's
+        if "omp.h" not in str(error):
+            raise
+        got = run(torch.compile(block, fullgraph=True, backend="aot_eager"))
+    torch.testing.assert_close(got, run(block), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("wide", [torch.bfloat16, torch.float16])

@@ -225,3 +225,19 @@ def test_fuzzed_command_lines_are_parsed_or_refused(pairs):
 def test_errors_that_are_not_of_memory_keep_their_traceback():
     with pytest.raises(RuntimeError, match="illegal memory access"):
         cli.run(lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access")))
+
+
+def test_an_empty_memory_error_is_a_sentence_too(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(lambda: (_ for _ in ()).throw(MemoryError()))
+    assert capsys.readouterr().err.startswith("error: not enough memory (MemoryError); take less at a time")
+
+
+def test_a_machine_that_torch_compile_cannot_use_is_told(text, tmp_path):
+    """--compile on without a C++ compiler: one sentence, not PyTorch's hundred lines."""
+    done = script(*TINY, "--data", text, "--train-steps", "2", "--device", "cpu", "--compile", "on",
+                  "--out", str(tmp_path / "run"), CXX="no-such-compiler",
+                  TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "new"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: torch.compile cannot compile here" in done.stderr and "no-such-compiler" in done.stderr
+    assert "`--compile off` trains without it" in done.stderr
