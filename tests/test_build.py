@@ -14,7 +14,7 @@ import sys
 import tarfile
 
 import pytest
-from building import ROOT, build, copy_package
+from building import ROOT, build, copy_package, needs_compiler, needs_nvcc
 
 from crate_mini._stamp import source_stamp
 
@@ -42,9 +42,6 @@ SOURCES = {
         static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "", -1, methods};
         PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
         """}
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="no C++ compiler")
-needs_nvcc = pytest.mark.skipif(not NVCC, reason="no nvcc")
 pytestmark = needs_compiler
 
 

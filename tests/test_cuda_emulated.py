@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from building import NVCC, needs_nvcc
 from conftest import assert_close
 from cuda_kernels import ROOT, SIGNATURES, Emulated, Fault, Kernels, build, plant
 from hypothesis import example, given
@@ -381,13 +382,11 @@ def test_sanitizers(tmp_path):
     assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-4000:]
 
 
+@needs_nvcc
 def test_nvcc_compiles_without_spills(tmp_path):
     """For both default architectures; a spill or a stack frame would mean local memory in an inner loop."""
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if not nvcc:
-        pytest.skip("no nvcc")
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a")]
-    jobs = [subprocess.Popen([nvcc, "-O3", "-std=c++17", *targets, "-Xptxas=-v", "-c", str(file), "-o",
+    jobs = [subprocess.Popen([NVCC, "-O3", "-std=c++17", *targets, "-Xptxas=-v", "-c", str(file), "-o",
                               str(tmp_path / f"{file.name}.o")], stderr=subprocess.PIPE, text=True)
             for file in sorted((ROOT / "csrc").glob("*.cu"))]
     for job in jobs:

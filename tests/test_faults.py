@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import test_kernels
-from building import ROOT, build, copy_package
+from building import ROOT, build, copy_package, needs_compiler
 from conftest import load_extension
 from hypothesis import Phase, given, settings
 
+pytestmark = needs_compiler
 FAULTS = {  # name: (noticed by, version, file, right, wrong with PLANTED for its condition)
     "an odd last row is forgotten": (
         "test_ista_forward", "baseline", "vector_cpu.h", "if (i < M) tile<", "if (i < M && !PLANTED) tile<"),
