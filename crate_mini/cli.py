@@ -161,7 +161,7 @@ def run(main):
         lines = str(e).splitlines() or [type(e).__name__]
         if isinstance(e, MemoryError) or re.search(NO_MEMORY, str(e)):
             message = f"not enough memory ({lines[0][:120]}); take less at a time, {SMALLER}."
-        elif type(e).__name__ == "InductorError":                        # not imported: it takes seconds
+        elif any(kind.__name__ == "BackendCompilerFailed" for kind in type(e).__mro__):     # import: seconds
             why = next((line for line in lines if "error:" in line), lines[0]).strip()
             message = f"torch.compile cannot compile here ({why[:200]}); `--compile off` trains without it."
         else:

@@ -174,7 +174,7 @@ def only(name, path):
 def timed(words, limit, folder):
     """Run a command: {"command", "seconds", "code" (None: the time was up), "tail"}."""
     began, env = time.monotonic(), {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    with open(Path(folder, "log"), "w+") as log:
+    with open(Path(folder, "log"), "w+", encoding="utf-8", errors="replace") as log:
         try:
             status = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, timeout=limit,
                                     env=env if words[0] == "compute-sanitizer" else None).returncode

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,12 @@ TOP = {"setup.py", "crate_mini", "csrc", "train.py", "interpret.py", "steer.py",
 
 
 def tracked():
-    """Files under version control; in an archive without it, all files there are."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        return sorted(p for p in ROOT.rglob("*") if p.is_file() and "build" not in p.parts)
+    """Files under version control; in an archive without it, all files that belong to the project."""
+    listed = shutil.which("git") and subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True,
+                                                    text=True)
+    if not listed or listed.returncode:
+        return sorted(p for top in TOP for p in [ROOT / top, *(ROOT / top).rglob("*")]
+                      if p.is_file() and "__pycache__" not in p.parts)
     return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
 
 

@@ -167,7 +167,7 @@ def test_codes_on_the_page_are_drawn_by_the_seed(run, found):
 
 def test_the_packet_asks_blindly_and_counts(run, tmp_path):
     out = Path(run[0].out)
-    key, page = json.loads((out / "packet-key.json").read_text()), (out / "packet.html").read_text()
+    key, page = json.loads((out / "packet-key.json").read_text()), (out / "packet.html").read_text("utf-8")
     asked = key["questions"]
     assert "clvq" not in page and "kmeans" not in page and len({q["item"] for q in asked}) == len(asked)
     assert set(Counter(q["method"] for q in asked)) == {"clvq", "kmeans"}
@@ -176,13 +176,13 @@ def test_the_packet_asks_blindly_and_counts(run, tmp_path):
     data_of = page.split('id="data"')[1]
     digest = json.loads(data_of[data_of.index("{"):data_of.index("</script>")])["page"]
     (tmp_path / "a.json").write_text(json.dumps({"page": digest, "choices": [q["answer"] for q in asked]}))
-    with open(out / "packet.csv", newline="") as file:
+    with open(out / "packet.csv", newline="", encoding="utf-8") as file:
         sheet = list(csv.DictReader(file))
     for row, q in zip(sheet[1:], asked[1:]):
         row["choice"] = q["options"][1 - q["answer"]]
 
     def hand_in():
-        with open(tmp_path / "b.csv", "w", newline="") as file:
+        with open(tmp_path / "b.csv", "w", newline="", encoding="utf-8") as file:
             rows = csv.DictWriter(file, sheet[0])
             rows.writeheader()
             rows.writerows(sheet)

@@ -1,11 +1,15 @@
 """Evidence names the commit that made it, and says when the source differs from it."""
 
 import os
+import shutil
 import subprocess
+
+import pytest
 
 from crate_mini import machine
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="no git")
 def test_commit_tells_changed_sources_but_not_new_results(tmp_path, monkeypatch):
     package, results = tmp_path / "crate_mini", tmp_path / "results"
     for folder in (package, results):

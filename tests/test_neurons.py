@@ -120,7 +120,7 @@ def test_excerpts_for_the_page(done):
 
 
 def test_pages_are_there(done):
-    page = (done.folder / "index.html").read_text()
+    page = (done.folder / "index.html").read_text("utf-8")
     assert all(word in page for word in ("ngram_r", "null_r", "openai_tar[five excerpts]"))
     assert (done.folder / "human.html").exists()
     for name in ("scores.png", "density.png"):

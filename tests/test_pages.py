@@ -173,7 +173,7 @@ def dom(path, place, hash=""):
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
          "--virtual-time-budget=2000", "--disable-background-networking", f"--user-data-dir={place}",
          "--dump-dom", f"file://{path}{hash}"],
-        capture_output=True, text=True, timeout=120)
+        capture_output=True, encoding="utf-8", timeout=120)
     assert "</html>" in done.stdout, done.stderr[-2000:]
     return done.stdout
 

@@ -97,7 +97,7 @@ def test_what_steer_measures_comes_onto_the_page_of_neurons(desk, tmp_path_facto
     ckpt = "out/crate-3L/best"
     for script, command in (("interpret.py", "neurons"), ("steer.py", "measure"), ("interpret.py", "report")):
         run(small(["python", script, command, ckpt])[1:], desk, tmp_path_factory)
-    assert "<h2>Steering</h2>" in (desk / "out" / "crate-3L" / "interpret" / "index.html").read_text()
+    assert "<h2>Steering</h2>" in (desk / "out" / "crate-3L" / "interpret" / "index.html").read_text("utf-8")
 
 
 def test_default_table_is_the_one_in_results():
