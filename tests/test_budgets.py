@@ -29,7 +29,7 @@ def tracked():
                                                     text=True)
     if not listed or listed.returncode:
         return sorted(p for top in TOP for p in [ROOT / top, *(ROOT / top).rglob("*")]
-                      if p.is_file() and "__pycache__" not in p.parts)
+                      if p.is_file() and "__pycache__" not in p.parts and not p.name.startswith("_C."))
     return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
 
 
