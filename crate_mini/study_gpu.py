@@ -200,10 +200,11 @@ def stage(name):
 
 
 def earlier(path, facts):
-    """{stage: what it came to} of a file by the same commit on the same machine; nothing of any other."""
+    """{stage: what it came to} of a file by the same known commit and machine; nothing of any other."""
     try:
         found = json.loads(path.read_text())
-        return found["stages"] if found["machine"] == facts else {}
+        same = found["machine"] == facts and not facts["commit"].endswith(("+", "unknown"))
+        return found["stages"] if same else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -234,8 +235,7 @@ def main():
     if set(names) - set(known) or args.only and (args.only not in MEASURES or not args.json):
         raise UserError(f"unknown stages in {' '.join(names)!r}; choose some of {', '.join(known)}.")
     if names != ["code"] and not torch.cuda.is_available():
-        raise UserError("there is no GPU here, and all stages but `code` need one: `python -m "
-                        "crate_mini.study_gpu code`.")
+        raise UserError("there is no GPU here; without one only `python -m crate_mini.study_gpu code` works.")
     if args.only:
         return only(args.only, args.json)
     facts = machine.describe(machine.choose_device("auto")) | ({"commit": args.commit} if args.commit else {})

@@ -119,8 +119,10 @@ def test_a_later_call_adds_to_what_the_same_commit_found(tmp_path, monkeypatch):
     assert study_gpu.all_of(["tests"], path, here) == 0             # its own stages, not those before
     found = json.loads(path.read_text())
     assert list(found["stages"]) == ["build", "tests"] and found["command"].endswith("study_gpu build tests")
-    study_gpu.all_of(["tests"], path, {**here, "commit": "b"})
-    assert list(json.loads(path.read_text())["stages"]) == ["tests"]
+    for commit in ("b", "b+", "unknown"):       # the last two do not say which source it was
+        for name in ("build", "tests"):
+            study_gpu.all_of([name], path, {**here, "commit": commit})
+        assert (list(json.loads(path.read_text())["stages"]) == ["tests"]) == (commit != "b")
     path.write_text("half a fi")
     assert study_gpu.all_of(["tests"], path, here) == 0
 
