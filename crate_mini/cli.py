@@ -162,7 +162,7 @@ def run(main):
         if isinstance(e, MemoryError) or re.search(NO_MEMORY, str(e)):
             message = f"not enough memory ({lines[0][:120]}); take less at a time, {SMALLER}."
         elif any(kind.__name__ == "BackendCompilerFailed" for kind in type(e).__mro__):     # import: seconds
-            why = next((line for line in lines if "error:" in line), lines[0]).strip()
+            why = next(line for sign in (" error: ", "Error: ", "") for line in lines if sign in line).strip()
             message = f"torch.compile cannot compile here ({why[:200]}); `--compile off` trains without it."
         else:
             raise

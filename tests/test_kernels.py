@@ -153,6 +153,12 @@ def test_ista_backward(kernels, p):
     assert_close(got, equation, p.gy, p.ga, p.x, p.D, p.decoder, p.lams, names=["gx", "gD", "gdec", "glam"])
 
 
+@given(p=problems(rows=[769, 1537]))
+def test_ista_backward_of_many_rows(kernels, p):
+    """Sums over rows go slab by slab (768 rows): among ROWS few are longer than one."""
+    test_ista_backward.hypothesis.inner_test(kernels, p)
+
+
 @given(p=problems())
 def test_threads_and_repetition_change_no_bit(kernels, p):
     one, two, again = (run_forward(kernels, p, threads) for threads in (1, 2, 2))

@@ -233,6 +233,17 @@ def test_an_empty_memory_error_is_a_sentence_too(capsys):
     assert capsys.readouterr().err.startswith("error: not enough memory (MemoryError); take less at a time")
 
 
+@pytest.mark.parametrize("lines, why", [
+    (["CppCompileError: C++ compile error", "a.h:4: fatal error: no omp.h"], "a.h:4: fatal error: no omp.h"),
+    (["backend='inductor' raised:", "UnicodeDecodeError: no ascii"], "UnicodeDecodeError: no ascii"),
+    (["InvalidCxxCompiler: none found", "Set TORCHDYNAMO_VERBOSE=1"], "InvalidCxxCompiler: none found")])
+def test_the_reason_is_picked_from_what_the_compiler_said(lines, why, capsys):
+    failure = type("InductorError", (type("BackendCompilerFailed", (RuntimeError,), {}),), {})
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(lambda: (_ for _ in ()).throw(failure("\n".join(lines))))
+    assert f"torch.compile cannot compile here ({why}); `--compile off`" in capsys.readouterr().err
+
+
 def test_a_machine_that_torch_compile_cannot_use_is_told(text, tmp_path):
     """--compile on without a C++ compiler: one sentence, not PyTorch's hundred lines."""
     done = script(*TINY, "--data", text, "--train-steps", "2", "--device", "cpu", "--compile", "on",

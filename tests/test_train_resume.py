@@ -108,6 +108,15 @@ def pair(*flags, before=""):
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
 
 
+def ended(both, code):
+    """What both processes said, once they ended with this code and left no thread of their group behind."""
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [code] * 2, said
+    if sys.platform == "linux":  # one that is left may need Python while Python exits, which aborts
+        assert all(error.rstrip().endswith("threads left: []") for _, error in said), said
+    return said
+
+
 def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(text, tmp_path):
     out = tmp_path / "run"
     both = pair("--data", text, "--train-steps", "100000", "--out", str(out))
@@ -115,8 +124,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(text, tmp_path)
         if line.startswith("step 5/"):
             break
     both[1].send_signal(signal.SIGTERM)
-    said = [process.communicate(timeout=60) for process in both]
-    assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2, said
+    said = ended(both, 128 + signal.SIGTERM)
     assert f"python train.py --resume {out}" in said[0][0]
     done = int(rows(out)[-1]["step"])
     assert json.loads((out / "last" / "config.json").read_text())["training"]["step"] == done
@@ -137,11 +145,8 @@ train.model.LM.forward = poisoned
 def test_two_processes_agree_on_a_loss_that_only_one_finds_not_finite(choice, code, text, tmp_path):
     both = pair("--data", text, "--train-steps", "7", "--out", str(tmp_path / "run"),
                 "--on-nonfinite", choice, before=POISON)
-    said = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [code] * 2, said
+    said = ended(both, code)
     assert "Traceback" not in said[0][1] + said[1][1]
-    if sys.platform == "linux":  # one that is left may need Python while Python exits, which aborts
-        assert all(error.rstrip().endswith("threads left: []") for _, error in said), said
     assert ("nan at step 5, learning rate" if code else "1 steps skipped") in said[0][code > 0]
 
 
