@@ -16,14 +16,24 @@ from dataclasses import asdict, dataclass, fields
 from inspect import cleandoc
 from pathlib import Path
 
-from crate_mini import UserError, atomic_write, checkpoint, cli, data, evidence, machine, measure, sae_fit
-from crate_mini.activations import Site, sites
+from crate_mini import UserError, atomic_write, cli
+from crate_mini import results as evidence
 from crate_mini.concepts import command as across
-from crate_mini.sae import SAE, beside, load, save
-from crate_mini.scoring import results, summary, words
-from crate_mini.scoring.neurons import Run, run
-from crate_mini.scoring.selftest import solve, told
-from crate_mini.views import figures, human, layer_views, neuronpedia
+from crate_mini.data import batches as data
+from crate_mini.judges import score_neurons as words
+from crate_mini.layers import figure as layer_views
+from crate_mini.layers import measure
+from crate_mini.neurons import neuronpedia, summary
+from crate_mini.neurons import score as results
+from crate_mini.neurons import survey as human
+from crate_mini.neurons.pipeline import Run, run
+from crate_mini.neurons.record import Site, sites
+from crate_mini.neurons.selftest import solve, told
+from crate_mini.plots import figure as figures
+from crate_mini.sae import train as sae_fit
+from crate_mini.sae.autoencoder import SAE, beside, load, save
+from crate_mini.training import checkpoint
+from crate_mini.training import device as machine
 
 SCRIPT = "interpret.py"
 L1 = 5e-5, 1e-4, 2e-4            # of the autoencoders by default
@@ -182,7 +192,7 @@ class Neurons:
 
 @command(Neurons)
 def neurons(s, ckpt):
-    """scores.jsonl, summary.json, index.html and what they were made from (crate_mini/scoring/neurons.py)."""
+    """scores.jsonl, summary.json, index.html and what they were made from (crate_mini/neurons/pipeline.py)."""
     for name, least, most in (("n", 0, 2 ** 31), ("seed", 0, 2 ** 31), ("trie", 0, 2 ** 31),
                               ("tokens", 1, 2 ** 40), ("match_density", 0, 1)):
         if not least <= getattr(s, name) < most:

@@ -19,11 +19,14 @@ from dataclasses import asdict, dataclass, fields, replace
 import numpy as np
 import torch
 
-from crate_mini import UserError, cli, dose, evidence, sae
-from crate_mini.desk import Desk
-from crate_mini.readout import next_token
-from crate_mini.steering import Intervention, steer
-from crate_mini.views import dose_views
+from crate_mini import UserError, cli
+from crate_mini import results as evidence
+from crate_mini.intervene import Intervention, steer
+from crate_mini.lab import Desk
+from crate_mini.sae import autoencoder as sae
+from crate_mini.steering import dose_response as dose
+from crate_mini.steering import figure as dose_views
+from crate_mini.steering.next_token import next_token
 
 
 @dataclass

@@ -4,7 +4,7 @@ With no flag: CRATE 3L (d = 128) on the English that every Python installation c
 The path of a token: data.batch -> LM.forward -> head.cross_entropy -> backward -> AdamW -> checkpoint.save.
 Many processes: `torchrun --nproc-per-node 8 train.py ...`; each takes its rows of the same global batch, so
 the number of processes changes the speed and not the run. `python train.py --help` lists every setting.
-`--task classify` makes a classifier of a checkpoint instead, on labelled texts (crate_mini/classify.py).
+`--task classify` makes a classifier of a checkpoint instead, on labelled texts (crate_mini/concepts/finetune.py).
 """
 
 import gc
@@ -25,8 +25,14 @@ import torch.distributed as dist
 import torch.distributed.nn  # before init_process_group: its default arguments would keep the group alive
 from torch.nn.parallel import DistributedDataParallel
 
-from crate_mini import UserError, checkpoint, classify, cli, data, machine, model, progress, report
-from crate_mini.settings import parse
+from crate_mini import UserError, cli, model
+from crate_mini.concepts import finetune as classify
+from crate_mini.data import batches as data
+from crate_mini.training import checkpoint
+from crate_mini.training import device as machine
+from crate_mini.training import loss_curve as report
+from crate_mini.training import run_log as progress
+from crate_mini.training.settings import parse
 
 
 class Run:

@@ -21,8 +21,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from crate_mini import UserError, head, ops
-from crate_mini.past import attend, remember
+from crate_mini import UserError, ops
+from crate_mini import loss as head
+from crate_mini.generate import attend, remember
 
 
 @dataclass(frozen=True)

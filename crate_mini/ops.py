@@ -21,7 +21,7 @@ from crate_mini._stamp import source_stamp
 
 MODES = ("auto", "fused", "reference")
 REBUILD = "`pip install -e .` in the repository builds it"
-# Up to which width d the kernels were measured to be faster than PyTorch (python -m crate_mini.bench).
+# Up to which width d the kernels were measured to be faster than PyTorch (python -m crate_mini.studies.bench).
 FASTER = {"avx512_bf16": {torch.float32: math.inf, torch.bfloat16: math.inf},
           "avx512": {torch.float32: math.inf}, "avx2": {torch.float32: 128}}
 DECODE_ROWS = 4             # without gradient, up to so many rows are worth skipping zero codes for
@@ -87,7 +87,7 @@ def _takes(op, t, dtype):
 
 
 def _pays(op, t, dtype):
-    """The measured rules behind `auto`, see the table of `python -m crate_mini.bench`."""
+    """The measured rules behind `auto`, see the table of `python -m crate_mini.studies.bench`."""
     rows, d = math.prod(t.shape[:-1]), t.shape[-1] if t.dim() else 0
     if t.is_cuda or d > _faster.get(dtype, -1):
         return False        # CUDA: not before it has been measured on the device

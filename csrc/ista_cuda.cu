@@ -3,7 +3,7 @@
 // Every product is one call of `multiply` (product_cuda.cuh) with the threshold, residual or mask in its
 // epilogue, so the (N, h) pre-activations never reach memory. The versions are those of the product: v1
 // naive, v2 shared-memory tiles, v3 tensor cores; `version` picks one, 0 the best for the type:
-//     python -m crate_mini.bench --op ista --versions
+//     python -m crate_mini.studies.bench --op ista --versions
 // Two steps on N rows are 4 products forward and 8 backward of 2 N d h operations each, 24 N d h in all.
 // Values moved forward, at best: a_1 written and read twice, a_2 written and read, x and r twice each, y:
 // about 5 N h + 5 N d, and D four times. (A v4 that keeps a tile of rows on the chip through all four

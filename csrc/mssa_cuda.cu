@@ -5,7 +5,7 @@
 // normalised rows never exist in memory: v1 one thread an output, v2 shared-memory tiles, v3 tensor cores
 // with the normalised rows staged as bf16. A first pass over z leaves mean and 1 / deviation of each row, 8
 // bytes a token.
-//     python -m crate_mini.bench --op mssa --versions
+//     python -m crate_mini.studies.bench --op mssa --versions
 // Bytes at best, z float32 and the rest bf16: N d (4 + 4 + 2) + 2 d^2 forward, for 2 N d^2 operations; the
 // reference writes the normalised rows and reads them back, N d (2 + 2) more.
 //

@@ -5,7 +5,7 @@
 //   avx2         v3: the same text with registers twice as wide, and multiply-add in one instruction
 //   avx512       v4: four times as wide, 24 sums in flight instead of 12
 //   avx512_bf16  v5: bf16 pairs multiplied and added in float by one instruction, no conversion
-// Check and time each: python -m crate_mini.bench --op ista_step --versions
+// Check and time each: python -m crate_mini.studies.bench --op ista_step --versions
 #include "kernels.h"
 #include "product_cpu.h"
 

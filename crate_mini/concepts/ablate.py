@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from crate_mini import UserError
-from crate_mini.classifier import batches
-from crate_mini.past import remember
+from crate_mini.concepts.classifier import batches
+from crate_mini.generate import remember
 
 VARIANTS = {
     "own": "the code of the text's salient word",

@@ -61,8 +61,9 @@ class Settings:
 
 def run(s, ckpt):
     """What `interpret.py concepts` does."""
-    from crate_mini.concepts import result, stages
-    from crate_mini.views import concept_packet
+    from crate_mini.concepts import pipeline as stages
+    from crate_mini.concepts import report as result
+    from crate_mini.concepts import survey as concept_packet
     s.check()
     if s.answers:
         out = Path(s.out) if s.out else Path(ckpt).resolve().parent / "concepts"

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from crate_mini.concepts.ablate import VARIANTS, Above, code_directions, shared_directions, without
 from crate_mini.concepts.probe import Probes
-from crate_mini.views.human import wilson
+from crate_mini.neurons.survey import wilson
 
 FOLDS, DRAWS = 20, 1000             # of the probes; of the bootstrap over texts
 PROBES = {"probe, read-out": "h", "probe, mean": "mean"}        # form: field of Items

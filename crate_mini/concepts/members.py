@@ -8,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 
-from crate_mini.concepts.vectors import SPLITS
+from crate_mini.concepts.types import SPLITS
 
 TOP = 10            # words of a concept that anyone is shown
 

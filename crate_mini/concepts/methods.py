@@ -17,11 +17,13 @@ from dataclasses import fields
 import numpy as np
 import torch
 
-from crate_mini import UserError, clvqvae, sae_fit
+from crate_mini import UserError
 from crate_mini.cli import nearest as nearest_word
-from crate_mini.concepts.clusters import kmeans, means, nearest, usage
-from crate_mini.concepts.vectors import SPLITS, Codes
-from crate_mini.sae import SAE
+from crate_mini.concepts import clvqvae
+from crate_mini.concepts.kmeans import kmeans, means, nearest, usage
+from crate_mini.concepts.types import SPLITS, Codes
+from crate_mini.sae import train as sae_fit
+from crate_mini.sae.autoencoder import SAE
 
 
 def discover(name, vectors, k, seed=0, **switches):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from crate_mini.classifier import batches
+from crate_mini.concepts.classifier import batches
 
 NODES = 16          # of the Gauss-Legendre rule; more where `gap` is large
 

@@ -1,0 +1,283 @@
+"""Foreign checkpoints, on synthetic files with documented keys: logits against forward passes written here.
+
+These read the foreign state_dict itself, in float64, and share no code with the model.
+"""
+
+import json
+import math
+import random
+import struct
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crate_mini import UserError
+from crate_mini.model import LM, preset
+from crate_mini.training import checkpoint
+from crate_mini.training.foreign_weights import export_foreign, import_foreign
+
+D, HEADS, LAYERS, VOCAB, CONTEXT = 12, 3, 2, 19, 7
+IDS = torch.randint(VOCAB, (2, CONTEXT), generator=torch.Generator().manual_seed(1))
+
+
+def foreign(layout, bias=False):
+    """A random state_dict with the keys, shapes and tying of `layout` (crate, gpt or hf)."""
+    g, h = torch.Generator().manual_seed(2), "transformer.h.{}."
+    shapes = {"transformer.wte.weight": (VOCAB, D), "transformer.wpe.weight": (CONTEXT, D)}
+    for i in range(LAYERS):
+        b = h.format(i)
+        if layout == "crate":
+            norms, maps = ("prenorm_1", "prenorm_2"), {"attn.c_proj": (D, D)}
+            shapes |= {b + "attn.c_attn.weight": (D, D), b + "ista.weight": (4 * D, D)}
+        else:
+            norms = ("ln_1", "ln_2")
+            maps = {"attn.c_attn": (3 * D, D), "attn.c_proj": (D, D),
+                    "mlp.c_fc": (4 * D, D), "mlp.c_proj": (D, 4 * D)}
+        for name in norms:
+            shapes |= {f"{b}{name}.weight": (D,)} | ({f"{b}{name}.bias": (D,)} if bias else {})
+        for name, (n, m) in maps.items():
+            shapes |= {f"{b}{name}.weight": (m, n) if layout == "hf" else (n, m)}
+            shapes |= {f"{b}{name}.bias": (n,)} if bias else {}
+    shapes |= {"transformer.ln_f.weight": (D,)} | ({"transformer.ln_f.bias": (D,)} if bias else {})
+    sd = {name: torch.randn(shape, generator=g) * 0.4 for name, shape in shapes.items()}
+    return {**sd, "lm_head.weight": sd["transformer.wte.weight"]}
+
+
+def norm(x, sd, name):
+    centred = x - x.mean(-1, keepdim=True)
+    y = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * sd[name + ".weight"]
+    return y + sd.get(name + ".bias", 0)
+
+
+def attend(q, k, v):
+    """Causal softmax attention, head by head, on (B, T, d)."""
+    p, out = D // HEADS, []
+    later = torch.triu(torch.ones(q.shape[1], q.shape[1], dtype=torch.bool), 1)
+    for i in range(HEADS):
+        cut = slice(i * p, (i + 1) * p)
+        score = (q[..., cut] @ k[..., cut].mT / math.sqrt(p)).masked_fill(later, -math.inf)
+        out.append(score.softmax(-1) @ v[..., cut])
+    return torch.cat(out, -1)
+
+
+def forward(sd, layout, activation=torch.relu):
+    """Logits of IDS as the foreign code computes them from its own state_dict."""
+    sd = {name: value.double() for name, value in sd.items()}
+
+    def linear(x, name):
+        w = sd[name + ".weight"]
+        return x @ (w if layout == "hf" else w.T) + sd.get(name + ".bias", 0)
+
+    x = sd["transformer.wte.weight"][IDS] + sd["transformer.wpe.weight"][:IDS.shape[1]]
+    for i in range(LAYERS):
+        b = f"transformer.h.{i}."
+        y = linear(norm(x, sd, b + ("prenorm_1" if layout == "crate" else "ln_1")), b + "attn.c_attn")
+        q, k, v = (y, y, y) if layout == "crate" else y.split(D, -1)
+        x = x + linear(attend(q, k, v), b + "attn.c_proj")
+        if layout == "crate":
+            y, W = norm(x, sd, b + "prenorm_2"), sd[b + "ista.weight"]
+            a = torch.relu(0.1 * y @ W.T - 0.01)
+            a = torch.relu(a + 0.1 * (y @ W.T - a @ W @ W.T) - 0.01)
+            x = a @ W
+        else:
+            x = x + linear(activation(linear(norm(x, sd, b + "ln_2"), b + "mlp.c_fc")), b + "mlp.c_proj")
+    return norm(x, sd, "transformer.ln_f") @ sd["lm_head.weight"].T
+
+
+def gelu(x):
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+
+
+relu = torch.relu
+CASES = [("crate", True, relu), ("gpt", False, relu), ("gpt", True, relu), ("hf", True, gelu)]
+
+
+@pytest.mark.parametrize("layout,bias,activation", CASES)
+def test_import_gives_their_logits_and_export_their_file(layout, bias, activation):
+    sd = foreign(layout, bias)
+    lm = import_foreign(sd, n_head=HEADS)
+    back = export_foreign(lm)
+    assert back.keys() == sd.keys() and all(torch.equal(back[name], sd[name]) for name in sd)
+    torch.testing.assert_close(lm.double()(IDS), forward(sd, layout, activation), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout,kind", [
+    ("crate", {}), ("gpt", dict(kind="gpt2")), ("gpt", dict(kind="gpt2", bias=True)),
+    ("hf", dict(kind="gpt2", bias=True, activation="gelu"))])
+def test_export_gives_our_logits_and_import_our_model(layout, kind):
+    lm = LM(preset("2L", n_embd=D, n_head=HEADS, vocab_size=VOCAB, block_size=CONTEXT, **kind)).eval()
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():  # biases and norms too: the init leaves them where a mix-up would not show
+        for w in lm.parameters():
+            w.copy_(torch.randn(w.shape, generator=g) * 0.4)
+    sd = export_foreign(lm)
+    again = import_foreign(sd, n_head=HEADS)
+    assert again.config == lm.config
+    for (name, a), (_, b) in zip(again.state_dict().items(), lm.state_dict().items()):
+        assert torch.equal(a, b), name
+    activation = gelu if layout == "hf" else torch.relu
+    torch.testing.assert_close(lm.double()(IDS), forward(sd, layout, activation), rtol=1e-9, atol=1e-9)
+
+
+def test_nanogpt_with_gelu_and_imported_weights_are_copies():
+    sd = foreign("gpt")
+    lm = import_foreign(sd, n_head=HEADS, activation="gelu")
+    want = forward(sd, "gpt", gelu)
+    for value in sd.values():
+        value.zero_()
+    torch.testing.assert_close(lm.double()(IDS), want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
+def test_a_training_checkpoint_with_its_arguments(tmp_path, prefix):
+    sd = foreign("crate", True)
+    args = dict(n_layer=LAYERS, n_head=HEADS, n_embd=D, block_size=CONTEXT, bias=False, vocab_size=VOCAB,
+                dropout=0.0)
+    extra = {"optimizer": {"state": {0: {"step": torch.tensor(5.0)}}}, "iter_num": 600000,
+             "best_val_loss": torch.tensor(2.5), "config": {"out_dir": "out"}}
+    torch.save({"model": {prefix + name: value for name, value in sd.items()}, "model_args": args, **extra},
+               tmp_path / "ckpt.pt")
+    lm, meta = checkpoint.load(tmp_path / "ckpt.pt")
+    assert meta["tokenizer"]["spec"] == "gpt2" and meta["config"]["n_head"] == HEADS and not lm.training
+    torch.testing.assert_close(lm.double()(IDS), forward(sd, "crate"), rtol=1e-9, atol=1e-9)
+    named = meta["sha256"]              # what results belong to: other weights, another name
+    torch.save({"model": sd, "model_args": args}, tmp_path / "ckpt.pt")
+    assert checkpoint.load(tmp_path / "ckpt.pt")[1]["sha256"] == named
+    next(iter(sd.values())).view(-1)[0] += 1
+    torch.save({"model": sd, "model_args": args}, tmp_path / "ckpt.pt")
+    assert checkpoint.load(tmp_path / "ckpt.pt")[1]["sha256"] != named
+
+
+def safetensors(sd):
+    """The bytes of a .safetensors file, as its specification has them."""
+    table, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, t in sd.items():
+        raw = t.numpy().tobytes()
+        table[name] = {"dtype": "F32", "shape": [*t.shape], "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    head = json.dumps(table).encode()
+    return struct.pack("<Q", len(head)) + head + data
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("stem", ["", "transformer."])
+def test_a_hugging_face_folder(tmp_path, kind, stem):
+    sd = foreign("hf", True)
+    del sd["lm_head.weight"]
+    theirs = {stem + name.removeprefix("transformer."): t for name, t in sd.items()}
+    theirs[stem + "h.0.attn.bias"] = torch.ones(1, 1, CONTEXT, CONTEXT).tril()  # the mask in old files
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_head": HEADS, "n_embd": D}))
+    if kind.endswith("bin"):
+        torch.save(theirs, tmp_path / kind)
+    else:
+        (tmp_path / kind).write_bytes(safetensors(theirs))
+    lm, _ = checkpoint.load(tmp_path)
+    want = forward(foreign("hf", True), "hf", gelu)
+    torch.testing.assert_close(lm.double()(IDS), want, rtol=1e-9, atol=1e-9)
+
+
+def test_transformers_itself(tmp_path):
+    """Against the real library, where the optional extra is installed."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=D, n_layer=LAYERS,
+                                     n_head=HEADS)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours, _ = checkpoint.load(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.double()(IDS), theirs.double()(IDS).logits, rtol=1e-9, atol=1e-9)
+    sd = theirs.state_dict()
+    assert all(torch.equal(value.double(), sd[name]) for name, value in export_foreign(ours).items())
+
+
+def test_half_precision_files_become_float32():
+    lm = import_foreign({name: value.half() for name, value in foreign("gpt").items()}, n_head=HEADS)
+    assert {w.dtype for w in lm.parameters()} == {torch.float32}
+
+
+def refused(match, call, *args, **kwargs):
+    with pytest.raises(UserError, match=match) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_what_cannot_be_imported_is_refused_by_name():
+    crate, gpt = foreign("crate", True), foreign("gpt")
+    first = "transformer.h.0."
+    refused("number of heads", import_foreign, gpt)
+    refused("does not divide", import_foreign, gpt, n_head=5)
+    for match, sd in (("head of its own", {**gpt, "lm_head.weight": gpt["lm_head.weight"] + 1}),
+                      ("crate_overcomplete", {**crate, first + "ista.weight": torch.zeros(D, D)}),
+                      ("mlp.extra", {**gpt, first + "mlp.extra": torch.zeros(1)})):
+        refused(match, import_foreign, sd, n_head=HEADS)
+    refused("is no CRATE-LM", import_foreign, {"some.weight": torch.zeros(1)})
+    refused("no state_dict", import_foreign, {"model": [1], "model_args": {}})
+    refused("no state_dict", import_foreign, {"model": {"a": 1}})
+    for name in (first + "ln_1.weight", first + "mlp.c_proj.weight", "transformer.ln_f.weight"):
+        refused(f"{name} of shape", import_foreign, {k: v for k, v in gpt.items() if k != name}, n_head=HEADS)
+        refused(f"{name} of shape", import_foreign, {**gpt, name: torch.zeros(2, 3)}, n_head=HEADS)
+
+
+def test_facts_of_a_hugging_face_model_that_we_do_not_compute(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(safetensors(foreign("hf", True)))
+    for name, value in {"model_type": "opt", "activation_function": "relu", "layer_norm_epsilon": 1e-6,
+                        "scale_attn_by_inverse_layer_idx": True}.items():
+        facts = {"model_type": "gpt2", "n_head": HEADS, name: value}
+        (tmp_path / "config.json").write_text(json.dumps(facts))
+        refused(name, checkpoint.load, tmp_path)
+    (tmp_path / "config.json").unlink()
+    refused("Cannot read", checkpoint.load, tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    dict(residual=True), dict(separate_decoder=True), dict(learned_lam=True), dict(unit_norm=True),
+    dict(query_rank=2), dict(eta=0.2), dict(lam=0.2), dict(ista_steps=3), dict(expansion=2),
+    dict(attention="mhsa"), dict(bias=False)])
+def test_variants_have_no_foreign_form(change):
+    lm = LM(preset("1L", n_embd=D, n_head=HEADS, vocab_size=VOCAB, block_size=CONTEXT, **change))
+    refused(next(iter(change)), export_foreign, lm)
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this must never be printed",)
+
+
+def test_files_that_would_run_code_or_hold_something_else(tmp_path, capsys):
+    path = tmp_path / "model.pt"
+    torch.save({"model": foreign("gpt"), "extra": Code()}, path)
+    refused("run code", checkpoint.load, path)
+    for content in ([1, 2], torch.zeros(3), 5):
+        torch.save(content, path)
+        refused("expected a dict", checkpoint.load, path)
+    path.write_bytes(b"")
+    refused("damaged", checkpoint.load, path)
+    refused("No such file", import_foreign, tmp_path / "nowhere.pt")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("foreign")
+    torch.save({"model": foreign("crate", True), "model_args": {"n_head": HEADS}}, folder / "a.pt")
+    torch.save(foreign("gpt"), folder / "b.pt", _use_new_zipfile_serialization=False)
+    (folder / "c.safetensors").write_bytes(safetensors(foreign("hf", True)))
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.fuzz
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@given(name=st.sampled_from(["a.pt", "b.pt", "c.safetensors"]), seed=st.integers(0, 2 ** 32),
+       flips=st.integers(0, 20), cut=st.booleans(), head=st.booleans())
+def test_damaged_files_never_give_a_traceback(files, tmp_path_factory, name, seed, flips, cut, head):
+    r, data = random.Random(seed), bytearray(files[name])
+    for _ in range(flips):  # the first kilobyte holds the structure, the rest is mostly numbers
+        data[r.randrange(min(len(data), 1000) if head else len(data))] = r.randrange(256)
+    path = tmp_path_factory.getbasetemp() / f"damaged-{name}"
+    path.write_bytes(data[:r.randrange(len(data))] if cut else data)
+    try:
+        assert isinstance(import_foreign(path, n_head=HEADS), LM)
+    except UserError as error:
+        assert "\n" not in str(error)
