@@ -19,9 +19,13 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-OUT = Path("build", f"ninja-{sys.implementation.cache_tag}")    # kept, so that the next build is incremental
+OUT = Path(
+    "build", f"ninja-{sys.implementation.cache_tag}"
+)  # kept, so that the next build is incremental
 SHARED = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-CXX, CXXFLAGS, LDFLAGS = (shlex.split(os.environ.get(name, "")) for name in ("CXX", "CXXFLAGS", "LDFLAGS"))
+CXX, CXXFLAGS, LDFLAGS = (
+    shlex.split(os.environ.get(name, "")) for name in ("CXX", "CXXFLAGS", "LDFLAGS")
+)
 RULE = f"""builddir = {OUT}
 rule run
   command = $words $in -o $out
@@ -53,19 +57,31 @@ def find_cxx():
         if sh(*cxx, "-std=c++17", f"{probe}", "-o", f"{OUT}/probe")[0] == 0:
             probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
             openmp = sh(*cxx, "-fopenmp", f"{probe}", "-o", f"{OUT}/probe")[0] == 0
-            told = f"C++: {version(*cxx)}, " + ("OpenMP" if openmp else "no OpenMP, therefore one thread")
+            told = f"C++: {version(*cxx)}, " + (
+                "OpenMP" if openmp else "no OpenMP, therefore one thread"
+            )
             return cxx, ["-fopenmp"] * openmp, told
-    return None, [], f"C++: no working compiler ({', '.join(map(shlex.join, names))}); install g++ or set CXX"
+    return (
+        None,
+        [],
+        f"C++: no working compiler ({', '.join(map(shlex.join, names))}); install g++ or set CXX",
+    )
 
 
 def find_nvcc():
     """(path or None, architectures, what to tell). A GPU need not be visible: containers build without."""
-    archs = os.environ.get("CRATE_CUDA_ARCHS", "80 90a").replace(",", " ").replace("sm_", "").split()
+    archs = (
+        os.environ.get("CRATE_CUDA_ARCHS", "80 90a").replace(",", " ").replace("sm_", "").split()
+    )
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
     nvcc = next(filter(None, map(shutil.which, places)), None)
     if not nvcc or archs in ([], ["none"]):
-        why = f"no nvcc ({' or '.join(places)})" if archs and not nvcc else "switched off by CRATE_CUDA_ARCHS"
+        why = (
+            f"no nvcc ({' or '.join(places)})"
+            if archs and not nvcc
+            else "switched off by CRATE_CUDA_ARCHS"
+        )
         return None, [], f"CUDA: {why}, therefore CPU only"
     return nvcc, archs, f"CUDA: {version(nvcc)}, {' '.join('sm_' + a for a in archs)}"
 
@@ -75,11 +91,13 @@ def edges(cxx, openmp, nvcc, archs):
     stamp = runpy.run_path("crate_mini/_stamp.py")["source_stamp"]()
     compilers = version(*cxx) + (f"; {version(nvcc)}" if nvcc else "")
     facts = {"STAMP": stamp, "ARCHS": " ".join(archs), "COMPILERS": compilers}
-    binding = [f'-DCRATE_{name}="{value}"' for name, value in facts.items()] + ["-DCRATE_CUDA"] * bool(nvcc)
+    binding = [f'-DCRATE_{name}="{value}"' for name, value in facts.items()] + [
+        "-DCRATE_CUDA"
+    ] * bool(nvcc)
     binding += shlex.split(sh(sys.executable, "-m", "pybind11", "--includes")[1])
     common, host = ["-O3", "-std=c++17"], ["-fPIC", "-fvisibility=hidden", *openmp, *CXXFLAGS]
     link, cuda, files = [*cxx, *SHARED, *host, *LDFLAGS], [], sources("*.cpp")
-    if nvcc:    # machine code for each architecture, and PTX of the first: newer GPUs translate it themselves
+    if nvcc:  # machine code for each architecture, and PTX of the first: newer GPUs translate it themselves
         code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         code += [f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}", "-ccbin", cxx[-1]]
         cuda = [nvcc, *common, *code, *(f"-Xcompiler={word}" for word in host)]
@@ -89,14 +107,20 @@ def edges(cxx, openmp, nvcc, archs):
     objects = [f"{OUT}/{Path(file).name}.o" for file in files]
     for file, out in zip(files, objects):
         words = cuda if file.endswith(".cu") else [*cxx, *common, "-Wall", *host]
-        yield out, [file], words + binding * ("bindings" in file) + ["-MMD", "-MF", f"{out}.d", "-c"]
+        yield (
+            out,
+            [file],
+            words + binding * ("bindings" in file) + ["-MMD", "-MF", f"{out}.d", "-c"],
+        )
     yield OUT / "_C.so", objects, link
 
 
 def ninja(build):
     """Run the edges with ninja; True if the module came out."""
     edge = "build {}: run {}\n  words = {}\n"
-    text = "".join(edge.format(out, " ".join(inputs), shlex.join(words)) for out, inputs, words in build)
+    text = "".join(
+        edge.format(out, " ".join(inputs), shlex.join(words)) for out, inputs, words in build
+    )
     (OUT / "build.ninja").write_text(RULE + text.replace("$", "$$"))
     jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
     status, output = sh(sys.executable, "-m", "ninja", "-f", f"{OUT}/build.ninja", *jobs)
@@ -110,7 +134,9 @@ class Build(build_ext):
     def build_extension(self, ext):
         OUT.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name))
-        target.unlink(missing_ok=True)      # an earlier build's would be packed as if it were this one's
+        target.unlink(
+            missing_ok=True
+        )  # an earlier build's would be packed as if it were this one's
         cxx, openmp, cpu = find_cxx()
         nvcc, archs, gpu = find_nvcc() if cxx else (None, [], "CUDA: needs a C++ compiler first")
         built = cxx and ninja(edges(cxx, openmp, nvcc, archs))
@@ -121,10 +147,24 @@ class Build(build_ext):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(OUT / "_C.so", target)
         cpu += "; it failed on csrc/ (its message is above)" if cxx and not built else ""
-        head = "the compiled extension is built." if built else (
-            "no compiled extension; plain PyTorch does the work. After a repair run: pip install -e .")
+        head = (
+            "the compiled extension is built."
+            if built
+            else (
+                "no compiled extension; plain PyTorch does the work. After a repair run: pip install -e ."
+            )
+        )
         print(*(f"crate_mini: {line}" for line in (head, cpu, gpu)), sep="\n", flush=True)
 
 
-setup(ext_modules=[Extension("crate_mini._C", sources("*.cpp"), depends=sources("*.h", "*.cuh", "*.cu"),
-                             optional=True)], cmdclass={"build_ext": Build})
+setup(
+    ext_modules=[
+        Extension(
+            "crate_mini._C",
+            sources("*.cpp"),
+            depends=sources("*.h", "*.cuh", "*.cu"),
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": Build},
+)

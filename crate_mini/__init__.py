@@ -29,8 +29,9 @@ def atomic_write(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror or error}; make room or choose another "
-                        "folder.") from None
+        raise UserError(
+            f"Cannot write {path}: {error.strerror or error}; make room or choose another folder."
+        ) from None
     finally:
         if temporary.exists():
             temporary.unlink()

@@ -8,7 +8,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def source_stamp(root=ROOT):
     """sha256 (hex) of csrc/ and setup.py, by name and content; None where they are absent (a wheel)."""
-    files = sorted(p for p in Path(root, "csrc").glob("*") if p.suffix in (".h", ".cpp", ".cuh", ".cu"))
+    files = sorted(
+        p for p in Path(root, "csrc").glob("*") if p.suffix in (".h", ".cpp", ".cuh", ".cu")
+    )
     if not files or not Path(root, "setup.py").exists():
         return None
     digest = hashlib.sha256()

@@ -25,20 +25,26 @@ class Parser(argparse.ArgumentParser):
     """argparse that answers in one sentence, names the nearest flag, and reads --a_b as --a-b."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
 
     def error(self, message):
         raise UserError(f"{message[0].lower()}{message[1:]}; see `python {self.prog} --help`.")
 
     def parse_args(self, args=None, namespace=None):
         """As argparse's; raises UserError for anything it cannot take."""
-        args = [re.sub(r"^--[^=]+", lambda m: m[0].replace("_", "-"), a) for a in
-                (sys.argv[1:] if args is None else args)]
+        args = [
+            re.sub(r"^--[^=]+", lambda m: m[0].replace("_", "-"), a)
+            for a in (sys.argv[1:] if args is None else args)
+        ]
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [s for action in self._actions for s in action.option_strings]
-            raise UserError(f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}; "
-                            f"`python {self.prog} --help` lists all.")
+            raise UserError(
+                f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}; "
+                f"`python {self.prog} --help` lists all."
+            )
         return found
 
 
@@ -52,7 +58,9 @@ def nearest_folder(folder, holding):
     """' (did you mean X?)' for the folder with such a file in `folder`, or of a path like it, or nothing."""
     for root in (folder, *folder.parents[:2]):
         with suppress(OSError):
-            found = [path.parent for depth in ("*", "*/*") for path in root.glob(f"{depth}/{holding}")]
+            found = [
+                path.parent for depth in ("*", "*/*") for path in root.glob(f"{depth}/{holding}")
+            ]
             if match := nearest(str(folder), map(str, found), 0.0 if root == folder else 0.6):
                 return match
     return ""
@@ -81,15 +89,29 @@ def add_fields(parser, cls, title, texts=(), defaults=()):
     """
     group, notes = parser.add_argument_group(title), comments(cls)
     for f in fields(cls):
-        flag, default = "--" + f.name.rstrip("_").replace("_", "-"), dict(defaults).get(f.name, f.default)
+        flag, default = (
+            "--" + f.name.rstrip("_").replace("_", "-"),
+            dict(defaults).get(f.name, f.default),
+        )
         text = notes.get(f.name, "") + ("" if default is None else f" (default {default})")
         text = dict(texts).get(f.name, text).replace("%", "%%")
         if f.type is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
-                               dest=f.name, help=text)
+            group.add_argument(
+                flag,
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                dest=f.name,
+                help=text,
+            )
         else:
-            group.add_argument(flag, type=kind_of(f), default=argparse.SUPPRESS, help=text, dest=f.name,
-                               metavar=kind_of(f).__name__.upper())
+            group.add_argument(
+                flag,
+                type=kind_of(f),
+                default=argparse.SUPPRESS,
+                help=text,
+                dest=f.name,
+                metavar=kind_of(f).__name__.upper(),
+            )
 
 
 def kind_of(field):
@@ -161,8 +183,12 @@ def run(main):
         lines = str(e).splitlines() or [type(e).__name__]
         if isinstance(e, MemoryError) or re.search(NO_MEMORY, str(e)):
             message = f"not enough memory ({lines[0][:120]}); take less at a time, {SMALLER}."
-        elif any(kind.__name__ == "BackendCompilerFailed" for kind in type(e).__mro__):     # import: seconds
-            why = next(line for sign in (" error: ", "Error: ", "") for line in lines if sign in line).strip()
+        elif any(
+            kind.__name__ == "BackendCompilerFailed" for kind in type(e).__mro__
+        ):  # import: seconds
+            why = next(
+                line for sign in (" error: ", "Error: ", "") for line in lines if sign in line
+            ).strip()
             message = f"torch.compile cannot compile here ({why[:200]}); `--compile off` trains without it."
         else:
             raise

@@ -25,7 +25,7 @@ class Past:
             self.kept[layer] = [t.new_empty(*t.shape[:2], self.room, t.shape[3]) for t in new]
         end = self.length + new[0].shape[2]
         for kept, t in zip(self.kept[layer], new):
-            kept[:, :, self.length:end] = t
+            kept[:, :, self.length : end] = t
         return [kept[:, :, :end] for kept in self.kept[layer]]
 
 
@@ -42,7 +42,10 @@ def remember(model, prompt):
 
     Yields its Past. The model forgets it when the block ends, however it ends.
     """
-    past, owners = Past(prompt, model.config.block_size), [model, *(b.attention for b in model.blocks)]
+    past, owners = (
+        Past(prompt, model.config.block_size),
+        [model, *(b.attention for b in model.blocks)],
+    )
     try:
         for owner in owners:
             owner.past = past

@@ -29,6 +29,7 @@ class Intervention:
     or (B, T) over the tokens of the text, where tokens after its end follow its last column.
     along: (h,) if given, the neuron's change is written along this direction instead of the neuron's own.
     """
+
     layer: int
     neuron: int
     op: str = "set"
@@ -45,27 +46,43 @@ class Intervention:
     def check(self, config):
         """Raise UserError unless a model of this config has what is to be changed."""
         width = config.n_code if self.sae is None else self.sae.c.numel()
-        for name, value, n in (("layer", self.layer, config.n_layer), (self.kind, self.neuron, width)):
+        for name, value, n in (
+            ("layer", self.layer, config.n_layer),
+            (self.kind, self.neuron, width),
+        ):
             if type(value) is not int or not 0 <= value < n:
                 raise UserError(f"{name} {value!r} does not exist; {name}s are 0 to {n - 1} here.")
-        if self.sae is not None and (self.sae.layer not in (None, self.layer)
-                                     or self.sae.b.numel() != config.n_code):
-            raise UserError(f"the autoencoder is for layer {self.sae.layer} and {self.sae.b.numel()} codes, "
-                            f"not for the {config.n_code} of layer {self.layer}.")
+        if self.sae is not None and (
+            self.sae.layer not in (None, self.layer) or self.sae.b.numel() != config.n_code
+        ):
+            raise UserError(
+                f"the autoencoder is for layer {self.sae.layer} and {self.sae.b.numel()} codes, "
+                f"not for the {config.n_code} of layer {self.layer}."
+            )
         if self.op not in OPS:
             raise UserError(f"op {self.op!r} is unknown; choose one of {', '.join(OPS)}.")
         if not isinstance(self.value, (int, float)) or not abs(self.value) < FLOAT32:
             raise UserError(f"value {self.value!r} is no finite number; try 2.0.")
         at = self.positions
-        if not (at in ("all", "last") if isinstance(at, str) else torch.is_tensor(at) and at.dim() in (1, 2)
-                and at.dtype == torch.bool and at.numel()):
+        if not (
+            at in ("all", "last")
+            if isinstance(at, str)
+            else torch.is_tensor(at)
+            and at.dim() in (1, 2)
+            and at.dtype == torch.bool
+            and at.numel()
+        ):
             raise UserError("positions must be 'all', 'last' or a bool tensor (T,) or (B, T).")
 
     def turn(self, f, where):
         """f (B, T, n), this neuron changed where (B, T) says so; all else keeps its bits."""
         old = f[..., self.neuron]
-        new = {"set": torch.full_like(old, self.value), "scale": old * self.value, "add": old + self.value,
-               "ablate": torch.zeros_like(old)}[self.op]
+        new = {
+            "set": torch.full_like(old, self.value),
+            "scale": old * self.value,
+            "add": old + self.value,
+            "ablate": torch.zeros_like(old),
+        }[self.op]
         if self.along is not None:
             return f + torch.where(where, new - old, 0)[..., None] * self.along.to(f)
         f = f.clone()
@@ -82,14 +99,20 @@ class Steering:
 
     def where(self, positions, B, T, device):
         """(B, T) bool: at which tokens of this pass to act; never at padding, what `lengths` cuts off."""
+
         def rows(t, name):
             if len(t) not in (1, B):
-                raise UserError(f"{name} have {len(t)} rows, the batch has {B}; give one row for each.")
+                raise UserError(
+                    f"{name} have {len(t)} rows, the batch has {B}; give one row for each."
+                )
             return t.to(device).expand(B, -1)
+
         past = self.model.past
         begin, prompt = (past.slid + past.length, past.prompt) if past else (0, T)
-        at = begin + torch.arange(T, device=device).expand(B, T)        # in the text, not in the window
-        ends = rows(torch.as_tensor([prompt] if self.lengths is None else self.lengths)[:, None], "lengths")
+        at = begin + torch.arange(T, device=device).expand(B, T)  # in the text, not in the window
+        ends = rows(
+            torch.as_tensor([prompt] if self.lengths is None else self.lengths)[:, None], "lengths"
+        )
         real = (at < ends) | (at >= prompt)
         if isinstance(positions, str):
             return real & (at >= ends - 1) if positions == "last" else real
@@ -98,7 +121,10 @@ class Steering:
 
     def hook(self, numbers):
         """A forward hook for the codes of a layer: these interventions, all on neurons or on one SAE."""
-        sae, keep_error = self.interventions[numbers[0]].sae, self.interventions[numbers[0]].keep_error
+        sae, keep_error = (
+            self.interventions[numbers[0]].sae,
+            self.interventions[numbers[0]].keep_error,
+        )
 
         def act(module, inputs, a):
             f = before = a if sae is None else sae.encode(a)
@@ -111,6 +137,7 @@ class Steering:
                 return f
             new = a + (sae.decode(f) - sae.decode(before)) if keep_error else sae.decode(f)
             return torch.where(touched[..., None], new, a)
+
         return act
 
 
@@ -127,14 +154,22 @@ def steer(model, interventions, lengths=None):
         intervention.check(model.config)
     steering = Steering(model, interventions, lengths)
     with ExitStack() as hooks:
-        for (layer, *_), group in itertools.groupby(range(len(interventions)), lambda n: (
-                interventions[n].layer, id(interventions[n].sae), interventions[n].keep_error)):
+        for (layer, *_), group in itertools.groupby(
+            range(len(interventions)),
+            lambda n: (
+                interventions[n].layer,
+                id(interventions[n].sae),
+                interventions[n].keep_error,
+            ),
+        ):
             code = model.blocks[layer].sparsifier.code
             hooks.enter_context(code.register_forward_hook(steering.hook(list(group))))
         yield steering
     for intervention, fired in zip(interventions, steering.fired):
         if not fired:
-            raise UserError(f"{intervention} never fired: nothing ran, or its positions name no real token.")
+            raise UserError(
+                f"{intervention} never fired: nothing ran, or its positions name no real token."
+            )
 
 
 def atoms(model, layer):

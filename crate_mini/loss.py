@@ -6,7 +6,7 @@ through in chunks that stay in cache: a chunk's logits, its loss and its gradien
 
 import torch
 
-CHUNK = {"cpu": 2 ** 20, "cuda": 2 ** 26}  # logits alive at a time: a CPU's cache, a GPU's fill
+CHUNK = {"cpu": 2**20, "cuda": 2**26}  # logits alive at a time: a CPU's cache, a GPU's fill
 
 
 def cross_entropy(x, W, targets):
@@ -22,24 +22,27 @@ def cross_entropy(x, W, targets):
 
 
 @torch.library.custom_op("crate_mini::head", mutates_args=())
-def _head(x: torch.Tensor, W: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype,
-          needs_grad: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _head(
+    x: torch.Tensor, W: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype, needs_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss () fp32 and, if needed, its gradients in x (N, d) and W (V, d), made while the chunk is warm."""
-    n, size = len(x), max(32, CHUNK.get(x.device.type, 2 ** 20) // len(W))
+    n, size = len(x), max(32, CHUNK.get(x.device.type, 2**20) // len(W))
     wide = torch.promote_types(torch.float32, dtype)
     xs, Wd = x.to(dtype), W.to(dtype)
     loss = x.new_zeros((), dtype=wide)
     dx = torch.empty_like(x if needs_grad else x[:0])
     dW = torch.zeros_like(W if needs_grad else W[:0], dtype=wide)
     for i in range(0, n, size):
-        rows, t = xs[i:i + size], targets[i:i + size, None]
-        logits = rows @ Wd.T                                                     # (size, V)
+        rows, t = xs[i : i + size], targets[i : i + size, None]
+        logits = rows @ Wd.T  # (size, V)
         p = torch.softmax(logits, -1, dtype=wide)
-        top, at = p.max(-1, keepdim=True)  # log sum exp = top logit - log its p, which no underflow can reach
+        top, at = p.max(
+            -1, keepdim=True
+        )  # log sum exp = top logit - log its p, which no underflow can reach
         loss += (logits.gather(1, at).to(wide) - top.log() - logits.gather(1, t).to(wide)).sum()
         if needs_grad:  # d loss / d logits = (softmax - onehot) / n
             g = p.to(dtype).scatter_(1, t, (p.gather(1, t) - 1).to(dtype))
-            dx[i:i + size] = g @ Wd
+            dx[i : i + size] = g @ Wd
             dW += g.T @ rows
     return loss / n, dx.div_(n), dW.div_(n).to(W.dtype)
 
@@ -47,7 +50,11 @@ def _head(x: torch.Tensor, W: torch.Tensor, targets: torch.Tensor, dtype: torch.
 @_head.register_fake
 def _(x, W, targets, dtype, needs_grad):
     loss = x.new_empty((), dtype=torch.promote_types(torch.float32, dtype))
-    return loss, torch.empty_like(x if needs_grad else x[:0]), torch.empty_like(W if needs_grad else W[:0])
+    return (
+        loss,
+        torch.empty_like(x if needs_grad else x[:0]),
+        torch.empty_like(W if needs_grad else W[:0]),
+    )
 
 
 def _save(ctx, inputs, output):

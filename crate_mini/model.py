@@ -29,42 +29,64 @@ from crate_mini.generate import attend, remember
 @dataclass(frozen=True)
 class Config:
     """Everything that shapes a model; the defaults are the paper's CRATE 3L. Raises UserError on nonsense."""
-    vocab_size: int = 50304      # GPT-2's 50,257 ids rounded up to a multiple of 64
-    block_size: int = 1024       # T, the longest context
-    n_layer: int = 3             # L
-    n_head: int = 4              # K
-    n_embd: int = 128            # d
-    attention: str = "mssa"      # mssa | mhsa
-    sparsifier: str = "ista"     # ista | mlp
-    activation: str = "relu"     # of the mlp: relu | gelu (OpenAI GPT-2's, the tanh form; codes get negative)
-    bias: bool = True            # biases in LayerNorms and output maps (the released GPT-2 twin has none)
-    expansion: int = 4           # h / d, the overcompleteness of D
-    ista_steps: int = 2          # ISTA steps from the zero start
-    eta: float = 0.1             # ISTA step size
-    lam: float = 0.1             # sparsity threshold: a step subtracts eta * lam
+
+    vocab_size: int = 50304  # GPT-2's 50,257 ids rounded up to a multiple of 64
+    block_size: int = 1024  # T, the longest context
+    n_layer: int = 3  # L
+    n_head: int = 4  # K
+    n_embd: int = 128  # d
+    attention: str = "mssa"  # mssa | mhsa
+    sparsifier: str = "ista"  # ista | mlp
+    activation: str = (
+        "relu"  # of the mlp: relu | gelu (OpenAI GPT-2's, the tanh form; codes get negative)
+    )
+    bias: bool = True  # biases in LayerNorms and output maps (the released GPT-2 twin has none)
+    expansion: int = 4  # h / d, the overcompleteness of D
+    ista_steps: int = 2  # ISTA steps from the zero start
+    eta: float = 0.1  # ISTA step size
+    lam: float = 0.1  # sparsity threshold: a step subtracts eta * lam
     # Variants, all off in the paper's model; each answers one known weakness.
-    residual: bool = False       # add the sparsifier's output to the stream instead of replacing it
-    separate_decoder: bool = False  # write with another matrix than D: a tied step can rescale and denoise
-                                 # what is there (its Jacobian is symmetric, >= 0), not write a new direction
-    learned_lam: bool = False    # one positive threshold per neuron, starting at lam
-    unit_norm: bool = False      # use D / |D|_2, which makes the step eta / |D|^2: stable for every eta < 2
-    query_rank: int = 0          # q = u + (u A) B of this rank: scores u u^T are symmetric, so without it a
-                                 # head cannot bind a key to another token's value
-    l1: float = 0.0              # weight of an L1 penalty on codes in the training loss (reviewers' ablation)
+    residual: bool = False  # add the sparsifier's output to the stream instead of replacing it
+    separate_decoder: bool = (
+        False  # write with another matrix than D: a tied step can rescale and denoise
+    )
+    # what is there (its Jacobian is symmetric, >= 0), not write a new direction
+    learned_lam: bool = False  # one positive threshold per neuron, starting at lam
+    unit_norm: bool = (
+        False  # use D / |D|_2, which makes the step eta / |D|^2: stable for every eta < 2
+    )
+    query_rank: int = 0  # q = u + (u A) B of this rank: scores u u^T are symmetric, so without it a
+    # head cannot bind a key to another token's value
+    l1: float = 0.0  # weight of an L1 penalty on codes in the training loss (reviewers' ablation)
 
     def __post_init__(self):
         for f in fields(self):
             value, kind = getattr(self, f.name), type(f.default)
             ok = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
             if not ok or (kind in (int, float) and isinstance(value, bool)):
-                raise UserError(f"{f.name}={value!r} is not of type {kind.__name__}; try {f.default!r}.")
-            if kind is int and not 0 <= value < (1000 if f.name == "n_layer" else 2 ** 31):
+                raise UserError(
+                    f"{f.name}={value!r} is not of type {kind.__name__}; try {f.default!r}."
+                )
+            if kind is int and not 0 <= value < (1000 if f.name == "n_layer" else 2**31):
                 raise UserError(f"{f.name}={value} is out of range; try {f.default}.")
-        for name, allowed in (("attention", ("mssa", "mhsa")), ("sparsifier", ("ista", "mlp")),
-                              ("activation", ("relu", "gelu"))):
+        for name, allowed in (
+            ("attention", ("mssa", "mhsa")),
+            ("sparsifier", ("ista", "mlp")),
+            ("activation", ("relu", "gelu")),
+        ):
             if getattr(self, name) not in allowed:
-                raise UserError(f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(allowed)}.")
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "expansion", "ista_steps"):
+                raise UserError(
+                    f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(allowed)}."
+                )
+        for name in (
+            "vocab_size",
+            "block_size",
+            "n_layer",
+            "n_head",
+            "n_embd",
+            "expansion",
+            "ista_steps",
+        ):
             if getattr(self, name) < 1:
                 like = getattr(Config, name)
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1; try {like}.")
@@ -72,10 +94,14 @@ class Config:
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} must be finite and not negative.")
         if not 0 < self.eta < math.inf or (self.learned_lam and self.lam == 0):
-            raise UserError(f"eta={self.eta} (and a learned lam={self.lam}) must be finite and above 0.")
+            raise UserError(
+                f"eta={self.eta} (and a learned lam={self.lam}) must be finite and above 0."
+            )
         if self.n_embd % self.n_head:
             ok = max(k for k in range(1, self.n_head + 1) if self.n_embd % k == 0)
-            raise UserError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; try n_head={ok}.")
+            raise UserError(
+                f"n_head={self.n_head} does not divide n_embd={self.n_embd}; try n_head={ok}."
+            )
 
     @property
     def n_code(self):
@@ -84,13 +110,19 @@ class Config:
 
 
 SIZES = {  # preset: layers, heads, width (facts of the paper's model table)
-    "1L": dict(n_layer=1, n_head=4, n_embd=128), "2L": dict(n_layer=2, n_head=4, n_embd=128),
-    "3L": dict(n_layer=3, n_head=4, n_embd=128), "S": dict(n_layer=6, n_head=12, n_embd=768),
-    "B": dict(n_layer=12, n_head=12, n_embd=768)}
+    "1L": dict(n_layer=1, n_head=4, n_embd=128),
+    "2L": dict(n_layer=2, n_head=4, n_embd=128),
+    "3L": dict(n_layer=3, n_head=4, n_embd=128),
+    "S": dict(n_layer=6, n_head=12, n_embd=768),
+    "B": dict(n_layer=12, n_head=12, n_embd=768),
+}
 KINDS = {
     "crate": dict(attention="mssa", sparsifier="ista", residual=False),
     "gpt2": dict(attention="mhsa", sparsifier="mlp", residual=True, bias=False),
-    "crate+": dict(attention="mssa", sparsifier="ista", residual=True, separate_decoder=True, query_rank=32)}
+    "crate+": dict(
+        attention="mssa", sparsifier="ista", residual=True, separate_decoder=True, query_rank=32
+    ),
+}
 
 
 def preset(size="3L", kind="crate", **changes):
@@ -107,7 +139,8 @@ class MSSA(nn.Module):
     u = U^T LN(z); head k: softmax(causal(u_k u_k^T / sqrt(p))) u_k; output: P [heads] + b. Shapes (B, T, d).
     Equation (CRATE, MSSA): the output map is U; the released code frees it and scales by 1/sqrt(p), as here.
     """
-    past = None     # while generating, what this layer keeps of earlier tokens
+
+    past = None  # while generating, what this layer keeps of earlier tokens
 
     def __init__(self, config):
         super().__init__()
@@ -116,22 +149,29 @@ class MSSA(nn.Module):
         self.U = nn.Parameter(torch.empty(d, d))
         self.out = nn.Linear(d, d, bias=config.bias)
         rank = config.query_rank
-        self.query = nn.ParameterList([torch.empty(d, rank), torch.empty(rank, d)]) if rank else None
+        self.query = (
+            nn.ParameterList([torch.empty(d, rank), torch.empty(rank, d)]) if rank else None
+        )
 
     def forward(self, z):
-        u = ops.mssa_project(z, self.norm.weight, self.norm.bias, self.U, self.n_head)       # (B, T, K, p)
+        u = ops.mssa_project(
+            z, self.norm.weight, self.norm.bias, self.U, self.n_head
+        )  # (B, T, K, p)
         q = u
-        if self.query is not None:  # B starts at zero, so that training starts from the paper's attention
+        if (
+            self.query is not None
+        ):  # B starts at zero, so that training starts from the paper's attention
             q = u + (u.flatten(-2) @ self.query[0] @ self.query[1]).view_as(u)
-        q, u = q.transpose(1, 2), u.transpose(1, 2)                                          # (B, K, T, p)
+        q, u = q.transpose(1, 2), u.transpose(1, 2)  # (B, K, T, p)
         if self.past:
-            u, = self.past.extend(self, u)
+            (u,) = self.past.extend(self, u)
         y = attend(q, u, u)
-        return self.out(y.transpose(1, 2).flatten(-2))                                       # (B, T, d)
+        return self.out(y.transpose(1, 2).flatten(-2))  # (B, T, d)
 
 
 class MHSA(nn.Module):
     """GPT-2's attention: as MSSA, with separate query, key and value projections. (B, T, d) -> (B, T, d)."""
+
     past = None
 
     def __init__(self, config):
@@ -142,12 +182,12 @@ class MHSA(nn.Module):
         self.out = nn.Linear(d, d, bias=config.bias)
 
     def forward(self, z):
-        qkv = self.qkv(self.norm(z)).unflatten(-1, (3, self.n_head, -1))                     # (B, T, 3, K, p)
-        q, k, v = qkv.transpose(1, 3).unbind(2)                                            # each (B, K, T, p)
+        qkv = self.qkv(self.norm(z)).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, K, p)
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, K, T, p)
         if self.past:
             k, v = self.past.extend(self, k, v)
         y = attend(q, k, v)
-        return self.out(y.transpose(1, 2).flatten(-2))                                       # (B, T, d)
+        return self.out(y.transpose(1, 2).flatten(-2))  # (B, T, d)
 
 
 class ISTA(nn.Module):
@@ -165,7 +205,9 @@ class ISTA(nn.Module):
         self.norm = nn.LayerNorm(d, bias=config.bias)
         self.D = nn.Parameter(torch.empty(d, h))
         self.decoder = nn.Parameter(torch.empty(d, h)) if config.separate_decoder else None
-        self.log_lam = nn.Parameter(torch.full((h,), math.log(config.lam))) if config.learned_lam else None
+        self.log_lam = (
+            nn.Parameter(torch.full((h,), math.log(config.lam))) if config.learned_lam else None
+        )
         self.lam = config.lam
         self.code = nn.Identity()
 
@@ -173,7 +215,9 @@ class ISTA(nn.Module):
         D, lam = self.D, self.lam if self.log_lam is None else self.log_lam.exp()
         y, a = ops.ista(self.norm(z), D, self.eta, lam, self.steps, self.decoder)
         seen = self.code(a)
-        if seen is not a:  # a hook replaced the codes: where it left them as they were, y stays to the bit
+        if (
+            seen is not a
+        ):  # a hook replaced the codes: where it left them as they were, y stays to the bit
             y = y + (seen - a) @ (D if self.decoder is None else self.decoder).T
         return y, seen
 
@@ -213,6 +257,7 @@ class Block(nn.Module):
 
 class LM(nn.Module):
     """Token and learned position embeddings, L blocks, final LayerNorm, head tied to the token embedding."""
+
     past = None
 
     def __init__(self, config):
@@ -236,7 +281,9 @@ class LM(nn.Module):
                 w.uniform_(-bound, bound)
             elif name.endswith(("out.weight", "proj.weight", "decoder")):
                 w.normal_(0, small)
-            elif w.dim() > 1:  # what remains with one dimension keeps its start: LayerNorm weights 1, log_lam
+            elif (
+                w.dim() > 1
+            ):  # what remains with one dimension keeps its start: LayerNorm weights 1, log_lam
                 w.normal_(0, 0.02)
         if self.config.unit_norm:
             for block in self.blocks:
@@ -248,7 +295,9 @@ class LM(nn.Module):
         begin = self.past.length if self.past else 0
         end = begin + idx.shape[1]
         if end > self.config.block_size:
-            raise UserError(f"{end} tokens exceed the model's context, block_size={self.config.block_size}.")
+            raise UserError(
+                f"{end} tokens exceed the model's context, block_size={self.config.block_size}."
+            )
         z, codes = self.tokens(idx) + self.positions.weight[begin:end], []
         for block in self.blocks:
             z, a = block(z)
@@ -264,7 +313,9 @@ class LM(nn.Module):
             return F.linear(x, self.tokens.weight)
         loss = head.cross_entropy(x, self.tokens.weight, targets)
         if self.training and self.config.l1:  # evaluation always reports plain cross-entropy
-            loss = loss + self.config.l1 * sum(a.float().abs().sum(-1).mean() for a in codes) / len(codes)
+            loss = loss + self.config.l1 * sum(a.float().abs().sum(-1).mean() for a in codes) / len(
+                codes
+            )
         return loss
 
     @torch.no_grad()
@@ -279,18 +330,22 @@ class LM(nn.Module):
                 slid = idx.shape[1] - self.config.block_size
                 if slid > 0 or not cache:
                     past.slid, past.length = max(0, slid), 0
-                x, _ = self.trunk(idx[:, past.slid + past.length:])
+                x, _ = self.trunk(idx[:, past.slid + past.length :])
                 logits = F.linear(x[:, -1], self.tokens.weight).float()
                 if not (logits / (temperature or 1)).isfinite().all():
-                    raise UserError(f"logits at temperature {temperature} are not finite numbers; raise the "
-                                    "temperature, or change the model less.")
+                    raise UserError(
+                        f"logits at temperature {temperature} are not finite numbers; raise the "
+                        "temperature, or change the model less."
+                    )
                 if temperature == 0:
                     new = logits.argmax(-1, keepdim=True)
                 else:
                     if top_k is not None:
                         floor = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                         logits = logits.masked_fill(logits < floor, -math.inf)
-                    new = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
+                    new = torch.multinomial(
+                        F.softmax(logits / temperature, -1), 1, generator=generator
+                    )
                 idx = torch.cat((idx, new), 1)
         return idx
 

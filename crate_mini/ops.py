@@ -22,9 +22,12 @@ from crate_mini._stamp import source_stamp
 MODES = ("auto", "fused", "reference")
 REBUILD = "`pip install -e .` in the repository builds it"
 # Up to which width d the kernels were measured to be faster than PyTorch (python -m crate_mini.studies.bench).
-FASTER = {"avx512_bf16": {torch.float32: math.inf, torch.bfloat16: math.inf},
-          "avx512": {torch.float32: math.inf}, "avx2": {torch.float32: 128}}
-DECODE_ROWS = 4             # without gradient, up to so many rows are worth skipping zero codes for
+FASTER = {
+    "avx512_bf16": {torch.float32: math.inf, torch.bfloat16: math.inf},
+    "avx512": {torch.float32: math.inf},
+    "avx2": {torch.float32: 128},
+}
+DECODE_ROWS = 4  # without gradient, up to so many rows are worth skipping zero codes for
 
 
 @cache
@@ -46,9 +49,19 @@ def _choose(wanted):
         if wanted == "fused":
             return wanted, "fused", f"{about}, as asked"
         if names:
-            return wanted, "fused", (f"{about}, for ISTA in {' and '.join(names)}; PyTorch where it is "
-                                     "faster: LayerNorm with projection, few rows, other types or widths")
-        return wanted, "reference", f"plain PyTorch, faster than our kernels on this processor ({isa})"
+            return (
+                wanted,
+                "fused",
+                (
+                    f"{about}, for ISTA in {' and '.join(names)}; PyTorch where it is "
+                    "faster: LayerNorm with projection, few rows, other types or widths"
+                ),
+            )
+        return (
+            wanted,
+            "reference",
+            f"plain PyTorch, faster than our kernels on this processor ({isa})",
+        )
     if wanted == "fused":
         return wanted, None, f"CRATE_BACKEND=fused, but {lack}."
     return wanted, "reference", f"plain PyTorch: {lack}"
@@ -81,7 +94,7 @@ def use_backend(name):
 def _takes(op, t, dtype):
     """Whether the kernels do this call, on t (..., d) and its device, computing in dtype."""
     if _name != "fused" or t.device.type not in ("cpu", "cuda") or (t.is_cuda and not _cuda):
-        backend()           # tells if there is none
+        backend()  # tells if there is none
         return False
     return _wanted == "fused" or _pays(op, t, dtype)
 
@@ -90,8 +103,8 @@ def _pays(op, t, dtype):
     """The measured rules behind `auto`, see the table of `python -m crate_mini.studies.bench`."""
     rows, d = math.prod(t.shape[:-1]), t.shape[-1] if t.dim() else 0
     if t.is_cuda or d > _faster.get(dtype, -1):
-        return False        # CUDA: not before it has been measured on the device
-    if op == "ista_decode":     # where D is small, a call's overhead decides
+        return False  # CUDA: not before it has been measured on the device
+    if op == "ista_decode":  # where D is small, a call's overhead decides
         return rows <= DECODE_ROWS and (dtype == torch.bfloat16 or d >= 256)
     # Packing D costs as much as some rows' products. mssa_project: 0.7 to 1.05 times as fast as PyTorch.
     return op in ("ista", "ista_step") and 3 * rows >= 2 * d
@@ -109,14 +122,25 @@ def _tensors(op, optional=(), mixed=False, **arguments):
         if t is None and name in optional:
             continue
         fused.need(isinstance(t, Tensor), op, f"{name} is {type(t).__name__}, expected a tensor")
-        fused.need(t.device == first.device, op, f"{name} is on {t.device}, expected {first.device}; move it")
-        fused.need(mixed or t.dtype == first.dtype or _autocast(t), op, f"{name} is {t.dtype}, expected "
-                   f"{first.dtype}; convert it with .to({first.dtype})")
+        fused.need(
+            t.device == first.device,
+            op,
+            f"{name} is on {t.device}, expected {first.device}; move it",
+        )
+        fused.need(
+            mixed or t.dtype == first.dtype or _autocast(t),
+            op,
+            f"{name} is {t.dtype}, expected {first.dtype}; convert it with .to({first.dtype})",
+        )
 
 
 def _compute_dtype(t):
     """What a linear layer would compute in, given this input: autocast's dtype if it is on."""
-    return torch.get_autocast_dtype(t.device.type) if _autocast(t) and t.dtype != torch.float64 else t.dtype
+    return (
+        torch.get_autocast_dtype(t.device.type)
+        if _autocast(t) and t.dtype != torch.float64
+        else t.dtype
+    )
 
 
 def _cast(dtype, *tensors):
@@ -150,7 +174,9 @@ def ista(x, D, eta, lam, steps, decoder=None):
     """Sparse codes and their reconstruction: x (..., d) -> y (..., d), a (..., h). Spec: reference.ista."""
     _tensors("ista", ("decoder",), x=x, D=D, decoder=decoder)
     dtype = _compute_dtype(x)
-    grad = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (x, D, lam, decoder))
+    grad = torch.is_grad_enabled() and any(
+        getattr(t, "requires_grad", False) for t in (x, D, lam, decoder)
+    )
     if not grad and math.prod(x.shape[:-1]) <= DECODE_ROWS and not torch.compiler.is_compiling():
         return ista_decode(x, D, eta, lam, steps, decoder)
     if not _takes("ista", x, dtype):
@@ -169,8 +195,12 @@ def ista_step(a, r, D, eta, lam):
     return torch.ops.crate_mini.ista_step(a, r, D, lams, eta, lam)
 
 
-_atoms = WeakTensorKeyDictionary()      # weight -> (what it was, weight cast, weight cast and transposed)
-register_optimizer_step_post_hook(lambda *_: _atoms.clear())    # fused ones change weights and count nothing
+_atoms = (
+    WeakTensorKeyDictionary()
+)  # weight -> (what it was, weight cast, weight cast and transposed)
+register_optimizer_step_post_hook(
+    lambda *_: _atoms.clear()
+)  # fused ones change weights and count nothing
 
 
 def _transposed(w, dtype):

@@ -18,7 +18,7 @@ def mssa_project(z, weight, bias, U, n_head, eps=1e-5):
     `u.transpose(1, 2)` is what scaled_dot_product_attention takes as q, k and v, without a copy.
     """
     x = F.layer_norm(z, z.shape[-1:], weight, bias, eps)
-    u = x @ U                                                     # U^T LN(z) of the paper
+    u = x @ U  # U^T LN(z) of the paper
     return u.view(*z.shape[:-1], n_head, z.shape[-1] // n_head)
 
 
@@ -56,4 +56,6 @@ def lasso(x, a, D, lam):
 def cross_entropy(x, W, targets):
     """Mean next-token loss in nats; x (..., d), W (V, d) the tied embedding, targets (...) of ids."""
     logits = (x @ W.T).flatten(0, -2)
-    return F.cross_entropy(logits.to(torch.promote_types(torch.float32, logits.dtype)), targets.flatten())
+    return F.cross_entropy(
+        logits.to(torch.promote_types(torch.float32, logits.dtype)), targets.flatten()
+    )

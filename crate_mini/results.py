@@ -27,11 +27,15 @@ def held_out(ckpt, meta, tokenizer, source=None, val_fraction=None):
     trained = meta["training"].get("settings", {})
     chosen = source or trained.get("data")
     if chosen is None:
-        raise UserError(f"{ckpt} does not say what text it has seen; give one, like --data mytext.txt.")
+        raise UserError(
+            f"{ckpt} does not say what text it has seen; give one, like --data mytext.txt."
+        )
     share = trained.get("val_fraction", 0.1) if val_fraction is None else val_fraction
     corpus = data.open_corpus(chosen, tokenizer, val_fraction=share)
     if source is None and corpus.meta["text_sha256"] != meta["training"]["corpus"]["text_sha256"]:
-        print(f"note      {chosen} is not the text that {ckpt} has seen; it may have seen some of this")
+        print(
+            f"note      {chosen} is not the text that {ckpt} has seen; it may have seen some of this"
+        )
     return corpus
 
 
@@ -47,10 +51,18 @@ def command(script):
 
 def header(script, ckpt, meta, model, **more):
     """What every result carries: command, machine, and the checkpoint's hash, shape and training."""
-    return {"schema": 1, "command": command(script), **more,
-            "machine": machine.describe(model.tokens.weight.device),
-            "checkpoint": {"path": str(ckpt), "sha256": meta.get("sha256"), "config": meta["config"],
-                           "training": meta["training"]}}
+    return {
+        "schema": 1,
+        "command": command(script),
+        **more,
+        "machine": machine.describe(model.tokens.weight.device),
+        "checkpoint": {
+            "path": str(ckpt),
+            "sha256": meta.get("sha256"),
+            "config": meta["config"],
+            "training": meta["training"],
+        },
+    }
 
 
 def write_json(path, result):

@@ -7,7 +7,7 @@ the reason there and are empty elsewhere. An undefined number is never replaced 
 
 import numpy as np
 
-CONSTANT = 1e-12                 # a range below this share of the largest value is rounding, not variation
+CONSTANT = 1e-12  # a range below this share of the largest value is rounding, not variation
 NUMBERS = {str(i): i for i in range(11)}
 
 
@@ -28,14 +28,18 @@ class Pearson:
         """Take n more values of each column; x, y (n, width). Returns self."""
         both = np.stack([columns(x), columns(y)])
         if n := both.shape[1]:
-            self.low, self.high = np.minimum(self.low, both.min(1)), np.maximum(self.high, both.max(1))
-            with np.errstate(all="ignore"):              # low and high remember what is not finite
+            self.low, self.high = (
+                np.minimum(self.low, both.min(1)),
+                np.maximum(self.high, both.max(1)),
+            )
+            with np.errstate(all="ignore"):  # low and high remember what is not finite
                 mean = both.mean(1)
                 a, b = both - mean[:, None]
                 shift, total = mean - self.mean, self.n + n
                 u, v = shift
-                self.sums += (np.stack([(a * a).sum(0), (b * b).sum(0), (a * b).sum(0)])
-                              + self.n * n / total * np.stack([u * u, v * v, u * v]))
+                self.sums += np.stack(
+                    [(a * a).sum(0), (b * b).sum(0), (a * b).sum(0)]
+                ) + self.n * n / total * np.stack([u * u, v * v, u * v])
                 self.mean, self.n = self.mean + shift * n / total, total
         return self
 
@@ -47,10 +51,11 @@ class Pearson:
             flat = self.high - self.low <= CONSTANT * np.maximum(abs(self.low), abs(self.high))
         why = np.full(len(r), "", object)
         why[~np.isfinite(r)] = "too close to constant for double precision"
-        for side, name in ((1, "simulated"), (0, "true")):               # the true side has the last word
+        for side, name in ((1, "simulated"), (0, "true")):  # the true side has the last word
             why[flat[side]] = f"{name} activations are constant"
-            why[~(np.isfinite(self.low[side]) & np.isfinite(self.high[side]))] = \
+            why[~(np.isfinite(self.low[side]) & np.isfinite(self.high[side]))] = (
                 f"{name} activations are not finite"
+            )
         if self.n < 2:
             why[:] = "fewer than two tokens"
         return np.where(why == "", r, np.nan), why
@@ -67,9 +72,9 @@ def ranks(x):
     x = columns(x)
     order, at = np.argsort(x, axis=0, kind="stable"), np.arange(len(x))[:, None]
     s = np.take_along_axis(x, order, 0)
-    new = np.ones(s.shape, bool)                                         # where a run of equal values begins
+    new = np.ones(s.shape, bool)  # where a run of equal values begins
     new[1:] = s[1:] != s[:-1]
-    last = np.ones(s.shape, bool)                                        # and where it ends
+    last = np.ones(s.shape, bool)  # and where it ends
     last[:-1] = new[1:]
     first = np.maximum.accumulate(np.where(new, at, 0), 0)
     final = np.minimum.accumulate(np.where(last, at, len(x))[::-1], 0)[::-1]
@@ -97,7 +102,7 @@ def firing(fires, y):
     s, taken = np.take_along_axis(y, order, 0), np.arange(1, n + 1)[:, None]
     hits = np.cumsum(np.take_along_axis(fires, order, 0), 0)
     end = np.ones(s.shape, bool)
-    end[:-1] = s[:-1] != s[1:]                           # thresholds lie where the value changes
+    end[:-1] = s[:-1] != s[1:]  # thresholds lie where the value changes
     before = np.zeros(s.shape, np.int64)
     before[1:] = np.maximum.accumulate(np.where(end, hits, 0), 0)[:-1]
     away = np.where(end, 2 * abs(taken - positives) - (taken > positives), 4 * n)
@@ -125,8 +130,10 @@ def balanced_accuracy(truth, answers):
     if not all(rates):
         why = "failed: no readable answer" if missing else "windows of one class only"
         return None, why
-    return (float(np.mean([np.mean(r) for r in rates])),
-            f"{missing} of {len(truth)} answers missing and left out" if missing else None)
+    return (
+        float(np.mean([np.mean(r) for r in rates])),
+        f"{missing} of {len(truth)} answers missing and left out" if missing else None,
+    )
 
 
 def quantise(acts, top=None, highest=10):
@@ -139,7 +146,7 @@ def quantise(acts, top=None, highest=10):
     top = acts.max(initial=0.0) if top is None else float(top)
     if not top > 0:
         return np.zeros(acts.shape, np.int64)
-    steps = 10 * (np.maximum(acts, 0) / top)                     # a / top first: the top is exactly 10
+    steps = 10 * (np.maximum(acts, 0) / top)  # a / top first: the top is exactly 10
     return np.clip(np.floor(steps), 0, highest).astype(np.int64)
 
 
@@ -160,9 +167,13 @@ def resample(groups, draws=2000, seed=0):
     """Bootstrap of the mean of the groups' means: (draws,); each group is redrawn from itself."""
     rng, total = np.random.default_rng(seed), np.zeros(draws)
     for g in (np.asarray(g, np.float64) for g in groups):
-        step = max(1, 2 ** 22 // len(g))
-        total += np.concatenate([g[rng.integers(len(g), size=(min(step, draws - i), len(g)))].mean(1)
-                                 for i in range(0, draws, step)])
+        step = max(1, 2**22 // len(g))
+        total += np.concatenate(
+            [
+                g[rng.integers(len(g), size=(min(step, draws - i), len(g)))].mean(1)
+                for i in range(0, draws, step)
+            ]
+        )
     return total / len(groups)
 
 

@@ -27,21 +27,23 @@ from hypothesis import settings
 
 from crate_mini._stamp import source_stamp
 
-FACTOR, ULPS = 4, 4         # of legitimate errors, and of the largest value's own rounding
-GUARD = int(os.environ.get("CRATE_GUARD", 64))      # elements on both sides of a guarded tensor
+FACTOR, ULPS = 4, 4  # of legitimate errors, and of the largest value's own rounding
+GUARD = int(os.environ.get("CRATE_GUARD", 64))  # elements on both sides of a guarded tensor
 
 QUIET = dict(deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
 settings.register_profile("ci", derandomize=True, max_examples=25, **QUIET)
 settings.register_profile("brief", derandomize=True, max_examples=6, **QUIET)
 settings.register_profile("fuzz", print_blob=True, max_examples=100, **QUIET)
 settings.load_profile("ci")
-torch.set_num_threads(1)      # tensors are small here: threads cost more than they give
+torch.set_num_threads(1)  # tensors are small here: threads cost more than they give
 
 
 # ---- closeness -------------------------------------------------------------------------------------------
 
+
 def _double(values, jitter=None):
     """Floating tensors as float64; jitter (a generator) moves each element by up to its dtype's rounding."""
+
     def one(t):
         if not isinstance(t, torch.Tensor) or not t.is_floating_point():
             return t
@@ -49,13 +51,18 @@ def _double(values, jitter=None):
         if jitter is not None:
             wide = wide * (1 + eps * torch.empty_like(wide).uniform_(-1, 1, generator=jitter))
         return wide
+
     return [one(t) for t in values]
 
 
 def _same_odd(got, own):
     """NaN and infinities in the same places, with the same signs."""
+
     def odd(t):
-        return torch.where(t.isfinite(), 0.0, t.double()).nan_to_num(nan=7e77, posinf=8e88, neginf=-8e88)
+        return torch.where(t.isfinite(), 0.0, t.double()).nan_to_num(
+            nan=7e77, posinf=8e88, neginf=-8e88
+        )
+
     return torch.equal(odd(got), odd(own))
 
 
@@ -75,7 +82,9 @@ def assert_close(got, equation, *inputs, names=None, draws=None, terms=()):
     for i, out in enumerate(got):
         if out is None:
             continue
-        name = f"{names[i] if names else f'output {i}'} {tuple(out.shape)} {out.dtype}".replace("torch.", "")
+        name = f"{names[i] if names else f'output {i}'} {tuple(out.shape)} {out.dtype}".replace(
+            "torch.", ""
+        )
         want, own, value = exact[i], plain[i].detach().cpu(), out.detach().cpu()
         assert value.shape == want.shape, f"{name}: expected shape {tuple(want.shape)}"
         assert _same_odd(value, own), f"{name}: NaN or infinity in the wrong places"
@@ -85,14 +94,19 @@ def assert_close(got, equation, *inputs, names=None, draws=None, terms=()):
         want, own, value = want[fine], own[fine].double(), value[fine].double()
         legitimate = max((t - want).abs().max() for t in (own, *(m[i][fine] for m in moved)))
         eps = torch.finfo(out.dtype).eps
-        drift = 1 if eps > 1e-4 else max(1, longest ** 0.5 / 4)
-        bound = FACTOR * drift * legitimate + ULPS * eps * max(want.abs().max(), dict(terms).get(i, 0))
+        drift = 1 if eps > 1e-4 else max(1, longest**0.5 / 4)
+        bound = FACTOR * drift * legitimate + ULPS * eps * max(
+            want.abs().max(), dict(terms).get(i, 0)
+        )
         error, at = (value - want).abs().max(0)
-        assert error <= bound, (f"{name}: error {error:.3g} exceeds {bound:.3g} (got {value[at]:.6g}, exact "
-                                f"{want[at]:.6g}, PyTorch {own[at]:.6g}; element {at} of the finite ones)")
+        assert error <= bound, (
+            f"{name}: error {error:.3g} exceeds {bound:.3g} (got {value[at]:.6g}, exact "
+            f"{want[at]:.6g}, PyTorch {own[at]:.6g}; element {at} of the finite ones)"
+        )
 
 
 # ---- memory ----------------------------------------------------------------------------------------------
+
 
 class Guarded:
     """A contiguous tensor between two bands of NaN: reads beyond it spoil results, writes beyond it are seen.
@@ -106,7 +120,7 @@ class Guarded:
         for n in shape:
             size *= n
         self.memory = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype, device=device)
-        self.tensor = self.memory[GUARD:GUARD + size].view(shape)
+        self.tensor = self.memory[GUARD : GUARD + size].view(shape)
         self.original = None
 
     @classmethod
@@ -125,17 +139,20 @@ class Guarded:
         for band, where in ((self.memory[:GUARD], "before"), (self.memory[end:], "after")):
             assert band.isnan().all(), f"{name}: written {where} its memory"
         if self.original is not None:
-            assert torch.equal(self.tensor.nan_to_num(nan=7e37), self.original.nan_to_num(nan=7e37)), \
-                f"{name}: an input was changed"
+            assert torch.equal(
+                self.tensor.nan_to_num(nan=7e37), self.original.nan_to_num(nan=7e37)
+            ), f"{name}: an input was changed"
 
 
 # ---- which backend, which device -------------------------------------------------------------------------
+
 
 def load_extension(path=None):
     """The compiled module: this checkout's, or another file (builds with faults or sanitizers); or None."""
     try:
         if path is None:
             from crate_mini import _C
+
             return _C
         spec = util.spec_from_file_location("planted._C", path)
         module = util.module_from_spec(spec)
@@ -153,17 +170,29 @@ def extension():
     """
     module = load_extension(os.environ.get("CRATE_TEST_MODULE"))
     if module is None:
-        message = "crate_mini._C is not compiled: run `pip install -e .` (with -v it says why it was not)"
+        message = (
+            "crate_mini._C is not compiled: run `pip install -e .` (with -v it says why it was not)"
+        )
         (pytest.fail if os.environ.get("CRATE_REQUIRE_FUSED") == "1" else pytest.skip)(message)
-    if "CRATE_TEST_MODULE" not in os.environ and module.build_info()["stamp"] not in ("", source_stamp()):
-        pytest.fail("crate_mini._C was compiled from other sources than these: run `pip install -e .`")
+    if "CRATE_TEST_MODULE" not in os.environ and module.build_info()["stamp"] not in (
+        "",
+        source_stamp(),
+    ):
+        pytest.fail(
+            "crate_mini._C was compiled from other sources than these: run `pip install -e .`"
+        )
     return module
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
-    parser.addoption("--fuzz-minutes", type=float, default=0, metavar="N",
-                     help="run only the fuzz tests, on new random examples, for N minutes")
+    parser.addoption(
+        "--fuzz-minutes",
+        type=float,
+        default=0,
+        metavar="N",
+        help="run only the fuzz tests, on new random examples, for N minutes",
+    )
 
 
 def pytest_configure(config):
@@ -187,7 +216,7 @@ def pytest_runtestloop(session):
     minutes, config = session.config.getoption("--fuzz-minutes"), session.config
     if not minutes or not session.items or config.option.collectonly:
         return None
-    end, seed = time.monotonic() + 60 * minutes, time.time_ns() % 2 ** 32
+    end, seed = time.monotonic() + 60 * minutes, time.time_ns() % 2**32
     for config.rounds in itertools.count(1):
         hypothesis.core.global_force_seed = seed + config.rounds
         for item, following in zip(session.items, session.items[1:] + session.items[:1]):

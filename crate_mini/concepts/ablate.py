@@ -21,8 +21,9 @@ VARIANTS = {
     "centred, another": "another text's code less that mean",
     "mean": "the mean lower state of the training words: no concept at all",
     "raw": "the salient word's own state: no codebook",
-    "gaussian": "a random direction for each text: the original's only control"}
-OF_CODES = tuple(VARIANTS)[:6]      # what depends on the codes; the rest is shared by all methods
+    "gaussian": "a random direction for each text: the original's only control",
+}
+OF_CODES = tuple(VARIANTS)[:6]  # what depends on the codes; the rest is shared by all methods
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Items:
     """n test texts with a salient word: text (n,) its number, row (n,) of the word in Vectors; ids (n, T),
     lengths (n,), label (n,) tensors; at the lower layer h (n, d) the read-out's state, mean (n, d) the mean
     of the words' states."""
+
     text: np.ndarray
     row: np.ndarray
     ids: torch.Tensor
@@ -47,19 +49,30 @@ class Items:
 def items(model, text, vectors, salient):
     """The Items of a Salience: its texts that have a salient word."""
     layer, device = vectors.facts["layers"][0], model.head.weight.device
-    row_of = {pair: i for i, pair in enumerate(zip(vectors.sentence.tolist(), vectors.position.tolist()))}
+    row_of = {
+        pair: i for i, pair in enumerate(zip(vectors.sentence.tolist(), vectors.position.tolist()))
+    }
     pairs = list(zip(salient.sentence.tolist(), salient.position.tolist()))
     pairs = [pair for pair in pairs if pair[1] >= 0]
     rows = torch.tensor([s for s, _ in pairs])
-    h = [model.states(text.ids[part, :T].to(device), layer).cpu()[torch.arange(len(part)),
-                                                                 text.lengths[part] - 1]
-         for part, T in batches(rows, text.lengths, 64)]
+    h = [
+        model.states(text.ids[part, :T].to(device), layer).cpu()[
+            torch.arange(len(part)), text.lengths[part] - 1
+        ]
+        for part, T in batches(rows, text.lengths, 64)
+    ]
     lengths, total = text.lengths[rows], np.zeros((len(vectors.label), vectors.lower.shape[1]))
     np.add.at(total, vectors.sentence, vectors.lower)
     count = np.bincount(vectors.sentence, minlength=len(total))[rows.numpy(), None]
-    return Items(rows.numpy(), np.array([row_of[pair] for pair in pairs]),
-                 text.ids[rows, :int(lengths.max())], lengths, torch.from_numpy(vectors.label)[rows],
-                 torch.cat(h), torch.from_numpy((total[rows.numpy()] / count).astype(np.float32)))
+    return Items(
+        rows.numpy(),
+        np.array([row_of[pair] for pair in pairs]),
+        text.ids[rows, : int(lengths.max())],
+        lengths,
+        torch.from_numpy(vectors.label)[rows],
+        torch.cat(h),
+        torch.from_numpy((total[rows.numpy()] / count).astype(np.float32)),
+    )
 
 
 def unit(x):
@@ -81,13 +94,18 @@ def partners(label, seed):
     """
     rng, n = np.random.default_rng(seed), len(label)
     label, found = np.asarray(label), {}
-    fits = {"another": np.ones((n, n), bool), "same class": label[:, None] == label,
-            "other class": label[:, None] != label}
+    fits = {
+        "another": np.ones((n, n), bool),
+        "same class": label[:, None] == label,
+        "other class": label[:, None] != label,
+    }
     for name, fit in fits.items():
         key = np.where(fit & ~np.eye(n, dtype=bool), rng.random((n, n)), -1)
         if (key.max(1) < 0).any():
-            raise UserError(f"one of the {n} test texts has no partner of the {name}; give more labelled "
-                            "texts, or judge on all of them with --tests 0.")
+            raise UserError(
+                f"one of the {n} test texts has no partner of the {name}; give more labelled "
+                "texts, or judge on all of them with --tests 0."
+            )
         found[name] = key.argmax(1)
     return found
 
@@ -99,8 +117,12 @@ def code_directions(codes, vectors, found, seed):
     used = codes.assignment[vectors.rows("train")]
     mean = torch.from_numpy(codes.centroids[used].mean(0))
     centred = unit(torch.from_numpy(codes.centroids) - mean)
-    directions = {"own": u[of], **{name: u[of[j]] for name, j in other.items()},
-                  "centred": centred[of], "centred, another": centred[of[other["another"]]]}
+    directions = {
+        "own": u[of],
+        **{name: u[of[j]] for name, j in other.items()},
+        "centred": centred[of],
+        "centred, another": centred[of[other["another"]]],
+    }
     return directions, {name: float((of == of[j]).mean()) for name, j in other.items()}
 
 
@@ -108,8 +130,11 @@ def shared_directions(vectors, found, seed):
     """{variant: (n, d)} of the controls that no codebook enters."""
     mean = vectors.lower[vectors.rows("train")].mean(0)
     generator = torch.Generator().manual_seed(seed)
-    return {"mean": unit(mean).expand_as(found.h), "raw": unit(vectors.lower[found.row]),
-            "gaussian": unit(torch.randn(found.h.shape, generator=generator))}
+    return {
+        "mean": unit(mean).expand_as(found.h),
+        "raw": unit(vectors.lower[found.row]),
+        "gaussian": unit(torch.randn(found.h.shape, generator=generator)),
+    }
 
 
 class Above:
@@ -121,7 +146,7 @@ class Above:
     @torch.no_grad()
     def __init__(self, model, found, layer, size=64):
         self.model, self.layer, self.groups = model, layer, []
-        for T in found.lengths.unique():                # texts of one length together: nothing is padded
+        for T in found.lengths.unique():  # texts of one length together: nothing is padded
             for part in (found.lengths == T).nonzero()[:, 0].split(size):
                 ids = found.ids[part, :T].to(model.head.weight.device)
                 self.groups.append((part, model.states(ids, layer)))
@@ -129,9 +154,19 @@ class Above:
     @torch.no_grad()
     def all(self, u):
         """The result with u (n, d) taken out of every place of each text."""
-        return joined([(part, *self.model.onward(without(z, u[part].to(z)[:, None]), self.layer,
-                                                 torch.full((len(z),), z.shape[1])))
-                       for part, z in self.groups])
+        return joined(
+            [
+                (
+                    part,
+                    *self.model.onward(
+                        without(z, u[part].to(z)[:, None]),
+                        self.layer,
+                        torch.full((len(z),), z.shape[1]),
+                    ),
+                )
+                for part, z in self.groups
+            ]
+        )
 
     @torch.no_grad()
     def last(self, us):
@@ -145,7 +180,9 @@ class Above:
                 blocks(lm, z[:, :-1], self.layer)
                 past.length = z.shape[1] - 1
                 for u, result in zip(us, results):
-                    x = lm.norm(blocks(lm, without(z[:, -1:], u[part].to(z)[:, None]), self.layer)[:, 0])
+                    x = lm.norm(
+                        blocks(lm, without(z[:, -1:], u[part].to(z)[:, None]), self.layer)[:, 0]
+                    )
                     result.append((part, self.model.head(x), x))
         return [joined(result) for result in results]
 

@@ -1,10 +1,10 @@
 """A checkpoint of ours with a linear head on the last token: the model, its rows of ids, its files.
 
-    ids of a text    <|endoftext|>, its tokens, <|endoftext|>: the head reads the state at the last one, which
-                     has seen all others (as an encoder's [CLS]); the first takes the place that attention
-                     falls back on. Rows are padded on the right, where a causal model does not look.
-    checkpoint       a folder like any other (checkpoint.py), so that layers, neurons, steering work on it,
-                     and head-<sha256>.pt beside the weights; config.json names it under training.classifier
+ids of a text    <|endoftext|>, its tokens, <|endoftext|>: the head reads the state at the last one, which
+                 has seen all others (as an encoder's [CLS]); the first takes the place that attention
+                 falls back on. Rows are padded on the right, where a causal model does not look.
+checkpoint       a folder like any other (checkpoint.py), so that layers, neurons, steering work on it,
+                 and head-<sha256>.pt beside the weights; config.json names it under training.classifier
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ class Classifier(nn.Module):
 
     def states(self, ids, layer=None):
         """Stream (B, T, d) after block `layer`, or of layers 0 .. L stacked: (L + 1, B, T, d)."""
-        z = self.lm.tokens(ids) + self.lm.positions.weight[:ids.shape[1]]
+        z = self.lm.tokens(ids) + self.lm.positions.weight[: ids.shape[1]]
         found = [z]
         for block in self.lm.blocks[:layer]:
             z, _ = block(z)
@@ -54,13 +54,13 @@ def pad(rows, fill):
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.full((len(rows), int(lengths.max())), fill)
     for i, row in enumerate(rows):
-        ids[i, :len(row)] = torch.tensor(row)
+        ids[i, : len(row)] = torch.tensor(row)
     return ids, lengths
 
 
 def kept(body, length, cut):
     """What is kept of a text's tokens (or of anything that stands for them) beside the two marks."""
-    return body[:length - 2] if cut == "start" else body[max(0, len(body) - length + 2):]
+    return body[: length - 2] if cut == "start" else body[max(0, len(body) - length + 2) :]
 
 
 def encode(tokenizer, texts, length, cut):
@@ -79,26 +79,40 @@ def batches(rows, lengths, size):
 def logits(model, ids, lengths, rows, size=64):
     """Logits (len(rows), C) of those rows, on the CPU."""
     device = model.head.weight.device
-    return torch.cat([model(ids[part, :T].to(device), lengths[part]).cpu()
-                      for part, T in batches(rows, lengths, size)])
+    return torch.cat(
+        [
+            model(ids[part, :T].to(device), lengths[part]).cpu()
+            for part, T in batches(rows, lengths, size)
+        ]
+    )
 
 
 def accuracy(found, label):
     """{n, right, accuracy, ci95 (Wilson), chance (the largest class's share), by_class} of logits (n, C)."""
     right, count = found.argmax(1) == label, torch.bincount(label, minlength=found.shape[1])
-    return {"n": len(label), "right": int(right.sum()), "accuracy": right.float().mean().item(),
-            "ci95": wilson(int(right.sum()), len(label)), "chance": (count.max() / len(label)).item(),
-            "by_class": [right[label == c].float().mean().item() if count[c] else None
-                         for c in range(found.shape[1])]}
+    return {
+        "n": len(label),
+        "right": int(right.sum()),
+        "accuracy": right.float().mean().item(),
+        "ci95": wilson(int(right.sum()), len(label)),
+        "chance": (count.max() / len(label)).item(),
+        "by_class": [
+            right[label == c].float().mean().item() if count[c] else None
+            for c in range(found.shape[1])
+        ],
+    }
 
 
 def save(path, model, meta, facts):
     """Make folder `path` the classifier; meta: of the checkpoint that it started from; facts: JSON-able."""
     Path(path).mkdir(parents=True, exist_ok=True)
     digest = checkpoint.write_tensors(Path(path, "head.tmp"), model.head.state_dict())
-    name = f"head-{digest[:12]}.pt"     # beside the old one, until config.json names it
+    name = f"head-{digest[:12]}.pt"  # beside the old one, until config.json names it
     Path(path, "head.tmp").replace(Path(path, name))
-    training = {**meta["training"], "classifier": {**facts, "head": {"name": name, "sha256": digest}}}
+    training = {
+        **meta["training"],
+        "classifier": {**facts, "head": {"name": name, "sha256": digest}},
+    }
     checkpoint.save(path, model.lm, tokenizer=meta["tokenizer"], training=training)
     for old in set(Path(path).glob("head-*.pt")) - {Path(path, name)}:
         old.unlink()
@@ -112,12 +126,17 @@ def load(path, device="cpu"):
     lm, meta = checkpoint.load(path, device)
     facts = meta["training"].get("classifier")
     if facts is None:
-        raise UserError(f"{path} is no classifier; make one of it: `python train.py --task classify --init "
-                        f"{path} --data reviews.jsonl`.")
+        raise UserError(
+            f"{path} is no classifier; make one of it: `python train.py --task classify --init "
+            f"{path} --data reviews.jsonl`."
+        )
     model = Classifier(lm, len(facts["labelled"]["classes"]))
     try:
-        model.head.load_state_dict(checkpoint.read_tensors(Path(path, facts["head"]["name"]),
-                                                           facts["head"]["sha256"]))
+        model.head.load_state_dict(
+            checkpoint.read_tensors(Path(path, facts["head"]["name"]), facts["head"]["sha256"])
+        )
     except OSError as error:
-        raise UserError(f"Cannot read {error.filename}: {error.strerror}; fine-tune it again.") from None
+        raise UserError(
+            f"Cannot read {error.filename}: {error.strerror}; fine-tune it again."
+        ) from None
     return model.to(device).eval(), meta

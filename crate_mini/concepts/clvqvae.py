@@ -26,45 +26,55 @@ from crate_mini import UserError
 from crate_mini.concepts.kmeans import distances, nearest, spherical, usage
 from crate_mini.training import run_log as progress
 
-CHOICES = {"unit": ("gap", "raw"), "memory": ("q", "z"), "mask": ("causal", "none"),
-           "target": ("upper", "lower"), "stream": ("q", "mean", "z")}
+CHOICES = {
+    "unit": ("gap", "raw"),
+    "memory": ("q", "z"),
+    "mask": ("causal", "none"),
+    "target": ("upper", "lower"),
+    "stream": ("q", "mean", "z"),
+}
 
 
 @dataclass
 class Settings:
     """How a CLVQ-VAE is made and trained. Values are the paper's where no other is named."""
-    codes: int = 400             # K of the codebook; the paper has about one per 200 words
-    topk: int = 5                # nearest codes among which training draws; 1 is an ordinary VQ-VAE
-    temperature: float = 0.25    # T of that draw, in units of --unit; at 1 of them the draw is almost even,
-                                 # and codes that start close together stay so (the paper has 1, raw)
-    unit: str = "gap"            # gap: the median difference of the two smallest D at the start, so that T
-                                 # means the same at any width and norm | raw: D itself, as the paper
-    decay: float = 0.99          # of the codes' moving average
-    eps: float = 1e-5            # that keeps its counts above zero
-    beta: float = 0.1            # weight of the commitment of z to its code
-    mix: float = 0.2             # a at the start: m = sigmoid(a) / 2
-    memory: str = "q"            # what cross-attention reads: q (nothing goes around the codes) | z (paper)
-    mask: str = "causal"         # causal: a word sees earlier words of its sentence | none: all (paper)
-    target: str = "upper"        # what is reconstructed; lower: one layer, the ordinary VQ-VAE baseline
-    stream: str = "q"            # what the decoder starts from; controls: mean (the same for all words) | z
-    learn: bool = True           # False: codes stay where they start and there is no encoder (control)
-    revive: bool = False         # give codes that no word chose in an epoch a new place (not in the paper)
-    layers: int = 2              # of the decoder; the paper's 6 are made for width 768
-    heads: int = 4               # of the decoder; the paper has 8
-    ffn: float = 8 / 3           # inner width of the decoder in d; the paper's 2048 at 768
-    dropout: float = 0.1         # in the decoder
-    lr: float = 1e-3             # of Adam; the paper has 5e-3 for BERT, 1e-3 for LLaMA and Qwen
-    weight_decay: float = 1e-4   # on matrices
-    clip: float = 2.0            # largest norm of the gradient
-    batch: int = 32              # sentences of a step; the paper has 128 of 6 words each, which is less text
-    epochs: int = 50             # at most
-    patience: int = 15           # epochs without a better loss on the stop split before training ends
+
+    codes: int = 400  # K of the codebook; the paper has about one per 200 words
+    topk: int = 5  # nearest codes among which training draws; 1 is an ordinary VQ-VAE
+    temperature: float = (
+        0.25  # T of that draw, in units of --unit; at 1 of them the draw is almost even,
+    )
+    # and codes that start close together stay so (the paper has 1, raw)
+    unit: str = "gap"  # gap: the median difference of the two smallest D at the start, so that T
+    # means the same at any width and norm | raw: D itself, as the paper
+    decay: float = 0.99  # of the codes' moving average
+    eps: float = 1e-5  # that keeps its counts above zero
+    beta: float = 0.1  # weight of the commitment of z to its code
+    mix: float = 0.2  # a at the start: m = sigmoid(a) / 2
+    memory: str = "q"  # what cross-attention reads: q (nothing goes around the codes) | z (paper)
+    mask: str = "causal"  # causal: a word sees earlier words of its sentence | none: all (paper)
+    target: str = "upper"  # what is reconstructed; lower: one layer, the ordinary VQ-VAE baseline
+    stream: str = "q"  # what the decoder starts from; controls: mean (the same for all words) | z
+    learn: bool = True  # False: codes stay where they start and there is no encoder (control)
+    revive: bool = False  # give codes that no word chose in an epoch a new place (not in the paper)
+    layers: int = 2  # of the decoder; the paper's 6 are made for width 768
+    heads: int = 4  # of the decoder; the paper has 8
+    ffn: float = 8 / 3  # inner width of the decoder in d; the paper's 2048 at 768
+    dropout: float = 0.1  # in the decoder
+    lr: float = 1e-3  # of Adam; the paper has 5e-3 for BERT, 1e-3 for LLaMA and Qwen
+    weight_decay: float = 1e-4  # on matrices
+    clip: float = 2.0  # largest norm of the gradient
+    batch: int = 32  # sentences of a step; the paper has 128 of 6 words each, which is less text
+    epochs: int = 50  # at most
+    patience: int = 15  # epochs without a better loss on the stop split before training ends
 
     def check(self, d):
         """Raise UserError for settings that no vectors of width d can be trained with."""
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise UserError(f"{name} {getattr(self, name)!r} is unknown; choose {' or '.join(allowed)}.")
+                raise UserError(
+                    f"{name} {getattr(self, name)!r} is unknown; choose {' or '.join(allowed)}."
+                )
         for name in ("codes", "topk", "layers", "heads", "batch", "epochs", "patience"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} must be at least 1.")
@@ -72,10 +82,14 @@ class Settings:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} {getattr(self, name)} must be a number above 0.")
         if not (0 < self.decay < 1 and 0 <= self.dropout < 1):
-            raise UserError(f"decay {self.decay} and dropout {self.dropout} must lie between 0 and 1.")
+            raise UserError(
+                f"decay {self.decay} and dropout {self.dropout} must lie between 0 and 1."
+            )
         if d % self.heads:
             fit = max(n for n in range(1, self.heads + 1) if d % n == 0)
-            raise UserError(f"heads {self.heads} do not divide the vectors' width {d}; use heads {fit}.")
+            raise UserError(
+                f"heads {self.heads} do not divide the vectors' width {d}; use heads {fit}."
+            )
 
 
 class Encoder(nn.Module):
@@ -83,7 +97,11 @@ class Encoder(nn.Module):
 
     def __init__(self, d, mix):
         super().__init__()
-        self.a, self.linear, self.norm = nn.Parameter(torch.tensor(mix)), nn.Linear(d, d), nn.LayerNorm(d)
+        self.a, self.linear, self.norm = (
+            nn.Parameter(torch.tensor(mix)),
+            nn.Linear(d, d),
+            nn.LayerNorm(d),
+        )
         nn.init.eye_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -101,7 +119,12 @@ class Codebook(nn.Module):
 
     def __init__(self, e, topk=1, temperature=1.0, decay=0.99, eps=1e-5):
         super().__init__()
-        self.topk, self.temperature, self.decay, self.eps = min(topk, len(e)), temperature, decay, eps
+        self.topk, self.temperature, self.decay, self.eps = (
+            min(topk, len(e)),
+            temperature,
+            decay,
+            eps,
+        )
         self.register_buffer("e", e.clone())
         self.register_buffer("M", e.clone())
         self.register_buffer("N", torch.ones(len(e), device=e.device))
@@ -143,8 +166,10 @@ class CLVQVAE(nn.Module):
         self.settings = s
         self.encoder = Encoder(d, s.mix) if s.learn else nn.Identity()
         self.codebook = Codebook(e, s.topk, temperature, s.decay, s.eps)
-        self.blank = nn.Parameter(torch.zeros(d))               # what stream "mean" starts from
-        layer = nn.TransformerDecoderLayer(d, s.heads, max(1, round(s.ffn * d)), s.dropout, batch_first=True)
+        self.blank = nn.Parameter(torch.zeros(d))  # what stream "mean" starts from
+        layer = nn.TransformerDecoderLayer(
+            d, s.heads, max(1, round(s.ffn * d)), s.dropout, batch_first=True
+        )
         self.decoder = nn.TransformerDecoder(layer, s.layers)
         self.out = nn.Linear(d, d_out)
 
@@ -156,26 +181,46 @@ class CLVQVAE(nn.Module):
         """
         z, entropy = self.encoder(x[real]), None
         if not z.isfinite().all():
-            raise UserError(f"training of the CLVQ-VAE diverged; try a lower lr than {self.settings.lr:g}.")
+            raise UserError(
+                f"training of the CLVQ-VAE diverged; try a lower lr than {self.settings.lr:g}."
+            )
         if self.training and self.settings.learn:
             index, entropy = self.codebook.draw(z, generator)
             self.codebook.update(z, index)
         else:
             index = nearest(z, self.codebook.e)[0]
         e = self.codebook.e[index]
-        return {"y": self.decode(z, z + (e - z).detach(), real), "z": z, "e": e, "index": index,
-                "entropy": entropy}
+        return {
+            "y": self.decode(z, z + (e - z).detach(), real),
+            "z": z,
+            "e": e,
+            "index": index,
+            "entropy": entropy,
+        }
 
     def decode(self, z, q, real):
         """G: reconstruction (n, d_out) of words with encodings z and codes q (n, d), placed by `real`."""
+
         def place(words):
-            return words.new_zeros(*real.shape, words.shape[-1]).masked_scatter(real[..., None], words)
+            return words.new_zeros(*real.shape, words.shape[-1]).masked_scatter(
+                real[..., None], words
+            )
 
         s, S = self.settings, real.shape[1]
-        ahead = torch.ones(S, S, dtype=torch.bool, device=real.device).triu(1) if s.mask == "causal" else None
+        ahead = (
+            torch.ones(S, S, dtype=torch.bool, device=real.device).triu(1)
+            if s.mask == "causal"
+            else None
+        )
         stream = {"q": q, "z": z, "mean": self.blank.expand_as(q)}[s.stream]
-        y = self.decoder(place(stream), place(q if s.memory == "q" else z), tgt_mask=ahead, memory_mask=ahead,
-                         tgt_key_padding_mask=~real, memory_key_padding_mask=~real)
+        y = self.decoder(
+            place(stream),
+            place(q if s.memory == "q" else z),
+            tgt_mask=ahead,
+            memory_mask=ahead,
+            tgt_key_padding_mask=~real,
+            memory_key_padding_mask=~real,
+        )
         return self.out(y[real])
 
 
@@ -189,7 +234,9 @@ class Words:
     def __init__(self, vectors, split, target, scale, device="cpu"):
         rows = np.flatnonzero(vectors.rows(split))
         if not len(rows):
-            raise UserError(f"no word vectors are in the {split} split; give more labelled sentences.")
+            raise UserError(
+                f"no word vectors are in the {split} split; give more labelled sentences."
+            )
         goal = vectors.upper if target == "upper" else vectors.lower
         self.x = torch.from_numpy(vectors.lower[rows]).to(device) / scale[0]
         self.y = torch.from_numpy(goal[rows]).to(device) / scale[1]
@@ -203,7 +250,9 @@ class Words:
         """
         tie = torch.rand(len(self.length), generator=generator) if generator else 0
         groups = torch.argsort(self.length + tie, stable=True).split(size)
-        order = torch.randperm(len(groups), generator=generator) if generator else range(len(groups))
+        order = (
+            torch.randperm(len(groups), generator=generator) if generator else range(len(groups))
+        )
         for i in order:
             first, length = self.first[groups[i]], self.length[groups[i]]
             place = torch.arange(int(length.max()))
@@ -215,8 +264,10 @@ class Words:
 def scales(vectors, target):
     """(lower, upper or lower): root mean squares over the training words. UserError if a layer is all 0."""
     train = vectors.rows("train")
-    found = [float(np.sqrt(np.square(v[train], dtype=np.float64).mean())) if train.any() else 1.0
-             for v in (vectors.lower, vectors.upper if target == "upper" else vectors.lower)]
+    found = [
+        float(np.sqrt(np.square(v[train], dtype=np.float64).mean())) if train.any() else 1.0
+        for v in (vectors.lower, vectors.upper if target == "upper" else vectors.lower)
+    ]
     if not min(found) > 0:
         raise UserError("all word vectors of a layer are 0; choose another layer or checkpoint.")
     return found
@@ -242,8 +293,12 @@ def fit(vectors, settings, seed=0, start=None, device="cpu"):
         torch.manual_seed(seed)
         model = CLVQVAE(e, train.y.shape[1], s).to(device)
         model.scale = scale
-        model.out.bias.data.copy_(train.y.mean(0))      # states share a large part: not for Adam to find
-        model.codebook.temperature = s.temperature * (gap(model, train.x) if s.unit == "gap" else 1.0)
+        model.out.bias.data.copy_(
+            train.y.mean(0)
+        )  # states share a large part: not for Adam to find
+        model.codebook.temperature = s.temperature * (
+            gap(model, train.x) if s.unit == "gap" else 1.0
+        )
         history = _epochs(model, train, stop, seed)
     return model.eval().requires_grad_(False), history
 
@@ -276,15 +331,24 @@ def _epochs(model, train, stop, seed):
             nn.utils.clip_grad_norm_(model.parameters(), s.clip)
             optimizer.step()
             used += torch.bincount(out["index"], minlength=len(used))
-            entropy += 0.0 if out["entropy"] is None else out["entropy"].item() * len(y) / len(train.x)
+            entropy += (
+                0.0 if out["entropy"] is None else out["entropy"].item() * len(y) / len(train.x)
+            )
         if s.revive and s.learn:
             _revive(model, used == 0, train.x, shuffle)
         found = evaluate(model, stop, train.y.mean(0))
         if not math.isfinite(found["loss"]):
             raise UserError(f"training of the CLVQ-VAE diverged; try a lower lr than {s.lr:g}.")
-        history.append({"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "entropy": entropy,
-                        "m": model.encoder.m.item() if s.learn else 0.0, "stop": found,
-                        **usage(assign(model, train.x), model.codebook.e)})
+        history.append(
+            {
+                "epoch": epoch + 1,
+                "lr": optimizer.param_groups[0]["lr"],
+                "entropy": entropy,
+                "m": model.encoder.m.item() if s.learn else 0.0,
+                "stop": found,
+                **usage(assign(model, train.x), model.codebook.e),
+            }
+        )
         halve.step(found["loss"])
         if found["loss"] < best:
             best, kept, last = found["loss"], copy.deepcopy(model.state_dict()), epoch
@@ -328,8 +392,11 @@ def evaluate(model, words, mean, shuffle=None):
         commitment += (out["z"] - out["e"]).square().sum().item()
         spread += (y - mean).square().sum().item()
     mse = error / words.y.numel()
-    return {"loss": mse + model.settings.beta * commitment / words.x.numel(), "mse": mse,
-            "explained": 1 - error / spread if spread else None}
+    return {
+        "loss": mse + model.settings.beta * commitment / words.x.numel(),
+        "mse": mse,
+        "explained": 1 - error / spread if spread else None,
+    }
 
 
 @torch.no_grad()

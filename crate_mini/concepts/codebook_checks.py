@@ -13,10 +13,19 @@ import torch
 from crate_mini.concepts import clvqvae
 from crate_mini.concepts.kmeans import kmeans, means
 
-ROWS = ("mean", "ridge", "codes", "codes, shuffled", "codes, memory z", "codes, memory z, shuffled",
-        "memory only", "no codes", "k-means codes")
-CELLS = 1 << 20         # terms of the expectation held at a time
-RIDGE = [10.0 ** i for i in range(-4, 3)]       # of the mean eigenvalue of the words' second moments
+ROWS = (
+    "mean",
+    "ridge",
+    "codes",
+    "codes, shuffled",
+    "codes, memory z",
+    "codes, memory z, shuffled",
+    "memory only",
+    "no codes",
+    "k-means codes",
+)
+CELLS = 1 << 20  # terms of the expectation held at a time
+RIDGE = [10.0**i for i in range(-4, 3)]  # of the mean eigenvalue of the words' second moments
 
 
 def explained(y, guess, mean):
@@ -81,7 +90,9 @@ def reconstruction(vectors, settings, seed=0, rows=ROWS, device="cpu"):
     found = {}
     for name in rows:
         if name == "mean":
-            found[name] = explained(_split(vectors, "test")[1], *[_split(vectors, "train")[1].mean(0)] * 2)
+            found[name] = explained(
+                _split(vectors, "test")[1], *[_split(vectors, "train")[1].mean(0)] * 2
+            )
         elif name == "ridge":
             found[name] = ridge(vectors)[0]
         elif not name.endswith(", shuffled"):
@@ -91,9 +102,13 @@ def reconstruction(vectors, settings, seed=0, rows=ROWS, device="cpu"):
 
 def _trained(vectors, settings, name, seed, device):
     """{name: explained, and the same with shuffled codes} of one decoder, trained for it."""
-    changes = {"codes": {"memory": "q"}, "codes, memory z": {"memory": "z"},
-               "memory only": {"memory": "z", "stream": "mean"}, "no codes": {"memory": "z", "stream": "z"},
-               "k-means codes": {"memory": "q", "learn": False}}[name]
+    changes = {
+        "codes": {"memory": "q"},
+        "codes, memory z": {"memory": "z"},
+        "memory only": {"memory": "z", "stream": "mean"},
+        "no codes": {"memory": "z", "stream": "z"},
+        "k-means codes": {"memory": "q", "learn": False},
+    }[name]
     s, start = replace(settings, target="upper", **{"stream": "q", "learn": True, **changes}), None
     if not s.learn:
         start = kmeans(_split(vectors, "train")[0], s.codes, seed)[0]
@@ -109,6 +124,7 @@ def _trained(vectors, settings, name, seed, device):
 
 # ---- stability -------------------------------------------------------------------------------------------
 
+
 def adjusted_mutual_information(one, other):
     """Agreement of two assignments (N,) of the same words: 1 the same partition, 0 as expected by chance.
 
@@ -118,7 +134,7 @@ def adjusted_mutual_information(one, other):
     table = np.unique(np.stack([one, other]), axis=1, return_counts=True)
     N, cells = len(one), table[1].astype(float)
     a, b = (np.unique(side, return_counts=True) for side in (one, other))
-    if len(table[1]) == len(a[0]) == len(b[0]):     # the same, even where chance can do no other
+    if len(table[1]) == len(a[0]) == len(b[0]):  # the same, even where chance can do no other
         return 1.0
     rows = a[1][np.searchsorted(a[0], table[0][0])].astype(float)
     columns = b[1][np.searchsorted(b[0], table[0][1])].astype(float)
@@ -135,15 +151,24 @@ def expected_information(a, b):
     """
     N, (sizes, repeats) = a.sum(), np.unique(a, return_counts=True)
     b, weight = np.unique(b, return_counts=True)
-    log = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, N + 1)))])       # log factorials
+    log = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, N + 1)))])  # log factorials
     total = 0.0
     for size, times in zip(sizes, repeats):
         common = np.arange(1, min(size, b.max()) + 1)[:, None]
         for n in np.array_split(common, 1 + len(common) * len(b) // CELLS):
             least, most = np.maximum(1, size + b - N), np.minimum(size, b)
-            m = np.clip(n, least, most)                 # n where it can occur, else anything finite
-            p = np.exp(log[size] + log[b] + log[N - size] + log[N - b] - log[N] - log[m] - log[size - m]
-                       - log[b - m] - log[N - size - b + m])
+            m = np.clip(n, least, most)  # n where it can occur, else anything finite
+            p = np.exp(
+                log[size]
+                + log[b]
+                + log[N - size]
+                + log[N - b]
+                - log[N]
+                - log[m]
+                - log[size - m]
+                - log[b - m]
+                - log[N - size - b + m]
+            )
             total += times * (weight * (n == m) * (m / N * np.log(N * m / (size * b)) * p)).sum()
     return float(total)
 
@@ -154,6 +179,8 @@ def stability(runs, rows=None):
     rows: (N,) bool, which words to compare, such as vectors.rows("test"). mean is None for a single run.
     """
     rows = slice(None) if rows is None else rows
-    pairs = [adjusted_mutual_information(a.assignment[rows], b.assignment[rows])
-             for a, b in itertools.combinations(runs, 2)]
+    pairs = [
+        adjusted_mutual_information(a.assignment[rows], b.assignment[rows])
+        for a, b in itertools.combinations(runs, 2)
+    ]
     return {"pairs": pairs, "mean": float(np.mean(pairs)) if pairs else None}

@@ -20,10 +20,16 @@ from crate_mini.concepts.ablate import VARIANTS, Above, code_directions, shared_
 from crate_mini.concepts.probe import Probes
 from crate_mini.neurons.survey import wilson
 
-FOLDS, DRAWS = 20, 1000             # of the probes; of the bootstrap over texts
-PROBES = {"probe, read-out": "h", "probe, mean": "mean"}        # form: field of Items
+FOLDS, DRAWS = 20, 1000  # of the probes; of the bootstrap over texts
+PROBES = {"probe, read-out": "h", "probe, mean": "mean"}  # form: field of Items
 FORMS = (*PROBES, "last", "all")
-AGAINST = ("another", "same class", "mean", "raw", "gaussian")  # what the own code must do more harm than
+AGAINST = (
+    "another",
+    "same class",
+    "mean",
+    "raw",
+    "gaussian",
+)  # what the own code must do more harm than
 
 
 def bootstrap(values, seed=0):
@@ -46,12 +52,27 @@ def outcome(right, intact, chance, fold=None, least=None):
     low, high = wilson(int(right.sum()), len(right))
     between = bootstrap(drop)
     least = chance if least is None else least
-    verdict = ("nothing to lose" if wilson(int(intact.sum()), len(intact))[0] <= chance else
-               "sign flip" if high < least else "at chance" if low <= chance else
-               "drop" if between[0] > 0 else "no drop")
-    found = {"n": len(right), "accuracy": float(p), "ci95": [low, high], "chance": chance,
-             "drop": float(whole - p), "drop_ci95": between, "relative_drop": float((whole - p) / whole)
-             if whole else None, "verdict": verdict}
+    verdict = (
+        "nothing to lose"
+        if wilson(int(intact.sum()), len(intact))[0] <= chance
+        else "sign flip"
+        if high < least
+        else "at chance"
+        if low <= chance
+        else "drop"
+        if between[0] > 0
+        else "no drop"
+    )
+    found = {
+        "n": len(right),
+        "accuracy": float(p),
+        "ci95": [low, high],
+        "chance": chance,
+        "drop": float(whole - p),
+        "drop_ci95": between,
+        "relative_drop": float((whole - p) / whole) if whole else None,
+        "verdict": verdict,
+    }
     if fold is not None:
         means = [right[fold == f].mean() for f in np.unique(fold)]
         found |= {"folds": len(means), "std_over_folds": float(np.std(means))}
@@ -71,22 +92,26 @@ class Trial:
         self.whole = min(whole, len(found.row))
         self.few = Above(model, found.first(self.whole), layer) if self.whole else None
         self.states = {form: getattr(found, name) for form, name in PROBES.items()}
-        self.probes = {form: Probes(x, found.label, self.C, folds, seed) for form, x in self.states.items()}
+        self.probes = {
+            form: Probes(x, found.label, self.C, folds, seed) for form, x in self.states.items()
+        }
         nothing = torch.zeros_like(found.h)
         read = {"last": self.above.last([nothing])[0]}
         if self.whole:
-            read["all"] = self.few.all(nothing[:self.whole])
-        self.intact = {**{form: self.probes[form].right(x) for form, x in self.states.items()},
-                       **{k: self.right(v) for k, v in read.items()}}
+            read["all"] = self.few.all(nothing[: self.whole])
+        self.intact = {
+            **{form: self.probes[form].right(x) for form, x in self.states.items()},
+            **{k: self.right(v) for k, v in read.items()},
+        }
         self.predicted = {k: v[0].argmax(1) for k, v in read.items()}
         self.sure = {k: self.probability(v, self.predicted[k]) for k, v in read.items()}
 
     def right(self, result):
-        return (result[0].argmax(1) == self.found.label[:len(result[0])]).numpy()
+        return (result[0].argmax(1) == self.found.label[: len(result[0])]).numpy()
 
     def judged(self, right, form, fold=None):
         """The `outcome` of a form, with the classes' shares among its own texts."""
-        shares = torch.bincount(self.found.label[:len(right)], minlength=self.C) / len(right)
+        shares = torch.bincount(self.found.label[: len(right)], minlength=self.C) / len(right)
         return outcome(right, self.intact[form], shares.max().item(), fold, shares.min().item())
 
     @staticmethod
@@ -101,18 +126,22 @@ class Trial:
         for form, x in self.states.items():
             probes = self.probes[form]
             right[form] = {v: probes.right(without(x, u)) for v, u in directions.items()}
-            told[form] = {v: self.judged(r, form, probes.fold.numpy()) for v, r in right[form].items()}
+            told[form] = {
+                v: self.judged(r, form, probes.fold.numpy()) for v, r in right[form].items()
+            }
             read[form] = without(x, directions["own"]) if "own" in directions else None
         results = {"last": dict(zip(directions, self.above.last(list(directions.values()))))}
         if self.whole:
-            results["all"] = {v: self.few.all(u[:self.whole]) for v, u in directions.items()}
+            results["all"] = {v: self.few.all(u[: self.whole]) for v, u in directions.items()}
         for form, found in results.items():
             right[form] = {v: self.right(result) for v, result in found.items()}
             told[form] = {v: self.judged(r, form) for v, r in right[form].items()}
             for v, result in found.items():
                 change = self.probability(result, self.predicted[form]) - self.sure[form]
-                told[form][v] |= {"probability_change": float(change.mean()),
-                                  "probability_change_ci95": bootstrap(change)}
+                told[form][v] |= {
+                    "probability_change": float(change.mean()),
+                    "probability_change_ci95": bootstrap(change),
+                }
             read[form] = found["own"][1] if "own" in found else None
         return right, told, read
 
@@ -135,25 +164,32 @@ class Trial:
         right, told, read = self.run(directions)
         told["partners"], told["survives"] = equal, {}
         for form in right:
-            label = self.found.label[:len(read[form])]
+            label = self.found.label[: len(read[form])]
             if len(label) >= 2 * self.folds:
                 anew = Probes(read[form], label, self.C, self.folds, self.seed)
-                told[form]["retrained"] = self.judged(anew.right(read[form]), form, anew.fold.numpy())
+                told[form]["retrained"] = self.judged(
+                    anew.right(read[form]), form, anew.fold.numpy()
+                )
             own, every = right[form]["own"].astype(float), {**right[form], **shared[form]}
             told["survives"][form] = {}
             for name in AGAINST:
                 more = every[name] - own
                 between = bootstrap(more)
-                told["survives"][form][name] = {"difference": float(more.mean()), "ci95": between,
-                                                "passes": between[0] > 0}
+                told["survives"][form][name] = {
+                    "difference": float(more.mean()),
+                    "ci95": between,
+                    "passes": between[0] > 0,
+                }
         return told
 
 
 def table(methods, shared, form):
     """Accuracy by method and cut in one form, with what it is called, as text for people."""
     names = [*VARIANTS, "retrained"]
-    lines = [f"{form}: intact {shared[form]['intact']['accuracy']:.3f}, chance "
-             f"{shared[form]['intact']['chance']:.3f}, n {shared[form]['intact']['n']}"]
+    lines = [
+        f"{form}: intact {shared[form]['intact']['accuracy']:.3f}, chance "
+        f"{shared[form]['intact']['chance']:.3f}, n {shared[form]['intact']['n']}"
+    ]
     lines += [f"{'taken out':<18}" + "".join(f"{method:>23}" for method in methods)]
     for name in names:
         cells = []

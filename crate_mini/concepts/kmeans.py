@@ -1,6 +1,6 @@
 """k-means as the codebooks here need it, nearest centres, and what can be counted of a codebook in use.
 
-    D_ij = |x_i - e_j|^2        squared Euclidean distance, not divided by d        x (N, d), e (K, d)
+D_ij = |x_i - e_j|^2        squared Euclidean distance, not divided by d        x (N, d), e (K, d)
 """
 
 import math
@@ -10,14 +10,16 @@ import torch.nn.functional as F
 
 from crate_mini import UserError
 
-CELLS = 1 << 24         # distances held at a time
+CELLS = 1 << 24  # distances held at a time
 
 
 def distances(x, centres):
     """D (N, K). Taken about the centres' mean: states share a large part, which would eat the digits."""
     middle = centres.mean(0)
     x, centres = x - middle, centres - middle
-    return (x.square().sum(1, keepdim=True) - 2 * x @ centres.T + centres.square().sum(1)).clamp_min(0)
+    return (
+        x.square().sum(1, keepdim=True) - 2 * x @ centres.T + centres.square().sum(1)
+    ).clamp_min(0)
 
 
 @torch.no_grad()
@@ -61,8 +63,10 @@ def kmeans(x, k, seed=0, starts=3, steps=100):
     where it was. Raises UserError when there are fewer rows than centres.
     """
     if not 1 <= k <= len(x):
-        raise UserError(f"{k} codes cannot be made of {len(x)} word vectors; ask for 1 to {len(x)} codes, "
-                        "about one per 200 vectors.")
+        raise UserError(
+            f"{k} codes cannot be made of {len(x)} word vectors; ask for 1 to {len(x)} codes, "
+            "about one per 200 vectors."
+        )
     draw, best = torch.Generator().manual_seed(seed), (math.inf, None, None)
     for _ in range(starts):
         centres = seeding(x, k, draw)
@@ -102,6 +106,14 @@ def usage(index, centres):
     active = share > 0
     unit = F.normalize(centres[active].double(), dim=1)
     n = len(unit)
-    cosine = ((unit.sum(0).square().sum() - unit.square().sum()) / (n * (n - 1))).item() if n > 1 else None
-    return {"perplexity": math.exp(torch.special.entr(share).sum().item()), "active": n,
-            "largest": share.max().item(), "cosine": cosine}
+    cosine = (
+        ((unit.sum(0).square().sum() - unit.square().sum()) / (n * (n - 1))).item()
+        if n > 1
+        else None
+    )
+    return {
+        "perplexity": math.exp(torch.special.entr(share).sum().item()),
+        "active": n,
+        "largest": share.max().item(),
+        "cosine": cosine,
+    }

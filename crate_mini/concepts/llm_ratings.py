@@ -46,8 +46,14 @@ def rate(model, card, words):
     original). Raises Failed for an answer that names none."""
     if not words:
         return 1
-    query = rungs.messages("concept", model.style, text=rungs.quoted(card["text"]), answer=card["answer"],
-                           classes=", ".join(card["classes"]), words=rungs.quoted(words[:TOP]))
+    query = rungs.messages(
+        "concept",
+        model.style,
+        text=rungs.quoted(card["text"]),
+        answer=card["answer"],
+        classes=", ".join(card["classes"]),
+        words=rungs.quoted(words[:TOP]),
+    )
     if f"{model.style} logprobs" in model.can["can"]:
         given = model.ask({"ask": "next", **query})["next"]
         known = {n: given[str(n)] for n in SCALE if str(n) in given}
@@ -81,15 +87,26 @@ def run(cards, judges, folder, settings, seed=0, log=print):
                 except Failed as e:
                     failed[model.name], why = failed[model.name] + 1, e
         except Spent:
-            stopped = f"budget of {settings.budget:,} tokens used up; the same command goes on from here"
+            stopped = (
+                f"budget of {settings.budget:,} tokens used up; the same command goes on from here"
+            )
         if failed[model.name] > 0.05 * len(order):
-            raise UserError(f"{model.name} gave {failed[model.name]} of {len(order)} ratings that cannot be "
-                            f"used (last: {why}); it cannot judge.")
+            raise UserError(
+                f"{model.name} gave {failed[model.name]} of {len(order)} ratings that cannot be "
+                f"used (last: {why}); it cannot judge."
+            )
         ratings[model.name] = own
     if settings.record:
         tape.record(settings.record, {"judges": judges, "seed": seed})
-    return {"prompt": rungs.prompt_file("concept")[0], "cards": len(cards), "failed": failed,
-            "stopped": stopped, "seed": seed, "total": tape.total(), **statistics(ratings, order)}
+    return {
+        "prompt": rungs.prompt_file("concept")[0],
+        "cards": len(cards),
+        "failed": failed,
+        "stopped": stopped,
+        "seed": seed,
+        "total": tape.total(),
+        **statistics(ratings, order),
+    }
 
 
 def statistics(ratings, order):
@@ -102,16 +119,34 @@ def statistics(ratings, order):
     for judge, own in ratings.items():
         for m in methods:
             values = [v for (_, method), v in own.items() if method == m]
-            table.setdefault(m, {})[judge] = {"n": len(values), "mean": float(np.mean(values)), "shares": {
-                str(s): values.count(s) / len(values) for s in SCALE}} if values else {"n": 0}
-    matrix = np.array([[own.get(pair, np.nan) for pair in order] for own in ratings.values()], float)
+            table.setdefault(m, {})[judge] = (
+                {
+                    "n": len(values),
+                    "mean": float(np.mean(values)),
+                    "shares": {str(s): values.count(s) / len(values) for s in SCALE},
+                }
+                if values
+                else {"n": 0}
+            )
+    matrix = np.array(
+        [[own.get(pair, np.nan) for pair in order] for own in ratings.values()], float
+    )
     means = np.array([[table[m][j].get("mean", np.nan) for m in methods] for j in ratings])
     pairs = list(itertools.combinations(range(len(matrix)), 2))
     both = [np.isfinite(matrix[[a, b]]).all(0) for a, b in pairs]
-    return {"methods": table, "agreement": None if not pairs else {
-        "krippendorff": krippendorff(matrix),
-        "pearson": mean_of(pearson(matrix[a, k], matrix[b, k]) for (a, b), k in zip(pairs, both)),
-        "spearman": mean_of(spearman(means[a], means[b]) for a, b in pairs), "kendall_w": kendall(means)}}
+    return {
+        "methods": table,
+        "agreement": None
+        if not pairs
+        else {
+            "krippendorff": krippendorff(matrix),
+            "pearson": mean_of(
+                pearson(matrix[a, k], matrix[b, k]) for (a, b), k in zip(pairs, both)
+            ),
+            "spearman": mean_of(spearman(means[a], means[b]) for a, b in pairs),
+            "kendall_w": kendall(means),
+        },
+    }
 
 
 def mean_of(results):
@@ -140,9 +175,12 @@ def kendall(scores):
     m, n = scores.shape
     if m < 2 or n < 2 or not np.isfinite(scores).all():
         return None
-    order = ranks(scores.T)                                                      # (n, m)
-    ties = sum((count ** 3 - count).sum() for judge in scores
-               for count in [np.unique(judge, return_counts=True)[1]])
+    order = ranks(scores.T)  # (n, m)
+    ties = sum(
+        (count**3 - count).sum()
+        for judge in scores
+        for count in [np.unique(judge, return_counts=True)[1]]
+    )
     spread = ((order.sum(1) - order.sum() / n) ** 2).sum()
-    whole = m * m * (n ** 3 - n) - m * ties
+    whole = m * m * (n**3 - n) - m * ties
     return float(12 * spread / whole) if whole else None

@@ -10,7 +10,7 @@ import numpy as np
 
 from crate_mini.concepts.types import SPLITS
 
-TOP = 10            # words of a concept that anyone is shown
+TOP = 10  # words of a concept that anyone is shown
 
 
 def members(codes, vectors):
@@ -33,7 +33,9 @@ def class_mix(codes, vectors):
 
 def wordless(found):
     """How many codes with members have none that holds a letter: digits and signs only."""
-    return sum(bool(words) and not any(c.isalpha() for word, _ in words for c in word) for words in found)
+    return sum(
+        bool(words) and not any(c.isalpha() for word, _ in words for c in word) for words in found
+    )
 
 
 def naive_bayes(words, of, train, C):
@@ -47,8 +49,11 @@ def naive_bayes(words, of, train, C):
     prior = np.log((np.bincount(of[train], minlength=C) + 1) / (len(train) + C))
 
     def posterior(shown):
-        each = np.array([[counts[c][word] + 1 for word in shown] for c in range(C)], float).reshape(C, -1)
+        each = np.array([[counts[c][word] + 1 for word in shown] for c in range(C)], float).reshape(
+            C, -1
+        )
         return prior + np.log(each / (total[:, None] + vocabulary)).sum(1)
+
     return posterior
 
 
@@ -60,15 +65,28 @@ def proxy(codes, vectors, text, found, said, seed=0):
     A concept without words is answered by the majority.
     """
     train = np.flatnonzero(vectors.split == SPLITS["train"])
-    C, shown = len(vectors.classes), [[w for w, _ in words[:TOP]] for words in members(codes, vectors)]
+    C, shown = (
+        len(vectors.classes),
+        [[w for w, _ in words[:TOP]] for words in members(codes, vectors)],
+    )
     posterior = naive_bayes(text.words, said, train, C)
     rng, pool = np.random.default_rng(seed), vectors.word[vectors.rows("train")]
     of, truth = codes.assignment[found.row], said[found.text]
     random = [[vectors.vocabulary[i] for i in rng.choice(pool, TOP)] for _ in of]
-    given = {"own": [shown[j] for j in of], "another": [shown[j] for j in of[rng.permutation(len(of))]],
-             "random words": random}
-    agreement = {name: float(np.mean([posterior(words).argmax() == t for words, t in zip(lists, truth)]))
-                 for name, lists in given.items()}
+    given = {
+        "own": [shown[j] for j in of],
+        "another": [shown[j] for j in of[rng.permutation(len(of))]],
+        "random words": random,
+    }
+    agreement = {
+        name: float(np.mean([posterior(words).argmax() == t for words, t in zip(lists, truth)]))
+        for name, lists in given.items()
+    }
     most = np.bincount(said[train], minlength=C).argmax()
-    return {"agreement": agreement, "majority": float((truth == most).mean()), "n": len(of), "words": TOP,
-            "empty": float(np.mean([not words for words in given["own"]]))}
+    return {
+        "agreement": agreement,
+        "majority": float((truth == most).mean()),
+        "n": len(of),
+        "words": TOP,
+        "empty": float(np.mean([not words for words in given["own"]])),
+    }

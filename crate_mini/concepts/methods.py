@@ -33,21 +33,35 @@ def discover(name, vectors, k, seed=0, **switches):
     that is not there, too few vectors, vectors that are all the same, and what a method cannot do.
     """
     if name not in METHODS:
-        raise UserError(f"method {name!r} is unknown{nearest_word(name, METHODS)}; choose from "
-                        f"{', '.join(METHODS)}.")
+        raise UserError(
+            f"method {name!r} is unknown{nearest_word(name, METHODS)}; choose from "
+            f"{', '.join(METHODS)}."
+        )
     method, train = METHODS[name], vectors.lower[vectors.rows("train")]
-    known = [f.name for f in fields(clvqvae.Settings) if f.name != "codes"] if name in ("clvq", "vq") else []
-    known += [p.name for p in inspect.signature(method).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    known = (
+        [f.name for f in fields(clvqvae.Settings) if f.name != "codes"]
+        if name in ("clvq", "vq")
+        else []
+    )
+    known += [
+        p.name for p in inspect.signature(method).parameters.values() if p.kind == p.KEYWORD_ONLY
+    ]
     for switch in switches:
         if switch not in known:
             raise UserError(f"method {name} has no switch {switch!r}; it has {', '.join(known)}.")
     if not 1 <= k <= len(train):
-        raise UserError(f"{k} codes cannot be made of {len(train)} training word vectors; ask for 1 to "
-                        f"{len(train)}, about one per 200 vectors.")
+        raise UserError(
+            f"{k} codes cannot be made of {len(train)} training word vectors; ask for 1 to "
+            f"{len(train)}, about one per 200 vectors."
+        )
     if k > 1 and not (train != train[0]).any():
-        raise UserError(f"all {len(train)} training word vectors are the same; choose another layer.")
+        raise UserError(
+            f"all {len(train)} training word vectors are the same; choose another layer."
+        )
     index, centroids, settings, more = method(vectors, k, seed, **switches)
-    health = {split: usage(index[torch.from_numpy(vectors.rows(split))], centroids) for split in SPLITS}
+    health = {
+        split: usage(index[torch.from_numpy(vectors.rows(split))], centroids) for split in SPLITS
+    }
     return Codes(name, seed, index.numpy(), centroids.numpy(), {**health, **more}, settings)
 
 
@@ -68,13 +82,22 @@ def by_clvq(vectors, k, seed, *, target="upper", direction="code", device="cpu",
         train = torch.from_numpy(vectors.rows("train"))
         mean, count = means(x[train], index[train], k)
         centroids = torch.where(count[:, None] > 0, mean, centroids)
-    return index, centroids, {**clvqvae.describe(model), "direction": direction}, {"epochs": history}
+    return (
+        index,
+        centroids,
+        {**clvqvae.describe(model), "direction": direction},
+        {"epochs": history},
+    )
 
 
 def by_vq(vectors, k, seed, *, direction="code", device="cpu", **switches):
     """The same program on one layer: what a word's code keeps must rebuild the lower state itself."""
-    return by_clvq(vectors, k, seed, **{"direction": direction, "device": device, **switches,
-                                        "target": "lower"})
+    return by_clvq(
+        vectors,
+        k,
+        seed,
+        **{"direction": direction, "device": device, **switches, "target": "lower"},
+    )
 
 
 def by_kmeans(vectors, k, seed, *, starts=3, steps=100):
@@ -89,13 +112,17 @@ def by_ward(vectors, k, seed, *, sample=5000):
     try:
         from sklearn.cluster import AgglomerativeClustering
     except ImportError:
-        raise UserError("method ward needs scikit-learn; `pip install scikit-learn`, or leave ward out.") \
-            from None
+        raise UserError(
+            "method ward needs scikit-learn; `pip install scikit-learn`, or leave ward out."
+        ) from None
     train = np.flatnonzero(vectors.rows("train"))
-    rows = np.sort(np.random.default_rng(seed).permutation(train)[:max(sample, k)])
+    rows = np.sort(np.random.default_rng(seed).permutation(train)[: max(sample, k)])
     some, x = torch.from_numpy(vectors.lower[rows]), torch.from_numpy(vectors.lower)
-    index = np.zeros(1, np.int64) if len(rows) == 1 else \
-        AgglomerativeClustering(k, linkage="ward").fit_predict(some.numpy())
+    index = (
+        np.zeros(1, np.int64)
+        if len(rows) == 1
+        else AgglomerativeClustering(k, linkage="ward").fit_predict(some.numpy())
+    )
     centroids, _ = means(some, torch.from_numpy(index).long(), k)
     return nearest(x, centroids)[0], centroids, {"sample": len(rows)}, {}
 
@@ -129,8 +156,11 @@ def by_sae(vectors, k, seed, *, active=8, steps=2000, batch=256, lr=1e-3, direct
         met.add(rows, sae.decode(f))
         silent += int((f == 0).all(1).sum())
     settings = {"active": sae.k, "steps": steps, "batch": batch, "lr": lr, "direction": direction}
-    more = {"renewed": renewed, "explained_lower": met.explained_variance() if met.n else None,
-            "silent": silent / met.n if met.n else None}
+    more = {
+        "renewed": renewed,
+        "explained_lower": met.explained_variance() if met.n else None,
+        "silent": silent / met.n if met.n else None,
+    }
     return index, sae.W if direction == "decoder" else sae.E.T, settings, more
 
 

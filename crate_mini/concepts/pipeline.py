@@ -50,8 +50,10 @@ def numbers(text, flag, example):
     """The numbers of a list like 0,1,2. Raises UserError for what is none."""
     words = text.split(",")
     if not all(word.strip().isdecimal() and len(word.strip()) < 10 for word in words):
-        raise UserError(f"--{flag} {text!r} is no list of whole numbers; expected something like --{flag} "
-                        f"{example}.")
+        raise UserError(
+            f"--{flag} {text!r} is no list of whole numbers; expected something like --{flag} "
+            f"{example}."
+        )
     return list(dict.fromkeys(int(word) for word in words))
 
 
@@ -65,8 +67,11 @@ class Concepts:
         self.facts, self.made = self.meta["training"]["classifier"], {}
         self.out = Path(s.out) if s.out else Path(ckpt).resolve().parent / "concepts"
         L = len(self.model.lm.blocks)
-        self.layers = numbers(s.layers, "layers", "1,3") if s.layers else \
-            [max(L - max(2, L // 3), min(L - 1, 1)), L]
+        self.layers = (
+            numbers(s.layers, "layers", "1,3")
+            if s.layers
+            else [max(L - max(2, L // 3), min(L - 1, 1)), L]
+        )
         if len(self.layers) != 2:
             raise UserError(f"--layers {s.layers} must be two different numbers, like 1,3.")
         self.seeds = numbers(s.seeds, "seeds", "0,1,2")
@@ -80,8 +85,10 @@ class Concepts:
         words = list(dict.fromkeys(word.strip() for word in self.s.methods.split(",")))
         for word in words:
             if word not in METHODS:
-                raise UserError(f"method {word!r} is unknown{cli.nearest(word, METHODS)}; choose from "
-                                f"{', '.join(METHODS)}.")
+                raise UserError(
+                    f"method {word!r} is unknown{cli.nearest(word, METHODS)}; choose from "
+                    f"{', '.join(METHODS)}."
+                )
         return words
 
     def run(self):
@@ -93,7 +100,9 @@ class Concepts:
     def stamp(self, stage, before, *names, **more):
         """What a stage's file must carry to count as made: a digest of its settings and of what it reads."""
         told = {**{n: getattr(self.s, n) for n in names}, **more, "before": self.made.get(before)}
-        self.made[stage] = hashlib.sha256(json.dumps([stage, told], sort_keys=True).encode()).hexdigest()[:16]
+        self.made[stage] = hashlib.sha256(
+            json.dumps([stage, told], sort_keys=True).encode()
+        ).hexdigest()[:16]
         return self.made[stage]
 
     # ---- stages ---------------------------------------------------------------------------------------
@@ -112,16 +121,31 @@ class Concepts:
     def tests(self):
         """Rows of the test texts that are looked at: the first --tests of those that training never read."""
         rows = classify.unseen(self.text.ids, torch.from_numpy(self.labelled.split))
-        return rows.numpy()[:self.s.tests or None]
+        return rows.numpy()[: self.s.tests or None]
 
     def vectors(self, again):
-        stamp = self.stamp("vectors", None, "least", "most", "tests", layers=self.layers,
-                           weights=self.meta["sha256"])
+        stamp = self.stamp(
+            "vectors",
+            None,
+            "least",
+            "most",
+            "tests",
+            layers=self.layers,
+            weights=self.meta["sha256"],
+        )
         path = self.out / "vectors.npz"
         self.v = None if again or not path.exists() else Vectors.load(path)
         if self.v is None or self.v.facts.get("made") != stamp:
-            self.v = states.vectors(self.model, self.text, self.labelled, self.layers, self.s.least,
-                                    self.s.most, self.tests, {"made": stamp})
+            self.v = states.vectors(
+                self.model,
+                self.text,
+                self.labelled,
+                self.layers,
+                self.s.least,
+                self.s.most,
+                self.tests,
+                {"made": stamp},
+            )
             self.v.save(path)
         n = {split: int(self.v.rows(split).sum()) for split in SPLITS}
         self.k = self.s.k or min(400, max(8, n["train"] // 200))
@@ -139,7 +163,9 @@ class Concepts:
                 found = None if again or not path.exists() else Codes.load(path)
                 if found is None or found.settings.get("made") != stamp:
                     print(f"discover  {method}, seed {seed}", flush=True)
-                    found = discover(method, self.v, self.k, seed, **(own and {**own, "device": device}))
+                    found = discover(
+                        method, self.v, self.k, seed, **(own and {**own, "device": device})
+                    )
                     found.settings["made"] = stamp
                     found.save(path)
                 self.codes[method, seed] = found
@@ -155,20 +181,38 @@ class Concepts:
         return found
 
     def controls(self, again):
-        stamp = self.stamp("controls", "vectors", "controls", "epochs", "mask", k=self.k, seed=self.seeds[0])
+        stamp = self.stamp(
+            "controls", "vectors", "controls", "epochs", "mask", k=self.k, seed=self.seeds[0]
+        )
         settings = clvqvae.Settings(codes=self.k, epochs=self.s.epochs, mask=self.s.mask)
         device = str(self.model.head.weight.device)
-        self.told = self.cached("controls", stamp, again, lambda: {"explained": health.reconstruction(
-            self.v, settings, self.seeds[0], device=device) if self.s.controls else "not run"})
+        self.told = self.cached(
+            "controls",
+            stamp,
+            again,
+            lambda: {
+                "explained": health.reconstruction(self.v, settings, self.seeds[0], device=device)
+                if self.s.controls
+                else "not run"
+            },
+        )
 
     def salience(self, again):
         stamp, path = self.stamp("salience", "vectors", "nodes", "tests"), self.out / "salience.npz"
         found = {}
-        with suppress(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):   # damaged: made again
+        with suppress(
+            OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error
+        ):  # damaged: made again
             found = {} if again else dict(np.load(path))
         if str(found.pop("made", "")) != stamp:
-            kept = ig.salience(self.model, self.text, self.tests, self.layers[0], self.s.nodes,
-                               track=lambda work: track(work, "salience"))
+            kept = ig.salience(
+                self.model,
+                self.text,
+                self.tests,
+                self.layers[0],
+                self.s.nodes,
+                track=lambda work: track(work, "salience"),
+            )
             found = vars(kept)
             with atomic_write(path) as file:
                 np.savez(file, made=stamp, **found)
@@ -178,8 +222,12 @@ class Concepts:
     def faithfulness(self, again):
         self.made["both"] = self.made["discover"] + self.made["salience"]
         stamp = self.stamp("faithfulness", "both", "whole")
-        self.judged = self.cached("faithfulness", stamp, again, lambda: {
-            "seeds": {str(seed): self.trial(seed) for seed in self.seeds}})
+        self.judged = self.cached(
+            "faithfulness",
+            stamp,
+            again,
+            lambda: {"seeds": {str(seed): self.trial(seed) for seed in self.seeds}},
+        )
 
     def trial(self, seed):
         """All cuts and the proxy with one seed."""
@@ -196,7 +244,9 @@ class Concepts:
     def said(self):
         """(S,) the class that the classifier gives each text."""
         rows = torch.arange(len(self.text.ids))
-        return classifier.logits(self.model, self.text.ids, self.text.lengths, rows).argmax(1).numpy()
+        return (
+            classifier.logits(self.model, self.text.ids, self.text.lengths, rows).argmax(1).numpy()
+        )
 
     def judge(self, again):
         stamp = self.stamp("judge", "faithfulness", "judges", "items", "replay")
@@ -204,11 +254,17 @@ class Concepts:
         if not judges:
             self.rated = "not run"
             return
-        asked = self.cards[:self.s.items]
-        ask = llm.Settings(url=self.s.url, key_env=self.s.key_env, budget=self.s.budget, record=self.s.record,
-                           replay=self.s.replay)
-        self.rated = self.cached("judge", stamp, again,
-                                 lambda: judge.run(asked, judges, self.out, ask, self.seeds[0]))
+        asked = self.cards[: self.s.items]
+        ask = llm.Settings(
+            url=self.s.url,
+            key_env=self.s.key_env,
+            budget=self.s.budget,
+            record=self.s.record,
+            replay=self.s.replay,
+        )
+        self.rated = self.cached(
+            "judge", stamp, again, lambda: judge.run(asked, judges, self.out, ask, self.seeds[0])
+        )
 
     @cached_property
     def cards(self):
@@ -221,11 +277,17 @@ class Concepts:
         two = [m for m in dict.fromkeys(["clvq", "kmeans", *self.methods]) if m in self.methods][:2]
         asked = concept_packet.questions(self.cards, two, self.v.classes, self.seeds[0])
         page, sheet, key = concept_packet.packet(asked, title)
-        files = {"concepts.html": concept_page.page(found, title), "packet.html": page, "packet.csv": sheet,
-                 "packet-key.json": key}
+        files = {
+            "concepts.html": concept_page.page(found, title),
+            "packet.html": page,
+            "packet.csv": sheet,
+            "packet-key.json": key,
+        }
         for name, content in files.items():
             with atomic_write(self.out / name) as file:
                 file.write(content)
         concept_page.cloud(found, self.out / "concepts.png")
-        print(f"\n{result.table(found)}\n\nfiles     {self.out / 'concepts.html'}, concepts.json, "
-              "concepts.png; for people packet.html, packet.csv")
+        print(
+            f"\n{result.table(found)}\n\nfiles     {self.out / 'concepts.html'}, concepts.json, "
+            "concepts.png; for people packet.html, packet.csv"
+        )

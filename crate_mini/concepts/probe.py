@@ -38,16 +38,22 @@ class Probes:
         self.fold, self.folds = torch.from_numpy(deal(np.asarray(label), folds, seed)), folds
         self.label, d = torch.as_tensor(label), h.shape[1]
         if len(h) < 2 * folds:
-            raise UserError(f"{len(h)} texts are too few for {folds} folds; give {2 * folds} or more, or "
-                            "fewer folds.")
+            raise UserError(
+                f"{len(h)} texts are too few for {folds} folds; give {2 * folds} or more, or "
+                "fewer folds."
+            )
         generator = torch.Generator().manual_seed(seed)
 
-        def start(*shape):      # as torch's Linear: uniform within 1 / sqrt(inputs)
+        def start(*shape):  # as torch's Linear: uniform within 1 / sqrt(inputs)
             return torch.empty(shape).uniform_(-1, 1, generator=generator) / math.sqrt(shape[1])
 
         self.mean, self.std = h.mean(0), h.std()
-        self.weights = [start(folds, d, HIDDEN), torch.zeros(folds, 1, HIDDEN),
-                        start(folds, HIDDEN, n_classes), torch.zeros(folds, 1, n_classes)]
+        self.weights = [
+            start(folds, d, HIDDEN),
+            torch.zeros(folds, 1, HIDDEN),
+            start(folds, HIDDEN, n_classes),
+            torch.zeros(folds, 1, n_classes),
+        ]
         self.train(h, generator)
 
     def logits(self, x, mask=1.0):
@@ -59,7 +65,7 @@ class Probes:
     def train(self, h, generator):
         """Adam on all probes; each keeps the weights of its best epoch on its own stopping fold."""
         f = torch.arange(self.folds)[:, None]
-        uses = (self.fold != f) & (self.fold != (f + 1) % self.folds)           # (folds, n)
+        uses = (self.fold != f) & (self.fold != (f + 1) % self.folds)  # (folds, n)
         stops = self.fold == (f + 1) % self.folds
         n = int(uses.sum(1).min())
         for w in self.weights:
@@ -69,10 +75,12 @@ class Probes:
         kept = [w.detach().clone() for w in self.weights]
         for _ in range(EPOCHS):
             key = torch.rand(uses.shape, generator=generator).masked_fill(~uses, 2)
-            for rows in key.argsort(1)[:, :n].split(BATCH, 1):                  # (folds, batch)
+            for rows in key.argsort(1)[:, :n].split(BATCH, 1):  # (folds, batch)
                 mask = torch.rand(*rows.shape, HIDDEN, generator=generator) >= DROPOUT
                 found = self.logits(h[rows], mask / (1 - DROPOUT))
-                loss = F.cross_entropy(found.flatten(0, 1), self.label[rows].flatten(), reduction="sum")
+                loss = F.cross_entropy(
+                    found.flatten(0, 1), self.label[rows].flatten(), reduction="sum"
+                )
                 optimizer.zero_grad()
                 (loss / rows.shape[1]).backward()
                 optimizer.step()

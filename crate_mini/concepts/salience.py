@@ -14,7 +14,7 @@ import torch
 
 from crate_mini.concepts.classifier import batches
 
-NODES = 16          # of the Gauss-Legendre rule; more where `gap` is large
+NODES = 16  # of the Gauss-Legendre rule; more where `gap` is large
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Salience:
     """Of n texts: sentence (n,), position (n,) of the salient word, -1 in a text without words; predicted
     (n,) class; difference (n,) of its logit between text and baseline; gap (n,): the attributions'
     sum less it."""
+
     sentence: np.ndarray
     position: np.ndarray
     predicted: np.ndarray
@@ -31,9 +32,14 @@ class Salience:
     def facts(self, nodes):
         """How complete the attributions of so many nodes are: gaps as shares of the mean |difference|."""
         size = np.abs(self.difference).mean() or 1.0
-        return {"texts": len(self.gap), "without_words": int((self.position < 0).sum()), "nodes": nodes,
-                "mean_difference": float(size), "gap_mean": float(np.abs(self.gap).mean() / size),
-                "gap_max": float(np.abs(self.gap).max() / size)}
+        return {
+            "texts": len(self.gap),
+            "without_words": int((self.position < 0).sum()),
+            "nodes": nodes,
+            "mean_difference": float(size),
+            "gap_mean": float(np.abs(self.gap).mean() / size),
+            "gap_max": float(np.abs(self.gap).max() / size),
+        }
 
 
 def attributions(model, ids, lengths, layer, nodes=NODES):
@@ -42,7 +48,7 @@ def attributions(model, ids, lengths, layer, nodes=NODES):
         z, base = (model.states(x, layer) for x in (ids, torch.full_like(ids[:1], int(ids[0, 0]))))
         ends, starts = (model.onward(x, layer, lengths)[0] for x in (z, base.expand_as(z)))
     predicted = ends.argmax(1, keepdim=True)
-    places, weights = np.polynomial.legendre.leggauss(nodes)            # on -1 .. 1
+    places, weights = np.polynomial.legendre.leggauss(nodes)  # on -1 .. 1
     total = torch.zeros_like(z)
     for a, weight in zip((places + 1) / 2, weights / 2):
         point = (base + a * (z - base)).requires_grad_()
@@ -59,8 +65,12 @@ def salience(model, text, rows, layer, nodes=NODES, size=32, track=iter):
     """
     device, found = model.head.weight.device, []
     for part, T in track(list(batches(rows, text.lengths, size))):
-        by_token, *rest = (t.cpu().numpy() for t in attributions(
-            model, text.ids[part, :T].to(device), text.lengths[part], layer, nodes))
+        by_token, *rest = (
+            t.cpu().numpy()
+            for t in attributions(
+                model, text.ids[part, :T].to(device), text.lengths[part], layer, nodes
+            )
+        )
         number = text.number[part.numpy(), :T]
         score = np.where(number >= 0, np.abs(by_token), -1.0)
         at = score.argmax(1)

@@ -23,6 +23,7 @@ from crate_mini.data.tokenizer import PATTERN
 class Text:
     """S texts as a classifier reads them: ids (S, T), lengths (S,) tensors; words, S lists of str; number
     (S, T) int64, which of its text's words a token belongs to, -1 where to none."""
+
     ids: torch.Tensor
     lengths: torch.Tensor
     words: list
@@ -37,6 +38,7 @@ class Text:
 
 def read(tokenizer, texts, length, cut):
     """The Text of `texts`; its ids are those of classifier.encode, its words what these hold, in part too."""
+
     @cache
     def encoded(piece):
         return tokenizer.encode(piece)
@@ -67,28 +69,47 @@ def vectors(model, text, found, layers, least=5, most=20, tests=None, facts=None
     """
     lower, upper = layers
     if not 0 <= lower <= upper <= len(model.lm.blocks):
-        raise UserError(f"layers {lower},{upper} are not there; give two of 0 to {len(model.lm.blocks)}, the "
-                        "first not above the second, such as --layers 1,3.")
+        raise UserError(
+            f"layers {lower},{upper} are not there; give two of 0 to {len(model.lm.blocks)}, the "
+            "first not above the second, such as --layers 1,3."
+        )
     wanted = found.split != SPLITS["test"]
     wanted[found.split == SPLITS["test"] if tests is None else tests] = True
     rows = [(s, *pair) for s in np.flatnonzero(wanted) for pair in zip(*text.ends(s))]
-    of = np.array(rows, np.int64).reshape(-1, 3)                        # sentence, token, word's number
+    of = np.array(rows, np.int64).reshape(-1, 3)  # sentence, token, word's number
     spelled = [text.words[s][n] for s, _, n in rows]
     vocabulary, word = np.unique(spelled, return_inverse=True)
     keep = frequent(word, found.split[of[:, 0]], len(vocabulary), least, most)
     of, word = of[keep], word[keep]
     if not (found.split[of[:, 0]] == SPLITS["train"]).any():
-        raise UserError(f"no word occurs {least} times in the training texts; give more texts, or --least 1.")
-    facts = {"layers": [lower, upper], "least": least, "most": most, "labelled": found.facts, **(facts or {})}
-    return Vectors(*gather(model, text, of, layers), of[:, 0], word, of[:, 2], found.label, found.split,
-                   vocabulary.tolist(), found.classes, facts)
+        raise UserError(
+            f"no word occurs {least} times in the training texts; give more texts, or --least 1."
+        )
+    facts = {
+        "layers": [lower, upper],
+        "least": least,
+        "most": most,
+        "labelled": found.facts,
+        **(facts or {}),
+    }
+    return Vectors(
+        *gather(model, text, of, layers),
+        of[:, 0],
+        word,
+        of[:, 2],
+        found.label,
+        found.split,
+        vocabulary.tolist(),
+        found.classes,
+        facts,
+    )
 
 
 def frequent(word, split, n, least, most):
     """(N,) bool: which words (of n) to keep, by the rule of `vectors`; split (N,) of each."""
     often = np.bincount(word[split == SPLITS["train"]], minlength=n)[word] >= least
     key = word * len(SPLITS) + split
-    order = np.argsort(key, kind="stable")                              # equal words together, in their order
+    order = np.argsort(key, kind="stable")  # equal words together, in their order
     first = np.searchsorted(key[order], key[order])
     nth = np.empty(len(word), np.int64)
     nth[order] = np.arange(len(word)) - first
@@ -100,7 +121,12 @@ def gather(model, text, of, layers, size=64):
     """(2, N, d) float32: states of the two layers at places (N, 3): sentence (sorted), token, anything."""
     out = np.empty((2, len(of), model.lm.config.n_embd), np.float32)
     for part, T in batches(np.unique(of[:, 0]), text.lengths, size):
-        z = model.states(text.ids[part, :T].to(model.head.weight.device))[list(layers)].float().cpu().numpy()
+        z = (
+            model.states(text.ids[part, :T].to(model.head.weight.device))[list(layers)]
+            .float()
+            .cpu()
+            .numpy()
+        )
         first, last = np.searchsorted(of[:, 0], [int(part[0]), int(part[-1]) + 1])
         at = np.searchsorted(part.numpy(), of[first:last, 0])
         out[:, first:last] = z[:, at, of[first:last, 1]]

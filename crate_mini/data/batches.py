@@ -1,6 +1,6 @@
 """Batches of tokens from memory-mapped files; a batch is a pure function of (seed, split, step).
 
-    documents (corpora.py, formats.py, pydocs.py) -> ids (tokenizer.py) -> token files (prepare.py) -> batches
+documents (corpora.py, formats.py, pydocs.py) -> ids (tokenizer.py) -> token files (prepare.py) -> batches
 """
 
 import hashlib
@@ -32,15 +32,25 @@ class Corpus:
         self.n_tokens = {split: sum(part[split]["tokens"] for part in parts) for split in SPLITS}
         self.n_bytes = {split: sum(part[split]["bytes"] for part in parts) for split in SPLITS}
         self.meta = {key: value for key, value in meta.items() if key not in ("parts", "complete")}
-        self.meta |= {"documents": sum(part["documents"] for part in parts),
-                      "tokens": self.n_tokens, "bytes": self.n_bytes}
-        self._shards, self._starts = {}, {}     # by split: arrays, and the index of each one's first token
+        self.meta |= {
+            "documents": sum(part["documents"] for part in parts),
+            "tokens": self.n_tokens,
+            "bytes": self.n_bytes,
+        }
+        self._shards, self._starts = (
+            {},
+            {},
+        )  # by split: arrays, and the index of each one's first token
         for split in SPLITS:
             numbers = [number for number, part in enumerate(parts) if part[split]["tokens"]]
             # A plain view: slicing numpy's memmap class costs several times as much.
-            self._shards[split] = [np.memmap(shard(folder, number, split), dtype, "r").view(np.ndarray)
-                                   for number in numbers]
-            self._starts[split] = np.cumsum([0] + [parts[number][split]["tokens"] for number in numbers])
+            self._shards[split] = [
+                np.memmap(shard(folder, number, split), dtype, "r").view(np.ndarray)
+                for number in numbers
+            ]
+            self._starts[split] = np.cumsum(
+                [0] + [parts[number][split]["tokens"] for number in numbers]
+            )
 
     def batch(self, seed: int, split: str, step: int, batch_size: int, block_size: int):
         """Random windows (x, y): int64 (B, T) each, y one token ahead of x. Pure: same arguments, same batch.
@@ -53,15 +63,21 @@ class Corpus:
         """
         windows = self.n_tokens[split] - block_size
         if windows < 1:
-            raise UserError(f"The {split} split has {self.n_tokens[split]:,} tokens, too few for a context "
-                            f"of {block_size}, which needs one more: lower --block-size or give more text.")
+            raise UserError(
+                f"The {split} split has {self.n_tokens[split]:,} tokens, too few for a context "
+                f"of {block_size}, which needs one more: lower --block-size or give more text."
+            )
         key = hashlib.blake2b(f"{seed}/{split}/{step}".encode(), digest_size=16).digest()
         raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(batch_size)
         starts = (raw % np.uint64(windows)).tolist()
-        rows = torch.from_numpy(np.stack([self._read(split, start, block_size + 1) for start in starts]))
+        rows = torch.from_numpy(
+            np.stack([self._read(split, start, block_size + 1) for start in starts])
+        )
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-    def blocks(self, split: str, batch_size: int, block_size: int, limit: int | None = None) -> Iterator:
+    def blocks(
+        self, split: str, batch_size: int, block_size: int, limit: int | None = None
+    ) -> Iterator:
         """Consecutive windows in order, in batches (x, y): each token after the first is predicted once.
 
         The last window, if shorter than T, is a batch of its own. limit: predict at most so many tokens.
@@ -81,13 +97,19 @@ class Corpus:
         shards, starts, end = self._shards[split], self._starts[split], start + count
         number, pieces = int(np.searchsorted(starts, start, "right")) - 1, []
         while start < end:
-            pieces.append(shards[number][start - starts[number]:end - starts[number]])
+            pieces.append(shards[number][start - starts[number] : end - starts[number]])
             number, start = number + 1, starts[number + 1]
         return np.concatenate(pieces, dtype=np.int64)
 
 
-def open_corpus(source: str, tokenizer: Tokenizer, cache_dir=None, val_fraction: float = 0.1,
-                workers: int | None = None, log=print) -> Corpus:
+def open_corpus(
+    source: str,
+    tokenizer: Tokenizer,
+    cache_dir=None,
+    val_fraction: float = 0.1,
+    workers: int | None = None,
+    log=print,
+) -> Corpus:
     """The token files of `source`: built now, or reused if source, tokenizer and split are still the same.
 
     A document goes to "val" if its hash says so. A source of fewer than 100 documents is cut instead: its
@@ -97,19 +119,30 @@ def open_corpus(source: str, tokenizer: Tokenizer, cache_dir=None, val_fraction:
     Raises UserError for a bad source (see corpora.py), an empty split, a cache that cannot be written.
     """
     if not 0 <= val_fraction <= 1:
-        raise UserError(f"val_fraction is {val_fraction}; expected a fraction from 0 to 1, such as 0.1.")
-    identity = {"format": FORMAT, "source": describe(source), "tokenizer": tokenizer.name,
-                "tokenizer_hash": tokenizer.hash, "dtype": np.dtype(tokenizer.dtype).name,
-                "val_fraction": val_fraction}
+        raise UserError(
+            f"val_fraction is {val_fraction}; expected a fraction from 0 to 1, such as 0.1."
+        )
+    identity = {
+        "format": FORMAT,
+        "source": describe(source),
+        "tokenizer": tokenizer.name,
+        "tokenizer_hash": tokenizer.hash,
+        "dtype": np.dtype(tokenizer.dtype).name,
+        "val_fraction": val_fraction,
+    }
     # One folder per place, so that two files of the same name do not take turns in one.
     place = str(Path(source).resolve()) if "files" in identity["source"] else source
     key = hashlib.sha256(f"{place} {tokenizer.hash} {val_fraction}".encode()).hexdigest()[:8]
     root = Path(cache_dir or os.environ.get("CRATE_CACHE") or Path.home() / ".cache" / "crate_mini")
-    name = re.sub(r"[^\w.-]+", "-", f"{identity['source']['name'][:40]}-{tokenizer.name[:40]}-{key}")
+    name = re.sub(
+        r"[^\w.-]+", "-", f"{identity['source']['name'][:40]}-{tokenizer.name[:40]}-{key}"
+    )
     corpus = Corpus(root / name, prepare(root / name, identity, source, tokenizer, workers, log))
     for split, wanted in (("train", val_fraction < 1), ("val", val_fraction > 0)):
         if wanted and corpus.n_tokens[split] < 2:
-            raise UserError(f"The {split} split of {source} would have {corpus.n_tokens[split]} of "
-                            f"{sum(corpus.n_tokens.values())} tokens: give more text or another val_fraction "
-                            f"than {val_fraction}.")
+            raise UserError(
+                f"The {split} split of {source} would have {corpus.n_tokens[split]} of "
+                f"{sum(corpus.n_tokens.values())} tokens: give more text or another val_fraction "
+                f"than {val_fraction}."
+            )
     return corpus

@@ -21,8 +21,8 @@ from pathlib import Path
 from crate_mini import UserError
 
 END = "<|endoftext|>"
-LONG = 1 << 22          # characters of the longest document cut from running text
-CHUNK = 1 << 20         # bytes read at a time
+LONG = 1 << 22  # characters of the longest document cut from running text
+CHUNK = 1 << 20  # bytes read at a time
 PACKED = (".gz", ".xz", ".zst")
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".parquet": "parquet", ".bin": "bin"}
 
@@ -30,6 +30,7 @@ KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".parquet": "parquet",
 @dataclass
 class Position:
     """How far the reader of `documents` has come, for progress lines: `done` of `total` (None: unknown)."""
+
     done: int = 0
     total: int | None = None
 
@@ -46,7 +47,9 @@ def kind(path: Path) -> str | None:
 def read(path: Path, position: Position) -> Iterator[str]:
     """Stream the documents of a file, moving `position`. UserError if it is not what its name says."""
     with told(path):
-        yield from {"json": _jsonl, "parquet": _parquet}.get(kind(path), _running_text)(path, position)
+        yield from {"json": _jsonl, "parquet": _parquet}.get(kind(path), _running_text)(
+            path, position
+        )
 
 
 @contextmanager
@@ -104,17 +107,21 @@ def field(row, where: str) -> str:
 def _text(path: Path, position: Position) -> Iterator[str]:
     """Unpacked, decoded text in chunks of about a megabyte, line ends as "\\n"."""
     # Decodes across chunk ends: half a character, or half of "\r\n", waits for the next one.
-    decode = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True).decode
+    decode = io.IncrementalNewlineDecoder(
+        codecs.getincrementaldecoder("utf-8-sig")(), translate=True
+    ).decode
     start, seen = position.done, 0
     with open(path, "rb") as raw:
         for data in chain(_unpacked(raw, path.suffix.lower()), [None]):
             seen += len(data or b"")
             try:
                 text = decode(data or b"", final=data is None)
-            except UnicodeDecodeError as error:     # its object ends where the bytes seen so far do
+            except UnicodeDecodeError as error:  # its object ends where the bytes seen so far do
                 at = seen - len(error.object) + error.start
-                raise UserError(f"{path} is not UTF-8 text at byte {at:,} ({error.reason}): it is binary or "
-                                "in another encoding; iconv -t UTF-8 converts text.") from None
+                raise UserError(
+                    f"{path} is not UTF-8 text at byte {at:,} ({error.reason}): it is binary or "
+                    "in another encoding; iconv -t UTF-8 converts text."
+                ) from None
             if "\0" in text:
                 raise UserError(f"{path} looks binary: it holds a zero byte; expected UTF-8 text.")
             position.done = start + raw.tell()
@@ -127,12 +134,12 @@ def _unpacked(raw, suffix: str) -> Iterator[bytes]:
         yield from iter(lambda: raw.read(CHUNK), b"")
         return
     new = {".gz": lambda: zlib.decompressobj(31), ".xz": lzma.LZMADecompressor}.get(suffix)
-    if suffix == ".zst":        # the Pile is packed with a window of 2 GiB, beyond the default limit
-        new = extra("zstandard", "zst").ZstdDecompressor(max_window_size=2 ** 31).decompressobj
+    if suffix == ".zst":  # the Pile is packed with a window of 2 GiB, beyond the default limit
+        new = extra("zstandard", "zst").ZstdDecompressor(max_window_size=2**31).decompressobj
     unpacker = new()
     while data := raw.read(CHUNK // 8):
         while data:
-            if unpacker.eof:    # several packed streams, end to end
+            if unpacker.eof:  # several packed streams, end to end
                 unpacker = new()
             yield unpacker.decompress(data)
             data = unpacker.unused_data if unpacker.eof else b""
@@ -149,7 +156,7 @@ def pieces(chunks: Iterator[str], mark: str, longest: int | None = None) -> Iter
     for chunk in chunks:
         *whole, rest = (rest + chunk).split(mark)
         yield from whole
-        while longest and len(rest) > longest + len(mark):      # a mark may have begun at the very end
+        while longest and len(rest) > longest + len(mark):  # a mark may have begun at the very end
             at = rest.rfind("\n", 0, longest) + 1 or longest
             yield rest[:at]
             rest = rest[at:]
@@ -161,5 +168,7 @@ def extra(module: str, extra: str):
     try:
         return import_module(module)
     except ImportError:
-        raise UserError(f"This needs the package {module.partition('.')[0]}: in the project's folder, "
-                        f'pip install -e ".[{extra}]".') from None
+        raise UserError(
+            f"This needs the package {module.partition('.')[0]}: in the project's folder, "
+            f'pip install -e ".[{extra}]".'
+        ) from None

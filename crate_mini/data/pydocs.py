@@ -39,14 +39,18 @@ def documents(source: str) -> Iterator[str]:
     except ImportError:
         topics = {}
     if not topics or not (stdlib / "ast.py").exists():
-        raise UserError(f"This Python ({stdlib}) was installed without its documentation: give a text file "
-                        "instead of pydocs.")
+        raise UserError(
+            f"This Python ({stdlib}) was installed without its documentation: give a text file "
+            "instead of pydocs."
+        )
     seen = set()
     yield from (_unseen(topics[name], seen) for name in sorted(topics))
     packages = [Path(util.find_spec(name).submodule_search_locations[0]) for name in NAMES[source]]
     for root in [stdlib, *packages]:
         for path in sorted(root.rglob("*.py")):
-            parts = path.relative_to(stdlib if root is stdlib else root.parent).with_suffix("").parts
+            parts = (
+                path.relative_to(stdlib if root is stdlib else root.parent).with_suffix("").parts
+            )
             if SKIPPED.isdisjoint(parts) and (text := _unseen("\n\n".join(docstrings(path)), seen)):
                 yield ".".join(parts).removesuffix(".__init__") + "\n\n" + text
 
@@ -69,16 +73,23 @@ def docstrings(path: Path) -> list[str]:
     """All docstrings of a source file in its order, and what add_docstr(...) or the like give C functions."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                 # invalid escapes in old sources
+            warnings.simplefilter("ignore")  # invalid escapes in old sources
             nodes = list(ast.walk(ast.parse(path.read_bytes())))
     except (SyntaxError, ValueError, OSError):
-        return []                                           # templates and Python 2 leftovers
+        return []  # templates and Python 2 leftovers
     found = []
     for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             found.append(ast.get_docstring(node) or "")
-        elif isinstance(node, ast.Call) and re.match(r"add_\w*doc", ast.unparse(node.func).split(".")[-1]):
-            parts = [part for arg in node.args for part in ast.walk(arg) if isinstance(part, ast.Constant)]
+        elif isinstance(node, ast.Call) and re.match(
+            r"add_\w*doc", ast.unparse(node.func).split(".")[-1]
+        ):
+            parts = [
+                part
+                for arg in node.args
+                for part in ast.walk(arg)
+                if isinstance(part, ast.Constant)
+            ]
             texts = [part.value for part in parts if isinstance(part.value, str)]
             found += [inspect.cleandoc(text) for text in texts if len(text) >= 40]
     return [text for text in found if text]

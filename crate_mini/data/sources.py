@@ -29,11 +29,14 @@ from crate_mini.data.formats import (
     told,
 )
 
-HUB = "hf://datasets/"          # the tests put a folder here
-NAMED = {                       # name: builder in `datasets`, files
+HUB = "hf://datasets/"  # the tests put a folder here
+NAMED = {  # name: builder in `datasets`, files
     "tinystories": ("text", "roneneldan/TinyStories/TinyStoriesV2-GPT4-train.txt"),
-    "pile": ("json", "monology/pile-uncopyrighted/val.jsonl.zst"),             # 338 MB, enough for most of us
-    "pile-train": ("json", "monology/pile-uncopyrighted/train/*.jsonl.zst"),   # 30 files of about 11 GB
+    "pile": ("json", "monology/pile-uncopyrighted/val.jsonl.zst"),  # 338 MB, enough for most of us
+    "pile-train": (
+        "json",
+        "monology/pile-uncopyrighted/train/*.jsonl.zst",
+    ),  # 30 files of about 11 GB
     "fineweb-edu": ("parquet", "HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet"),
     "openwebtext": ("parquet", "Skylion007/openwebtext/**/*.parquet"),
 }
@@ -69,8 +72,10 @@ def describe(source: str) -> dict:
     if name:
         return {"name": name, "files": NAMED[name][1], "documents": limit}
     stats = [(path.relative_to(source).as_posix(), path.stat()) for path in _files(source)]
-    return {"name": Path(source).resolve().name,
-            "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]}
+    return {
+        "name": Path(source).resolve().name,
+        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+    }
 
 
 def token_files(source: str) -> list[tuple[Path, int, int]]:
@@ -89,15 +94,17 @@ def token_files(source: str) -> list[tuple[Path, int, int]]:
         if head[:4] == (20240520).to_bytes(4, "little"):
             offset, count = 1024, int.from_bytes(head[8:], "little")
         if kind(path) != "bin" or not size or size != offset + 2 * count:
-            raise UserError(f"{path} ({size:,} bytes) is no file of uint16 token ids, bare or behind llm.c's "
-                            "1024-byte header with their count; .bin and text cannot share a folder.")
+            raise UserError(
+                f"{path} ({size:,} bytes) is no file of uint16 token ids, bare or behind llm.c's "
+                "1024-byte header with their count; .bin and text cannot share a folder."
+            )
         found.append((path, offset, count))
     return found
 
 
 def held_out(raw: bytes, fraction: float) -> bool:
     """Whether a document, as UTF-8, is for validation: decided by its hash, whatever its neighbours are."""
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") < fraction * 2 ** 64
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") < fraction * 2**64
 
 
 def _named(source: str) -> tuple[str | None, int | None]:
@@ -113,15 +120,22 @@ def _files(source: str) -> list[Path]:
     try:
         if root.is_file():
             return [root]
-        files = [path for path in sorted(root.rglob("*")) if kind(path) and path.is_file()
-                 and not any(part.startswith(".") for part in path.relative_to(root).parts)]
+        files = [
+            path
+            for path in sorted(root.rglob("*"))
+            if kind(path)
+            and path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        ]
         exists = source and root.exists()
-    except (OSError, ValueError) as error:      # a name too long, a NUL in it, a folder we may not read
+    except (OSError, ValueError) as error:  # a name too long, a NUL in it, a folder we may not read
         raise UserError(f"Corpus {source[:80]!r} cannot be opened: {error}.") from None
     if not exists:
         known = [*pydocs.NAMES, *NAMED]
-        raise UserError(f"No corpus {source!r}{nearest(source, known)}; there is no file or folder "
-                        f"{root.absolute()}, and the named corpora are {', '.join(known)}.")
+        raise UserError(
+            f"No corpus {source!r}{nearest(source, known)}; there is no file or folder "
+            f"{root.absolute()}, and the named corpora are {', '.join(known)}."
+        )
     if not files:
         raise UserError(f"{source} is no file and holds none of a known kind: {' '.join(KINDS)}.")
     return files
@@ -131,10 +145,12 @@ def _hub(name: str, limit: int | None, position: Position) -> Iterator[str]:
     """Documents of a named corpus, streamed by `datasets`: only the token files take room on this disk."""
     datasets, (builder, files) = extra("datasets", "hub"), NAMED[name]
     position.total = limit
-    with told(f"Corpus {name} from the hub (if the network fails, run again: finished parts are kept)"):
+    with told(
+        f"Corpus {name} from the hub (if the network fails, run again: finished parts are kept)"
+    ):
         rows = datasets.load_dataset(builder, data_files=HUB + files, split="train", streaming=True)
         texts = (field(row, f"{name} row {number}") for number, row in enumerate(rows, 1))
-        if builder == "text":       # this builder hands out lines
+        if builder == "text":  # this builder hands out lines
             texts = pieces((line + "\n" for line in texts), END, LONG)
         for position.done, text in enumerate(islice(texts, limit), 1):
             yield text

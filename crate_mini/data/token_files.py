@@ -25,13 +25,13 @@ from crate_mini.data.tokenizer import Tokenizer
 
 try:
     import fcntl
-except ImportError:         # Windows, where two first runs at once are not kept apart
+except ImportError:  # Windows, where two first runs at once are not kept apart
     fcntl = None
 
-FORMAT = 1                  # of the token files; raise it when their meaning changes
-PART = 1 << 24              # tokens of a part: 32 MB as uint16
-BATCH = 1 << 22             # characters tokenized, or ready-made ids copied, at a time
-FEW = 100                   # with fewer documents than this, the stream is cut instead of dealt out by hash
+FORMAT = 1  # of the token files; raise it when their meaning changes
+PART = 1 << 24  # tokens of a part: 32 MB as uint16
+BATCH = 1 << 22  # characters tokenized, or ready-made ids copied, at a time
+FEW = 100  # with fewer documents than this, the stream is cut instead of dealt out by hash
 SPLITS = ("train", "val")
 
 
@@ -58,14 +58,16 @@ def _locked(folder: Path, log):
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(folder / "lock", "w"))     # closing unlocks, and so does a kill
+            lock = stack.enter_context(
+                open(folder / "lock", "w")
+            )  # closing unlocks, and so does a kill
             try:
                 fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 log(f"waiting for another process that prepares {folder.name}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
-            pass            # if there is something to write, atomic_write will tell why it cannot be
+            pass  # if there is something to write, atomic_write will tell why it cannot be
         yield
 
 
@@ -81,7 +83,9 @@ def _reusable(folder: Path, identity: dict, log) -> dict:
             return fresh
         for number, part in enumerate(meta["parts"]):
             files = [(shard(folder, number, split), part[split]["sha256"]) for split in SPLITS]
-            if not all(path.exists() and _sha256(path.read_bytes()) == sha256 for path, sha256 in files):
+            if not all(
+                path.exists() and _sha256(path.read_bytes()) == sha256 for path, sha256 in files
+            ):
                 log(f"{folder.name}: part {number} is damaged; building again from there")
                 return {**meta, "parts": meta["parts"][:number], "complete": False}
         return {**fresh, **meta}
@@ -100,7 +104,11 @@ def _build(folder: Path, meta: dict, source: str, tokenizer: Tokenizer, workers,
     """Tokenize the documents that meta["parts"] lacks; on return meta and the files are complete."""
     parts, position, digest = meta["parts"], Position(), hashlib.sha256()
     done, before, began = sum(part["documents"] for part in parts), _tokens(parts), time.monotonic()
-    log(f"{source}: going on after document {done:,}" if done else f"{source}: token files go to {folder}")
+    log(
+        f"{source}: going on after document {done:,}"
+        if done
+        else f"{source}: token files go to {folder}"
+    )
     files = token_files(source)
     # Recorded with the first part: a resumed build deals out documents by the rule it began with.
     meta["split"] = meta["split"] or _split_rule(source, files, meta["val_fraction"], log)
@@ -111,34 +119,48 @@ def _build(folder: Path, meta: dict, source: str, tokenizer: Tokenizer, workers,
         texts = _from_text(documents(source, position), meta["split"], meta["val_fraction"], digest)
         items = _encoded(islice(texts, done, None), tokenizer, workers)
     for group in _groups(items, PART):
-        share = position.done / position.total if position.total else None      # of the source, read so far
-        size = (_tokens(parts) + sum(len(ids) for _, ids, _ in group)) * np.dtype(tokenizer.dtype).itemsize
+        share = (
+            position.done / position.total if position.total else None
+        )  # of the source, read so far
+        size = (_tokens(parts) + sum(len(ids) for _, ids, _ in group)) * np.dtype(
+            tokenizer.dtype
+        ).itemsize
         try:
             parts.append(_write_part(folder, len(parts), group, tokenizer.dtype))
             _save(folder, meta)
         except UserError as error:
             about = "about" if share else "more than"
-            raise UserError(f"{error} The token files take {about} {size / (share or 1) / 1e6:,.0f} MB; "
-                            "CRATE_CACHE=FOLDER puts them elsewhere.") from None
+            raise UserError(
+                f"{error} The token files take {about} {size / (share or 1) / 1e6:,.0f} MB; "
+                "CRATE_CACHE=FOLDER puts them elsewhere."
+            ) from None
         if _tokens(parts[-1:]) >= PART:
             rate = (_tokens(parts) - before) / (time.monotonic() - began)
             left = f", ETA {_tokens(parts) * (1 / share - 1) / rate:,.0f} s" if share else ""
-            log(f"{source}: {_tokens(parts) / 1e6:,.1f} M tokens, {rate / 1e6:.2f} M tokens/s{left}")
+            log(
+                f"{source}: {_tokens(parts) / 1e6:,.1f} M tokens, {rate / 1e6:.2f} M tokens/s{left}"
+            )
     meta |= {"complete": True, "text_sha256": None if files else digest.hexdigest()}
     _save(folder, meta)
     ours = {shard(folder, number, split) for number in range(len(parts)) for split in SPLITS}
     for path in {*folder.glob("*.tmp"), *folder.glob("*.bin")} - ours:
-        path.unlink()       # left by a killed run, or by a longer text that stood here before
+        path.unlink()  # left by a killed run, or by a longer text that stood here before
     size = sum(part[split]["bytes"] for part in parts for split in SPLITS)
-    log(f"{source}: {size:,} bytes of text in {sum(part['documents'] for part in parts):,} documents"
-        + "".join(f", {key} {value}" for key, value in meta["source"].items() if isinstance(value, str))
-        + ("" if files else f", sha256 {digest.hexdigest()[:16]}"))
+    log(
+        f"{source}: {size:,} bytes of text in {sum(part['documents'] for part in parts):,} documents"
+        + "".join(
+            f", {key} {value}" for key, value in meta["source"].items() if isinstance(value, str)
+        )
+        + ("" if files else f", sha256 {digest.hexdigest()[:16]}")
+    )
 
 
 def _save(folder: Path, meta: dict):
     """corpus.json, with a sha256 of its own: a wrong count in it would make a wrong measurement, silently."""
     with atomic_write(folder / "corpus.json") as file:
-        file.write(json.dumps({**meta, "sha256": _sha256(json.dumps(meta).encode())}, indent=1).encode())
+        file.write(
+            json.dumps({**meta, "sha256": _sha256(json.dumps(meta).encode())}, indent=1).encode()
+        )
 
 
 def _tokens(parts: list[dict]) -> int:
@@ -172,7 +194,9 @@ def _split_rule(source: str, files: list, val_fraction: float, log) -> dict:
             raise UserError(f"{source} is empty: expected text.")
         if len(sizes) == FEW:
             return {"rule": "document hash"}
-        log(f"{source}: only {len(sizes)} documents; validation is the last {val_fraction:.0%} of the text")
+        log(
+            f"{source}: only {len(sizes)} documents; validation is the last {val_fraction:.0%} of the text"
+        )
     return {"rule": "cut", "at": round(sum(sizes) * (1 - val_fraction))}
 
 
@@ -190,10 +214,12 @@ def _from_text(texts: Iterator[str], split: dict, val_fraction: float, digest) -
         if split["rule"] == "document hash":
             yield "val" if held_out(raw, val_fraction) else "train", text, len(raw)
             continue
-        left = raw[:max(0, split["at"] - seen)].decode("utf-8", "ignore")      # no half character at its end
+        left = raw[: max(0, split["at"] - seen)].decode(
+            "utf-8", "ignore"
+        )  # no half character at its end
         if len(left) < len(text):
-            left = left[:max(left.rfind("\n"), left.rfind(" ")) + 1 or len(left)]
-        for name, piece in (("train", left), ("val", text[len(left):])):
+            left = left[: max(left.rfind("\n"), left.rfind(" ")) + 1 or len(left)]
+        for name, piece in (("train", left), ("val", text[len(left) :])):
             if piece:
                 yield name, piece, len(piece.encode())
         seen += len(raw)
@@ -207,7 +233,9 @@ def _encoded(items: Iterator[tuple], tokenizer: Tokenizer, workers: int | None) 
         yield from zip(splits, (np.append(i, i.dtype.type(tokenizer.eot)) for i in ids), sizes)
 
 
-def _from_files(files: list, split: dict, tokenizer: Tokenizer, position: Position) -> Iterator[tuple]:
+def _from_files(
+    files: list, split: dict, tokenizer: Tokenizer, position: Position
+) -> Iterator[tuple]:
     """(split, ids, bytes of the text they spell) of each stretch of token files; eot spells none."""
     lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.eot)] + [0])
     position.total = sum(count for _, _, count in files)
@@ -215,8 +243,10 @@ def _from_files(files: list, split: dict, tokenizer: Tokenizer, position: Positi
         for start in range(0, count, BATCH):
             ids = np.fromfile(path, "<u2", min(BATCH, count - start), offset=offset + 2 * start)
             if ids.max() > tokenizer.eot:
-                raise UserError(f"{path} holds id {ids.max()}, but tokenizer {tokenizer.name} has only "
-                                f"{tokenizer.vocab_size} ids: choose the one it was made with.")
+                raise UserError(
+                    f"{path} holds id {ids.max()}, but tokenizer {tokenizer.name} has only "
+                    f"{tokenizer.vocab_size} ids: choose the one it was made with."
+                )
             if split["rule"] == "cut":
                 at = max(0, split["at"] - position.done)
             else:

@@ -14,7 +14,7 @@ from crate_mini import UserError, atomic_write
 from crate_mini.data.formats import END, extra
 from crate_mini.data.sources import documents, held_out
 
-MARKS = {"\n": "↵", "\t": "⇥", "\r": "␍"}    # how visible() shows white space
+MARKS = {"\n": "↵", "\t": "⇥", "\r": "␍"}  # how visible() shows white space
 
 # GPT-2's split pattern in tiktoken's spelling (possessive: no backtracking on long runs). Our own vocabulary
 # uses it too: words carry their leading space, letters, digits and signs stay apart, and one path serves all.
@@ -35,7 +35,9 @@ class Tokenizer:
         listing = b"".join(len(token).to_bytes(4, "little") + token for token in self._tokens)
         self.hash = hashlib.sha256(PATTERN.encode() + listing).hexdigest()
         # tiktoken need not know of eot: then no text can spell it.
-        self._bpe = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self._bpe = tiktoken.Encoding(
+            name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; never eot, since the mark inside a text is spelled out like any other characters."""
@@ -44,10 +46,12 @@ class Tokenizer:
     def encode_batch(self, texts: list[str], workers: int | None = None) -> list[np.ndarray]:
         """Ids of each text, in parallel threads: tiktoken releases the interpreter lock."""
         workers = workers or os.cpu_count() or 1
-        stride = 4 * workers        # few large tasks: a task per text would cost more than a short text
+        stride = 4 * workers  # few large tasks: a task per text would cost more than a short text
 
         def encode(first):
-            return [self._bpe.encode_to_numpy(text).astype(self.dtype) for text in texts[first::stride]]
+            return [
+                self._bpe.encode_to_numpy(text).astype(self.dtype) for text in texts[first::stride]
+            ]
 
         ids = [None] * len(texts)
         with ThreadPoolExecutor(workers) as pool:
@@ -62,7 +66,9 @@ class Tokenizer:
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one token. Raises UserError outside 0 .. vocab_size - 1."""
         if not 0 <= id < self.vocab_size:
-            raise UserError(f"Tokenizer {self.name} has no id {id}: its ids are 0 to {self.vocab_size - 1}.")
+            raise UserError(
+                f"Tokenizer {self.name} has no id {id}: its ids are 0 to {self.vocab_size - 1}."
+            )
         return self._tokens[id]
 
 
@@ -83,13 +89,19 @@ def load_tokenizer(spec: str) -> Tokenizer:
     elif name == "gpt2":
         ranks = _gpt2_ranks()
     else:
-        ranks = _read_ranks(Path(__file__).with_name("pydocs.tiktoken") if name == "pydocs" else Path(name))
+        ranks = _read_ranks(
+            Path(__file__).with_name("pydocs.tiktoken") if name == "pydocs" else Path(name)
+        )
     if keep is not None:
         if not 256 <= keep <= len(ranks):
-            raise UserError(f"Tokenizer {spec!r}: {name} has {len(ranks)} ranks, keep at least 256 of them.")
+            raise UserError(
+                f"Tokenizer {spec!r}: {name} has {len(ranks)} ranks, keep at least 256 of them."
+            )
         ranks = {token: rank for token, rank in ranks.items() if rank < keep}
     if not all(bytes([i]) in ranks for i in range(256)):
-        raise UserError(f"Tokenizer {spec!r} lacks some of the 256 bytes: it cannot encode every text.")
+        raise UserError(
+            f"Tokenizer {spec!r} lacks some of the 256 bytes: it cannot encode every text."
+        )
     return Tokenizer(Path(name).stem + ("" if keep is None else f":{keep}"), ranks)
 
 
@@ -99,22 +111,31 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
         lines = [line.split() for line in path.read_bytes().splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except OSError as error:
-        raise UserError(f"No tokenizer {str(path)!r} ({error.strerror}): expected pydocs, gpt2, bytes or the "
-                        "path of a ranks file.") from None
+        raise UserError(
+            f"No tokenizer {str(path)!r} ({error.strerror}): expected pydocs, gpt2, bytes or the "
+            "path of a ranks file."
+        ) from None
     except ValueError:
-        raise UserError(f"{path} is no ranks file: expected lines of base64 token, space, rank.") from None
+        raise UserError(
+            f"{path} is no ranks file: expected lines of base64 token, space, rank."
+        ) from None
     if sorted(ranks.values()) != list(range(len(lines))) or b"" in ranks:
-        raise UserError(f"{path} is no ranks file: its ranks are not 0, 1, 2, ... for as many tokens.")
+        raise UserError(
+            f"{path} is no ranks file: its ranks are not 0, 1, 2, ... for as many tokens."
+        )
     return ranks
 
 
 def _gpt2_ranks() -> dict[bytes, int]:
     try:
         from tiktoken_ext.openai_public import gpt2
+
         return gpt2()["mergeable_ranks"]
-    except Exception as error:      # whatever the HTTP client raises
-        raise UserError(f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__}): give a file "
-                        "of its ranks instead, --tokenizer PATH/gpt2.tiktoken.") from None
+    except Exception as error:  # whatever the HTTP client raises
+        raise UserError(
+            f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__}): give a file "
+            "of its ranks instead, --tokenizer PATH/gpt2.tiktoken."
+        ) from None
 
 
 def train_bpe(source: str, vocab_size: int, path: str):
@@ -127,13 +148,16 @@ def train_bpe(source: str, vocab_size: int, path: str):
     tokenizers = extra("tokenizers", "bpe")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=sorted(level.alphabet()),
-                                             show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=sorted(level.alphabet()), show_progress=False
+    )
     texts = (text for text in documents(source) if not held_out(text.encode(), 0.1))
     bpe.train_from_iterator(texts, trainer)
     vocab = bpe.get_vocab()
     if len(vocab) != vocab_size:
-        raise UserError(f"{source} yields {len(vocab)} ranks, not {vocab_size}: ask for no more than that.")
+        raise UserError(
+            f"{source} yields {len(vocab)} ranks, not {vocab_size}: ask for no more than that."
+        )
     # Byte-level BPE writes bytes that are no visible Latin-1 character as the characters from U+0100 on.
     visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
     spelled = {chr(byte): byte for byte in visible}

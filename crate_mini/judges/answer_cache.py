@@ -56,8 +56,10 @@ class Tape:
             try:
                 self.answers = read(source)
             except (OSError, ValueError, KeyError, TypeError) as e:
-                raise UserError(f"{source} cannot be read as recorded answers ({type(e).__name__}); "
-                                f"{'give' if replay else 'remove it or give'} another file.") from None
+                raise UserError(
+                    f"{source} cannot be read as recorded answers ({type(e).__name__}); "
+                    f"{'give' if replay else 'remove it or give'} another file."
+                ) from None
         self.start = not replay
 
     def ask(self, name, model, query):
@@ -70,13 +72,15 @@ class Tape:
             if self.closed:
                 raise Spent
             if answer is None and self.replay:
-                raise UserError(f"{self.replay} has no answer to a question of this run: it was made with "
-                                "other prompts, models, neurons or settings; make it again with --record.")
+                raise UserError(
+                    f"{self.replay} has no answer to a question of this run: it was made with "
+                    "other prompts, models, neurons or settings; make it again with --record."
+                )
             if answer is None:
                 if self.budget and sum(self.spent) + self.dear * sum(size(query)) > self.budget:
                     raise Spent
                 self.asked += 1
-                self.spent = [a + b for a, b in zip(self.spent, size(query))]   # corrected by _file
+                self.spent = [a + b for a, b in zip(self.spent, size(query))]  # corrected by _file
         if answer is None:
             try:
                 answer = model.back_end.ask(query)
@@ -97,24 +101,30 @@ class Tape:
 
     def _file(self, filed, query, answer):
         real = answer.get("tokens", [0, 0])
-        self.dear = max(self.dear, sum(real) / sum(size(query)))    # so that no guess is too low again
-        self.spent = [s - guess + (r or guess) for s, guess, r in zip(self.spent, size(query), real)]
+        self.dear = max(
+            self.dear, sum(real) / sum(size(query))
+        )  # so that no guess is too low again
+        self.spent = [
+            s - guess + (r or guess) for s, guess, r in zip(self.spent, size(query), real)
+        ]
         if "failed" in answer:
-            return                              # asked again by the next run
+            return  # asked again by the next run
         self.answers[filed] = answer
         if query["ask"] == "can":
-            return                              # a server may have learned more by then
+            return  # a server may have learned more by then
         try:
             if self.start and self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-                text = self.path.read_bytes()   # cut off what a kill left
+                text = self.path.read_bytes()  # cut off what a kill left
                 with atomic_write(self.path) as file:
-                    file.write(text[:text.rfind(b"\n") + 1])
+                    file.write(text[: text.rfind(b"\n") + 1])
             self.start = False
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(line(filed, answer))
         except OSError as e:
-            raise UserError(f"Cannot write {self.path}: {e.strerror}; make room or choose another folder "
-                            "with --out.") from None
+            raise UserError(
+                f"Cannot write {self.path}: {e.strerror}; make room or choose another folder "
+                "with --out."
+            ) from None
 
     def record(self, path, about):
         """Write what this run used to a file for --replay; about: a JSON-able dict on how it was made."""

@@ -10,7 +10,7 @@ from crate_mini import UserError
 from crate_mini.data.formats import extra
 from crate_mini.judges.http_client import Failed, numbers
 
-BEGINNINGS = 20                 # most likely tokens among which an answer's first one is looked for
+BEGINNINGS = 20  # most likely tokens among which an answer's first one is looked for
 
 
 def find(name):
@@ -50,8 +50,10 @@ class Hf:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
         except (OSError, ValueError, KeyError, ImportError) as e:
-            raise UserError(f"hf:{name} cannot be loaded ({' '.join(str(e).split())[:200]}); give a folder, "
-                            "a .gguf file, a package that holds one, or a name on the hub.") from None
+            raise UserError(
+                f"hf:{name} cannot be loaded ({' '.join(str(e).split())[:200]}); give a folder, "
+                "a .gguf file, a package that holds one, or a name on the hub."
+            ) from None
         self.model, self.lock = model.to(device).eval(), Lock()
         self.new_cache = transformers.DynamicCache
         self.pieces = {str(n): self._after_tab(str(n)) for n in range(11)}
@@ -63,7 +65,7 @@ class Hf:
     def _after_tab(self, text):
         """Ids of a number where it stands in a prompt, after a tab."""
         tab = self.tokenizer.encode("a\t", add_special_tokens=False)
-        return self.tokenizer.encode("a\t" + text, add_special_tokens=False)[len(tab):]
+        return self.tokenizer.encode("a\t" + text, add_special_tokens=False)[len(tab) :]
 
     def ask(self, query):
         """The answer to a query (see clients.py). Raises Failed when a prompt does not fit."""
@@ -77,20 +79,28 @@ class Hf:
     def _can(self, query):
         can = ["prompt logprobs", "text logprobs", "text"]
         chat = ["chat logprobs", "chat"] if self.tokenizer.chat_template else []
-        why = {} if chat else dict.fromkeys(("chat", "chat logprobs"), "the tokenizer has no chat template")
+        why = (
+            {}
+            if chat
+            else dict.fromkeys(("chat", "chat logprobs"), "the tokenizer has no chat template")
+        )
         return {"can": can + chat, "why": why, "tokens": [0, 0]}
 
     def _encode(self, query):
         """(ids, characters (start, end) of each) of a query's prompt."""
         if "chat" in query:
             messages = [{"role": role, "content": content} for role, content in query["chat"]]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
             found = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
         else:
             found = self.tokenizer(query["prompt"], return_offsets_mapping=True)
         longest = getattr(self.model.config, "max_position_embeddings", 1 << 30)
         if len(found["input_ids"]) + query.get("most", 2) > longest:
-            raise Failed(f"a prompt of {len(found['input_ids'])} tokens exceeds the model's {longest}")
+            raise Failed(
+                f"a prompt of {len(found['input_ids'])} tokens exceeds the model's {longest}"
+            )
         return list(found["input_ids"]), found["offset_mapping"]
 
     def _logits(self, ids, first):
@@ -99,14 +109,15 @@ class Hf:
         while shared < limit and ids[shared] == self.ids[shared]:
             shared += 1
         if len(self.ids) > shared:
-            self.cache.crop(shared - len(self.ids))         # a negative number: so many are removed
+            self.cache.crop(shared - len(self.ids))  # a negative number: so many are removed
         fed = torch.tensor([ids[shared:]], device=self.model.device)
         out = self.model(fed, past_key_values=self.cache, use_cache=True).logits
         self.ids = list(ids)
-        return out[0, first - shared:].float()
+        return out[0, first - shared :].float()
 
     def _numbers(self, ids, logits):
         """Log-probabilities of "0" .. "10" as what follows ids, whose last logits are given."""
+
         def among(pieces, logits):
             logp = logits.log_softmax(-1)
             return {text: logp[ids[0]].item() for text, ids in pieces.items() if len(ids) == 1}
@@ -136,11 +147,16 @@ class Hf:
     def _beginning(self, tokens, ends):
         """The first of some tokens that says something: small models like to begin with a line break, and
         an answer is one line. None if none does."""
-        return next((t for t in tokens if t not in ends and self.tokenizer.decode([t]).strip()), None)
+        return next(
+            (t for t in tokens if t not in ends and self.tokenizer.decode([t]).strip()), None
+        )
 
     def _next(self, query):
         ids, _ = self._encode(query)
-        return {"next": self._numbers(ids, self._logits(ids, len(ids) - 1)[-1]), "tokens": [len(ids), 1]}
+        return {
+            "next": self._numbers(ids, self._logits(ids, len(ids) - 1)[-1]),
+            "tokens": [len(ids), 1],
+        }
 
     def _slots(self, query):
         ids, spans = self._encode(query)

@@ -26,10 +26,10 @@ from http.client import HTTPException
 from crate_mini import UserError
 
 NUMBERS = [str(n) for n in range(11)]
-TOP = 20                    # alternatives to ask a server for: the most that OpenAI and vLLM give
-SURE = 0.01                 # a "1" less likely than this is not followed up for "10"
+TOP = 20  # alternatives to ask a server for: the most that OpenAI and vLLM give
+SURE = 0.01  # a "1" less likely than this is not followed up for "10"
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-LONGEST = 120               # seconds that a server may ask to wait
+LONGEST = 120  # seconds that a server may ask to wait
 
 
 class Failed(Exception):
@@ -44,16 +44,19 @@ def numbers(top, after_one):
     """
     found = {}
     for token, value in top.items():
-        if (number := token.strip()) in NUMBERS:        # " 7" is a 7 too
+        if (number := token.strip()) in NUMBERS:  # " 7" is a 7 too
             found[number] = math.log(math.exp(max(value, -99)) + math.exp(found.get(number, -999)))
     if "10" not in found and math.exp(found.get("1", -99)) >= SURE:
-        following = {token: math.exp(value) for token, value in after_one().items() if token[:1].isdigit()}
+        following = {
+            token: math.exp(value) for token, value in after_one().items() if token[:1].isdigit()
+        }
         one, ten = 1 - sum(following.values()), following.get("0", 0)
         found |= {n: found["1"] + math.log(max(p, 1e-9)) for n, p in (("1", one), ("10", ten))}
     return {number: round(value, 4) for number, value in found.items()}
 
 
 # ---- a server --------------------------------------------------------------------------------------------
+
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     """urllib would carry the key along to another host."""
@@ -68,20 +71,27 @@ class Http:
     Raises UserError when the server is down, refuses the key or does not know the model; Failed when one
     query goes wrong (an answer that makes no sense, a status of 400, or of 500 and above after all tries).
     """
+
     def __init__(self, model, url, key_env, timeout=120, tries=5, sleep=time.sleep):
         host = re.match(r"(https?)://([^/:@]+|\[[^]]+\])(:\d+)?(/|$)", url)
         if not host:
-            raise UserError(f"--url {url!r} is no base URL; it looks like http://127.0.0.1:8080/v1.")
+            raise UserError(
+                f"--url {url!r} is no base URL; it looks like http://127.0.0.1:8080/v1."
+            )
         self.model, self.url, self.key_env = model, url.rstrip("/"), key_env
         self.timeout, self.tries, self.sleep = timeout, tries, sleep
         self.local = host[2] in ("localhost", "[::1]") or host[2].startswith("127.")
         self.open = urllib.request.build_opener(NoRedirect).open
         key = os.environ.get(key_env)
         if not key and not self.local:
-            raise UserError(f"{host[2]} needs a key: put it into the environment variable {key_env}.")
+            raise UserError(
+                f"{host[2]} needs a key: put it into the environment variable {key_env}."
+            )
         if key and host[1] == "http" and not self.local:
-            raise UserError(f"{url} would carry the key in {key_env} over the network unencrypted: use "
-                            f"https, or unset {key_env} if the server asks for none.")
+            raise UserError(
+                f"{url} would carry the key in {key_env} over the network unencrypted: use "
+                f"https, or unset {key_env} if the server asks for none."
+            )
 
     def ask(self, query):
         """The answer to a query (see above)."""
@@ -92,11 +102,13 @@ class Http:
 
     def _can(self, query):
         can, why, spent = [], {}, [0, 0]
-        tests = {"prompt logprobs": {"ask": "slots", "prompt": "a\t1\nb\t2\nc\t?\nd\t?", "at": [10, 14]},
-                 "text logprobs": {"ask": "next", "prompt": "1, 2, 3, 4,"},
-                 "chat logprobs": {"ask": "next", "chat": [["user", "What is 2 + 2? Only the number."]]},
-                 "text": {"ask": "text", "prompt": "1, 2, 3,", "most": 2},
-                 "chat": {"ask": "text", "chat": [["user", "Say yes."]], "most": 2}}
+        tests = {
+            "prompt logprobs": {"ask": "slots", "prompt": "a\t1\nb\t2\nc\t?\nd\t?", "at": [10, 14]},
+            "text logprobs": {"ask": "next", "prompt": "1, 2, 3, 4,"},
+            "chat logprobs": {"ask": "next", "chat": [["user", "What is 2 + 2? Only the number."]]},
+            "text": {"ask": "text", "prompt": "1, 2, 3,", "most": 2},
+            "chat": {"ask": "text", "chat": [["user", "Say yes."]], "most": 2},
+        }
         for name, test in tests.items():
             try:
                 used = self.ask(test)["tokens"]
@@ -118,7 +130,7 @@ class Http:
         reply, choice = self._complete(query, max_tokens=2, **asked)
         first, *rest = self._tops(choice)
 
-        def after_one():    # the second token tells, if the first was "1"; a prompt can be continued
+        def after_one():  # the second token tells, if the first was "1"; a prompt can be continued
             if max(first, key=first.get).strip() == "1":
                 return rest[0] if rest else {}
             return {} if "chat" in query else self._following(query["prompt"] + "1")
@@ -136,12 +148,16 @@ class Http:
             raise Failed("echo is accepted and ignored")
         tokens, tops = found["tokens"][:-1], found["top_logprobs"]
         # Counted from the end, not by offset: servers count in bytes, in characters, or in spellings.
-        places = [i for i in range(1, len(tokens)) if tokens[i][:1] == "?" and tokens[i - 1][-1:] == "\t"]
-        places = places[-len(query["at"]):]
+        places = [
+            i for i in range(1, len(tokens)) if tokens[i][:1] == "?" and tokens[i - 1][-1:] == "\t"
+        ]
+        places = places[-len(query["at"]) :]
         if len(places) < len(query["at"]) or not all(tops[i] for i in places):
             raise Failed("no log-probabilities of the prompt's tokens")
-        slots = [numbers(tops[i], lambda at=at: self._following(prompt[:at] + "1"))
-                 for i, at in zip(places, query["at"])]
+        slots = [
+            numbers(tops[i], lambda at=at: self._following(prompt[:at] + "1"))
+            for i, at in zip(places, query["at"])
+        ]
         return {"slots": slots, "tokens": self._used(reply)}
 
     def _following(self, prompt):
@@ -152,7 +168,9 @@ class Http:
         """(reply, its one choice) of the endpoint for this kind of prompt."""
         body = {"model": self.model, "temperature": 0, **parameters}
         if "chat" in query:
-            body["messages"] = [{"role": role, "content": content} for role, content in query["chat"]]
+            body["messages"] = [
+                {"role": role, "content": content} for role, content in query["chat"]
+            ]
             reply = self._post("/chat/completions", body)
         else:
             reply = self._post("/completions", body | {"prompt": query["prompt"]})
@@ -163,7 +181,10 @@ class Http:
         """[{token: log-probability}] by generated token, in the old form or the chat's: some mix them."""
         found = choice["logprobs"]
         if "content" in found:
-            return [{t["token"]: t["logprob"] for t in place["top_logprobs"]} for place in found["content"]]
+            return [
+                {t["token"]: t["logprob"] for t in place["top_logprobs"]}
+                for place in found["content"]
+            ]
         return [top or {} for top in found["top_logprobs"]]
 
     @staticmethod
@@ -174,16 +195,20 @@ class Http:
     def _post(self, path, body):
         """The JSON of a POST; waits and tries again where that may help, as long as Retry-After asks."""
         key = os.environ.get(self.key_env)
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        headers = {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {key}"} if key else {}
+        )
         for attempt in range(self.tries):
-            code, wait = None, 2 ** attempt
+            code, wait = None, 2**attempt
             request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
             try:
                 with self.open(request, timeout=self.timeout) as reply:
                     return json.loads(reply.read())
             except urllib.error.HTTPError as e:
                 code, wait, said = e.code, retry_after(e.headers, wait), ""
-                with suppress(OSError, HTTPException):      # the connection may end before what it says does
+                with suppress(
+                    OSError, HTTPException
+                ):  # the connection may end before what it says does
                     said = e.read(300).decode("utf-8", "replace")
             except (OSError, HTTPException) as e:
                 said = str(getattr(e, "reason", e)) or type(e).__name__
@@ -191,13 +216,19 @@ class Http:
             if code and code not in AGAIN:
                 break
             if wait > LONGEST:
-                raise UserError(f"{self.url} asks to wait {wait:.0f} s; run the same command again then, "
-                                "what was answered is kept.")
+                raise UserError(
+                    f"{self.url} asks to wait {wait:.0f} s; run the same command again then, "
+                    "what was answered is kept."
+                )
             if attempt + 1 < self.tries:
                 self.sleep(wait)
         if code in (400, 404, 405, 413, 415, 422) or code and code >= 500:
             raise Failed(f"status {code}: {said[:150]}")
-        hint = f"; is the key in {self.key_env} right?" if code in (401, 403) else "; is it the right --url?"
+        hint = (
+            f"; is the key in {self.key_env} right?"
+            if code in (401, 403)
+            else "; is it the right --url?"
+        )
         said = f"status {code}: {said[:150]}" if code else said[:150]
         raise UserError(f"{self.url} does not answer ({said}){hint}")
 
@@ -206,7 +237,10 @@ def retry_after(headers, default):
     """Seconds that a reply asks to wait, given as a number or as a date."""
     asked = headers.get("Retry-After", "")
     try:
-        return float(asked) if re.fullmatch(r"\d+(\.\d+)?", asked) else max(
-            0.0, email.utils.parsedate_to_datetime(asked).timestamp() - time.time())
+        return (
+            float(asked)
+            if re.fullmatch(r"\d+(\.\d+)?", asked)
+            else max(0.0, email.utils.parsedate_to_datetime(asked).timestamp() - time.time())
+        )
     except (ValueError, TypeError):
         return default

@@ -24,18 +24,23 @@ from crate_mini import stats as metrics
 from crate_mini.judges.http_client import Failed
 
 RUNGS = {  # letter: (prompt file, capability that it needs, kind of query)
-    "A": ("simulate_lines", "prompt logprobs", "slots"), "B": ("simulate_token", "{style} logprobs", "next"),
-    "C": ("simulate_json", "{style}", "text"), "D": ("detect", "{style}", "text")}
+    "A": ("simulate_lines", "prompt logprobs", "slots"),
+    "B": ("simulate_token", "{style} logprobs", "next"),
+    "C": ("simulate_json", "{style}", "text"),
+    "D": ("detect", "{style}", "text"),
+}
 SAW = {  # one sentence for under a table
     "A": "saw the explanation and the excerpt up to the token that it rated, one prompt for each excerpt",
     "B": "saw the explanation and the excerpt up to the token that it rated, one prompt for each token",
     "C": "saw the explanation and the whole excerpt, and wrote whole numbers",
-    "D": "saw the explanation and the whole excerpt, and said only whether the neuron fires strongly in it"}
-FAILING = 0.05              # share of simulations without an answer above which nothing is reported
-SHOWN = 640                 # tokens of excerpts that the explainer is shown, at most
+    "D": "saw the explanation and the whole excerpt, and said only whether the neuron fires strongly in it",
+}
+FAILING = 0.05  # share of simulations without an answer above which nothing is reported
+SHOWN = 640  # tokens of excerpts that the explainer is shown, at most
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------
+
 
 @cache
 def prompt_file(name):
@@ -51,8 +56,10 @@ def messages(name, style, **filled):
 
     Fields are filled in one pass, after the file is cut up: nothing in a corpus can become a field or a role.
     """
-    parts = [[role, re.sub(r"\{(\w+)\}", lambda m: filled[m[1]] if m[1] in filled else m[0], text)]
-             for role, text in prompt_file(name)[1]]
+    parts = [
+        [role, re.sub(r"\{(\w+)\}", lambda m: filled[m[1]] if m[1] in filled else m[0], text)]
+        for role, text in prompt_file(name)[1]
+    ]
     if style == "chat":
         return {"chat": [part for part in parts if part[1]]}
     gaps = {"system": "\n\n", "user": "\n", "assistant": "\n\n"}
@@ -66,11 +73,12 @@ def quoted(text):
 
 # ---- explain ---------------------------------------------------------------------------------------------
 
+
 def shown(excerpts):
     """[(ids, levels 0..10)] of excerpts, up to SHOWN tokens; 10 is the largest activation among them."""
     rows, count = [], 0
     for tokens, acts in zip(excerpts.tokens, excerpts.acts):
-        real = np.asarray(tokens[1:]) >= 0              # the rest is padding
+        real = np.asarray(tokens[1:]) >= 0  # the rest is padding
         count += real.sum()
         if rows and count > SHOWN:
             break
@@ -101,21 +109,30 @@ def explain_query(excerpts, decode, style):
 
 # ---- simulate --------------------------------------------------------------------------------------------
 
+
 def queries(rung, style, explanation, tokens):
     """The questions by which a rung simulates one excerpt; tokens: its tokens as strings."""
     file, _, ask = RUNGS[rung]
     build = partial(messages, file, style, explanation=explanation)
     if rung == "A":
-        found = messages(file, "text", explanation=explanation,
-                         tokens="\n".join(f"{quoted(token)}\t?" for token in tokens))
-        at = [m.start() + 1 for m in re.finditer(r"\t\?", found["prompt"])][-len(tokens):]
+        found = messages(
+            file,
+            "text",
+            explanation=explanation,
+            tokens="\n".join(f"{quoted(token)}\t?" for token in tokens),
+        )
+        at = [m.start() + 1 for m in re.finditer(r"\t\?", found["prompt"])][-len(tokens) :]
         return [{"ask": ask, "at": at, **found}]
     if rung == "B":
-        return [{"ask": ask, **build(text=quoted("".join(tokens[:i + 1])), token=quoted(token))}
-                for i, token in enumerate(tokens)]
+        return [
+            {"ask": ask, **build(text=quoted("".join(tokens[: i + 1])), token=quoted(token))}
+            for i, token in enumerate(tokens)
+        ]
     if rung == "C":
         listed = json.dumps(tokens, ensure_ascii=False)
-        return [{"ask": ask, "most": len(listed) // 2 + 8 * len(tokens) + 20, **build(tokens=listed)}]
+        return [
+            {"ask": ask, "most": len(listed) // 2 + 8 * len(tokens) + 20, **build(tokens=listed)}
+        ]
     return [{"ask": ask, "most": 2, **build(text=quoted("".join(tokens)))}]
 
 
@@ -141,21 +158,31 @@ def read_out(rung, answers, tokens):
     if not isinstance(found, list) or len(found) != len(tokens):
         raise Failed("another number of tokens")
     for pair, token in zip(found, tokens):
-        if not (isinstance(pair, list) and len(pair) == 2 and pair[0] == token and type(pair[1]) is int
-                and 0 <= pair[1] <= 10):
+        if not (
+            isinstance(pair, list)
+            and len(pair) == 2
+            and pair[0] == token
+            and type(pair[1]) is int
+            and 0 <= pair[1] <= 10
+        ):
             raise Failed("a pair that is not the token and a whole number from 0 to 10")
     return [pair[1] for pair in found]
 
 
 # ---- probe -----------------------------------------------------------------------------------------------
 
+
 def puzzles():
     """[(explanation, [(tokens, levels), ...]), ...]: planted neurons, from prompts/puzzles.txt."""
+
     def text(line):
         found = re.findall(r"(\s?[^\s\[]+)(?:\[(\d+)\])?", line)
         return [word for word, _ in found], [int(level or 0) for _, level in found]
 
-    return [(name, [text(line) for line in body.splitlines()]) for name, body in prompt_file("puzzles")[1]]
+    return [
+        (name, [text(line) for line in body.splitlines()])
+        for name, body in prompt_file("puzzles")[1]
+    ]
 
 
 def agreement(rung, truth, guess):
@@ -171,9 +198,9 @@ def detection(truth, guess):
 
     An excerpt fires strongly if it reaches half of the largest activation among them.
     """
-    peaks = [np.nanmax(acts) for acts in truth]         # NaN: what pads a short excerpt
+    peaks = [np.nanmax(acts) for acts in truth]  # NaN: what pads a short excerpt
     strong = [peak >= max(peaks) / 2 > 0 for peak in peaks]
-    value, why = metrics.balanced_accuracy(strong, [said for said, in guess])
+    value, why = metrics.balanced_accuracy(strong, [said for (said,) in guess])
     return None if value is None else round(value, 4), why
 
 
@@ -184,19 +211,38 @@ def probe(simulate, rung, threads):
     true explanation, then with the false ones. Won: the first is above all others, and above chance.
     """
     planted = puzzles()
-    jobs = [(true, name, tokens, levels) for true, texts in planted for name, _ in planted
-            for tokens, levels in texts]
+    jobs = [
+        (true, name, tokens, levels)
+        for true, texts in planted
+        for name, _ in planted
+        for tokens, levels in texts
+    ]
     rows = [row for row, _ in threads.map(lambda job: simulate(job[1], job[2]), jobs)]
     scores, chance = {}, 0.5 if rung == "D" else 0
     for true, _ in planted:
         names = [true] + [name for name, _ in planted if name != true]
-        pairs = {name: [(job[3], row) for job, row in zip(jobs, rows)
-                        if job[:2] == (true, name) and row is not None] for name in names}
-        scores[true] = [agreement(rung, *zip(*pairs[name])) if pairs[name] else None for name in names]
-    won = sum(true is not None and true > max([chance, *(x for x in false if x is not None)])
-              for true, *false in scores.values())
-    return {"won": won, "of": len(planted), "asked": len(rows), "failed": sum(row is None for row in rows),
-            "scores": scores}
+        pairs = {
+            name: [
+                (job[3], row)
+                for job, row in zip(jobs, rows)
+                if job[:2] == (true, name) and row is not None
+            ]
+            for name in names
+        }
+        scores[true] = [
+            agreement(rung, *zip(*pairs[name])) if pairs[name] else None for name in names
+        ]
+    won = sum(
+        true is not None and true > max([chance, *(x for x in false if x is not None)])
+        for true, *false in scores.values()
+    )
+    return {
+        "won": won,
+        "of": len(planted),
+        "asked": len(rows),
+        "failed": sum(row is None for row in rows),
+        "scores": scores,
+    }
 
 
 def choose_rung(model, s, threads, log):
@@ -206,9 +252,17 @@ def choose_rung(model, s, threads, log):
     """
     tried, told = {}, []
     for rung in RUNGS if s.rung == "auto" else [s.rung]:
-        found = tried[rung] = model.lacks(rung) or probe(partial(model.simulate, rung), rung, threads)
-        text = found if isinstance(found, str) else ("the true explanation wins {won} of {of} "
-            "puzzles, {failed} of {asked} simulations failed".format(**found))
+        found = tried[rung] = model.lacks(rung) or probe(
+            partial(model.simulate, rung), rung, threads
+        )
+        text = (
+            found
+            if isinstance(found, str)
+            else (
+                "the true explanation wins {won} of {of} "
+                "puzzles, {failed} of {asked} simulations failed".format(**found)
+            )
+        )
         told.append(f"rung {rung}: {text}")
         log(told[-1])
         if isinstance(found, dict) and solved(found):
@@ -216,9 +270,11 @@ def choose_rung(model, s, threads, log):
     able = [rung for rung, found in tried.items() if isinstance(found, dict) and readable(found)]
     if s.despite_probe and able:
         return able[0], tried
-    raise UserError(f"{model.name} does not tell true from false explanations of planted neurons "
-                    f"({'; '.join(told)}), so its scores would mean nothing: choose another --simulator"
-                    + (" or another --rung." if s.despite_probe else ", or insist with --despite-probe."))
+    raise UserError(
+        f"{model.name} does not tell true from false explanations of planted neurons "
+        f"({'; '.join(told)}), so its scores would mean nothing: choose another --simulator"
+        + (" or another --rung." if s.despite_probe else ", or insist with --despite-probe.")
+    )
 
 
 def solved(found):

@@ -15,8 +15,13 @@ from crate_mini import UserError, reference
 from crate_mini.model import ISTA, LM, MSSA
 from crate_mini.training import run_log as progress
 
-EPS2 = 0.01      # eps^2 of the rate: the released measurement has 0.01 where the paper's formula has eps^2
-SITES = ("attention input", "after attention")     # LN(Z^l), where that code measures, and LN(Z^{l+1/2})
+EPS2 = (
+    0.01  # eps^2 of the rate: the released measurement has 0.01 where the paper's formula has eps^2
+)
+SITES = (
+    "attention input",
+    "after attention",
+)  # LN(Z^l), where that code measures, and LN(Z^{l+1/2})
 
 
 def coding_rate(u, eps2=EPS2):
@@ -25,7 +30,7 @@ def coding_rate(u, eps2=EPS2):
     Each token's part in each head is first scaled to length 1, as the released measurement does. In float64,
     from the smaller of the two Gram matrices, which give the same. K = 1, p = d makes it R(Z), of the whole.
     """
-    u = F.normalize(u.double(), dim=-1).transpose(-3, -2)                               # (.., K, N, p)
+    u = F.normalize(u.double(), dim=-1).transpose(-3, -2)  # (.., K, N, p)
     N, p = u.shape[-2:]
     gram = u.mT @ u if p < N else u @ u.mT
     identity = torch.eye(gram.shape[-1], dtype=u.dtype, device=u.device)
@@ -44,7 +49,7 @@ def bases(attention):
     MHSA has no U; its value projection, what MSSA's U is among other things, stands in (without its bias).
     """
     d = attention.out.weight.shape[0]
-    U = attention.U if isinstance(attention, MSSA) else attention.qkv.weight[2 * d:].T
+    U = attention.U if isinstance(attention, MSSA) else attention.qkv.weight[2 * d :].T
     U = U.detach().double().cpu().unflatten(1, (attention.n_head, -1))
     Q = torch.linalg.qr(U.transpose(0, 1)).Q.transpose(0, 1)
     return {"U": U, "orthonormal U": Q, "whole": torch.eye(d, dtype=U.dtype)[:, None]}
@@ -62,11 +67,16 @@ def dictionary(sparsifier):
     (d, h), unit, norm2 = D.shape, F.normalize(D, dim=0), torch.linalg.matrix_norm(D, 2).item() ** 2
     cosines = (unit.T @ unit).abs().fill_diagonal_(0)
     distance = [torch.linalg.matrix_norm(M @ M.T - h / d * torch.eye(d)).item() for M in (D, unit)]
-    return {"atoms": "D" if ista else "proj", "norm2": norm2,
-            "eta_norm2": sparsifier.eta * norm2 if ista else None, "coherence": cosines.max().item(),
-            "mean_cosine": cosines.sum().item() / max(1, h * (h - 1)),
-            "welch": ((h - d) / (d * max(1, h - 1))) ** 0.5,
-            "frame_distance": distance[0], "frame_distance_unit": distance[1]}
+    return {
+        "atoms": "D" if ista else "proj",
+        "norm2": norm2,
+        "eta_norm2": sparsifier.eta * norm2 if ista else None,
+        "coherence": cosines.max().item(),
+        "mean_cosine": cosines.sum().item() / max(1, h * (h - 1)),
+        "welch": ((h - d) / (d * max(1, h - 1))) ** 0.5,
+        "frame_distance": distance[0],
+        "frame_distance_unit": distance[1],
+    }
 
 
 class Probe:
@@ -76,15 +86,19 @@ class Probe:
         self.number, self.block, self.bases = number, block, bases(block.attention)
         self.rates = {site: {name: [] for name in self.bases} for site in SITES}
         self.active, self.l0, self.objective, self.energy = 0, [], 0, 0
-        self.hooks = [block.attention.register_forward_pre_hook(lambda m, z: self.rate(SITES[0], *z)),
-                      block.sparsifier.register_forward_pre_hook(lambda m, z: self.coded(*z)),
-                      block.sparsifier.code.register_forward_hook(lambda m, i, a: self.codes(a))]
+        self.hooks = [
+            block.attention.register_forward_pre_hook(lambda m, z: self.rate(SITES[0], *z)),
+            block.sparsifier.register_forward_pre_hook(lambda m, z: self.coded(*z)),
+            block.sparsifier.code.register_forward_hook(lambda m, i, a: self.codes(a)),
+        ]
 
     def rate(self, site, z):
         """z (B, T, d) at a site: the rates of each of its B windows, behind the attention's LayerNorm."""
         if not z.isfinite().all():
-            raise UserError(f"the stream in layer {self.number} is not finite, so the weights are of no use; "
-                            "take an earlier checkpoint.")
+            raise UserError(
+                f"the stream in layer {self.number} is not finite, so the weights are of no use; "
+                "take an earlier checkpoint."
+            )
         x = self.block.attention.norm(z).double().cpu()
         for name, U in self.bases.items():
             self.rates[site][name] += coding_rate(torch.einsum("btd,dkp->btkp", x, U)).tolist()
@@ -120,17 +134,27 @@ class Probe:
         l0, m = torch.cat(self.l0).double(), self.block.sparsifier
         mssa = isinstance(self.block.attention, MSSA)
         density, ista = self.active.double() / len(l0), isinstance(m, ISTA)
-        rates = {site: {name: {"mean": statistics.fmean(v), "std": statistics.pstdev(v)}
-                        for name, v in found.items()} for site, found in self.rates.items()}
-        return {"layer": self.number, "projection": "U" if mssa else "value",
-                "rate": rates, "neurons": len(density), "density": density.mean().item(),
-                "density_deciles": density.quantile(torch.linspace(.1, .9, 9).double()).tolist(),
-                "density_by_neuron": [round(p, 6) for p in density.tolist()],
-                "dead": int((density == 0).sum()),
-                "l0": {"mean": l0.mean().item(), "std": l0.std(correction=0).item()},
-                "lasso": (self.objective / len(l0) / len(m.D)).tolist() if ista else None,
-                "reconstruction_error": (self.energy[0] / self.energy[1]).item() if ista else None,
-                "dictionary": dictionary(m)}
+        rates = {
+            site: {
+                name: {"mean": statistics.fmean(v), "std": statistics.pstdev(v)}
+                for name, v in found.items()
+            }
+            for site, found in self.rates.items()
+        }
+        return {
+            "layer": self.number,
+            "projection": "U" if mssa else "value",
+            "rate": rates,
+            "neurons": len(density),
+            "density": density.mean().item(),
+            "density_deciles": density.quantile(torch.linspace(0.1, 0.9, 9).double()).tolist(),
+            "density_by_neuron": [round(p, 6) for p in density.tolist()],
+            "dead": int((density == 0).sum()),
+            "l0": {"mean": l0.mean().item(), "std": l0.std(correction=0).item()},
+            "lasso": (self.objective / len(l0) / len(m.D)).tolist() if ista else None,
+            "reconstruction_error": (self.energy[0] / self.energy[1]).item() if ista else None,
+            "dictionary": dictionary(m),
+        }
 
 
 @torch.no_grad()

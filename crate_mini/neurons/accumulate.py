@@ -15,10 +15,14 @@ import torch
 
 from crate_mini.neurons.documents import PARTS, WINDOW
 
-OCTAVE, LOWEST, OCTAVES = 64, -20, 32       # histogram while recording: bins per factor 2, from 2^LOWEST up
+OCTAVE, LOWEST, OCTAVES = (
+    64,
+    -20,
+    32,
+)  # histogram while recording: bins per factor 2, from 2^LOWEST up
 BINS = OCTAVE * OCTAVES
-HIST = 50                       # bins of the histogram that is kept
-F16 = 65504.0                   # largest float16
+HIST = 50  # bins of the histogram that is kept
+F16 = 65504.0  # largest float16
 
 
 @dataclass
@@ -30,6 +34,7 @@ class Batch:
     (W,); window_tokens (W, 65): the token before the window (-1: none), then the window; drawn: (slot, row,
     start) of each uniformly drawn window.
     """
+
     ids: torch.Tensor
     text: torch.Tensor | None
     token: torch.Tensor
@@ -50,9 +55,11 @@ class Shared:
         self.keys, self.order = key.sort()
         self.pair_counts = torch.zeros(len(pairs), dtype=torch.int64, device=device)
         self.ordinals, self.tokens, self.doc = {}, {}, {}
-        for i, part in enumerate(PARTS):        # each part draws by a generator of its own
+        for i, part in enumerate(PARTS):  # each part draws by a generator of its own
             wanted, total = windows[part]
-            drawn = np.random.default_rng([seed, i]).choice(total, min(wanted, total), replace=False)
+            drawn = np.random.default_rng([seed, i]).choice(
+                total, min(wanted, total), replace=False
+            )
             self.ordinals[part] = np.sort(drawn)
             self.tokens[part] = np.full((len(drawn), WINDOW + 1), -1, np.int32)
             self.doc[part] = np.full(len(drawn), -1)
@@ -62,7 +69,7 @@ class Shared:
         C, length = len(chunks[0][1]), np.array([len(ids) for _, ids, _ in chunks])
         ids, before = np.zeros((len(chunks), C), np.int64), np.full((len(chunks), C), -1)
         for row, (_, chunk, _) in enumerate(chunks):
-            ids[row, :len(chunk)], before[row, 1:len(chunk)] = chunk, chunk[:-1]
+            ids[row, : len(chunk)], before[row, 1 : len(chunk)] = chunk, chunk[:-1]
         text = np.flatnonzero(np.arange(C) < length[:, None])
         row = np.repeat(np.arange(len(chunks)), length // WINDOW)
         start = WINDOW * np.concatenate([np.arange(n // WINDOW) for n in length])
@@ -72,13 +79,25 @@ class Shared:
         slots = np.searchsorted(self.ordinals[part], ordinal + start // WINDOW)
         found = np.append(self.ordinals[part], -1)[slots] == ordinal + start // WINDOW
         self.tokens[part][slots[found]], self.doc[part][slots[found]] = windows[found], doc[found]
-        put = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(self.device)      # noqa: E731
-        token, pair = put(ids.ravel()[text]), self._number(put((before * self.V + ids).ravel()[text]))
+        put = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(self.device)  # noqa: E731
+        token, pair = (
+            put(ids.ravel()[text]),
+            self._number(put((before * self.V + ids).ravel()[text])),
+        )
         if part == "fit":
             self.pair_counts += torch.bincount(pair[pair >= 0], minlength=len(self.pairs))
         text = None if len(text) == ids.size else put(text)
-        return Batch(put(ids), text, token, pair, put(row), put(start), put(doc), put(windows),
-                     [*zip(*(a[found].tolist() for a in (slots, row, start)))])
+        return Batch(
+            put(ids),
+            text,
+            token,
+            pair,
+            put(row),
+            put(start),
+            put(doc),
+            put(windows),
+            [*zip(*(a[found].tolist() for a in (slots, row, start)))],
+        )
 
     def _number(self, key):
         """Which of the frequent bigrams each key is, or -1."""
@@ -89,9 +108,13 @@ class Shared:
 
     def results(self):
         """{name: array}: counts, pairs, pair_counts; uniform_<part> (W, 65), uniform_<part>_doc (W,)."""
-        return {"counts": self.seen, "pairs": self.pairs, "pair_counts": self.pair_counts.cpu().numpy(),
-                **{f"uniform_{part}": self.tokens[part] for part in PARTS},
-                **{f"uniform_{part}_doc": self.doc[part] for part in PARTS}}
+        return {
+            "counts": self.seen,
+            "pairs": self.pairs,
+            "pair_counts": self.pair_counts.cpu().numpy(),
+            **{f"uniform_{part}": self.tokens[part] for part in PARTS},
+            **{f"uniform_{part}_doc": self.doc[part] for part in PARTS},
+        }
 
 
 class Tally:
@@ -100,7 +123,7 @@ class Tally:
     def __init__(self, h, V, P, device):
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.n, self.center = 0, None
-        self.power = torch.zeros(4, h, dtype=wide, device=device)       # of x - center
+        self.power = torch.zeros(4, h, dtype=wide, device=device)  # of x - center
         self.positive = torch.zeros(h, dtype=torch.int64, device=device)
         self.max = torch.full((h,), -torch.inf, device=device)
         self.bins = torch.zeros(h * BINS, dtype=torch.int64, device=device)
@@ -111,7 +134,7 @@ class Tally:
     def add(self, x, batch, fit):
         """Take in the tokens of a batch; fit: it is of the part that tables are made from."""
         x = x.flatten(0, 1) if batch.text is None else x.flatten(0, 1)[batch.text]
-        if self.center is None:         # powers of x itself would cancel where the mean is far from zero
+        if self.center is None:  # powers of x itself would cancel where the mean is far from zero
             self.center = x.mean(0)
         self.n += len(x)
         self.max = torch.maximum(self.max, x.amax(0))
@@ -136,20 +159,32 @@ class Tally:
         finer logarithmic histogram, taken as uniform within a bin (at most 1.6 % wide); sums are exact.
         """
         m1, m2, m3, m4 = (self.power / self.n).double().cpu().numpy()
-        mean, var = self.center.double().cpu().numpy() + m1, m2 - m1 ** 2
-        var[var <= (1e-6 * mean) ** 2] = 0              # a constant, but for rounding
-        third, fourth = m3 - 3 * m1 * m2 + 2 * m1 ** 3, m4 - 4 * m1 * m3 + 6 * m1 ** 2 * m2 - 3 * m1 ** 4
+        mean, var = self.center.double().cpu().numpy() + m1, m2 - m1**2
+        var[var <= (1e-6 * mean) ** 2] = 0  # a constant, but for rounding
+        third, fourth = m3 - 3 * m1 * m2 + 2 * m1**3, m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
         with np.errstate(divide="ignore", invalid="ignore"):
-            skew, kurtosis = (np.where(var > 0, a / var ** b, np.nan) for a, b in ((third, 1.5), (fourth, 2)))
+            skew, kurtosis = (
+                np.where(var > 0, a / var**b, np.nan) for a, b in ((third, 1.5), (fourth, 2))
+            )
         positive, top = self.positive.cpu().numpy(), self.max.double().cpu().numpy()
-        out = {"mean": mean, "var": var, "skew": skew, "kurtosis": kurtosis, "density": positive / self.n,
-               "max": top}
+        out = {
+            "mean": mean,
+            "var": var,
+            "skew": skew,
+            "kurtosis": kurtosis,
+            "density": positive / self.n,
+            "max": top,
+        }
         edges = np.linspace(0, 1, HIST + 1)
         bins = self.bins.view(-1, BINS).cpu().numpy()
         hist = np.stack([_linear(b[1:], n, edges * m) for b, n, m in zip(bins, positive, top)])
-        return {**{name: value.astype(np.float32) for name, value in out.items()}, "hist": hist,
-                "hist_edges": edges, "token_sum": self.token_sum.cpu().numpy(),
-                "pair_sum": self.pair_sum.cpu().numpy()}
+        return {
+            **{name: value.astype(np.float32) for name, value in out.items()},
+            "hist": hist,
+            "hist_edges": edges,
+            "token_sum": self.token_sum.cpu().numpy(),
+            "pair_sum": self.pair_sum.cpu().numpy(),
+        }
 
 
 def _linear(bins, positive, edges):
@@ -157,10 +192,12 @@ def _linear(bins, positive, edges):
     if not positive:
         return np.zeros(len(edges) - 1, np.int64)
     i = np.arange(BINS)
-    values = np.ldexp(1 + i % OCTAVE / OCTAVE, LOWEST + i // OCTAVE)    # lower end of each bin, then the end
+    values = np.ldexp(
+        1 + i % OCTAVE / OCTAVE, LOWEST + i // OCTAVE
+    )  # lower end of each bin, then the end
     below = positive - bins.sum() + np.concatenate(([0], bins.cumsum()))
-    last = np.searchsorted(below, positive)                             # the bin with the maximum ends there
-    values, below = np.append(values[:last], max(edges[-1], values[last - 1])), below[:last + 1]
+    last = np.searchsorted(below, positive)  # the bin with the maximum ends there
+    values, below = np.append(values[:last], max(edges[-1], values[last - 1])), below[: last + 1]
     found = np.interp(edges, np.append(0, values), np.append(0, below))
     found[-1] = positive
     return np.diff(np.rint(found)).astype(np.int64)
@@ -185,10 +222,10 @@ class Top:
         if not len(batch.window_row):
             return
         count = x.shape[1] // WINDOW
-        peaks = x[:, :count * WINDOW].unflatten(1, (count, WINDOW)).amax(2)             # (R, count, h)
-        peaks = peaks[batch.window_row, batch.window_start // WINDOW].T                 # (h, W)
+        peaks = x[:, : count * WINDOW].unflatten(1, (count, WINDOW)).amax(2)  # (R, count, h)
+        peaks = peaks[batch.window_row, batch.window_start // WINDOW].T  # (h, W)
         doc, group = batch.window_doc, torch.arange(peaks.shape[1], device=x.device)
-        j = (peaks > self.value[:, -1:].clamp(min=0)).any(1).nonzero()[:, 0]            # who may change
+        j = (peaks > self.value[:, -1:].clamp(min=0)).any(1).nonzero()[:, 0]  # who may change
         if not len(j):
             return
         peaks, window = peaks[j], group
@@ -197,15 +234,19 @@ class Top:
             peaks, window = _best(peaks, group, len(doc))
         peaks = peaks.masked_fill(peaks <= 0, -torch.inf)
         value, known = self.value[j], self.doc[j]
-        if self.dedup:          # of a document that has a window already, the better one stays
-            same = known[:, None] == doc[:, None]                                       # (j, documents, k)
+        if self.dedup:  # of a document that has a window already, the better one stays
+            same = known[:, None] == doc[:, None]  # (j, documents, k)
             held = torch.where(same, value[:, None], -torch.inf).amax(-1)
             value = value.masked_fill((same & (peaks > held)[..., None]).any(1), -torch.inf)
             peaks = peaks.masked_fill(peaks <= held, -torch.inf)
         value, order = torch.cat((value, peaks), 1).sort(dim=1, descending=True, stable=True)
-        value, order = value[:, :self.k], order[:, :self.k]
+        value, order = value[:, : self.k], order[:, : self.k]
         kept = order.clamp(max=self.k - 1)
-        self.value[j], self.doc[j], self.at[j] = value, known.gather(1, kept), self.at[j].gather(1, kept)
+        self.value[j], self.doc[j], self.at[j] = (
+            value,
+            known.gather(1, kept),
+            self.at[j].gather(1, kept),
+        )
         self.tokens[j], self.acts[j] = self.tokens[j[:, None], kept], self.acts[j[:, None], kept]
         row, slot = ((order >= self.k) & (value > 0)).nonzero(as_tuple=True)
         which, j = order[row, slot] - self.k, j[row]
@@ -219,8 +260,10 @@ class Top:
         """{name: array}: top_<part>_tokens (h, k, 65), _acts (h, k, 64), _at, _doc (h, k; -1: no window)."""
         none = ~(self.value > 0)
         self.doc[none], self.at[none], self.tokens[none], self.acts[none] = -1, 0, -1, 0
-        return {f"top_{part}_{name}": getattr(self, name).cpu().numpy()
-                for name in ("tokens", "acts", "at", "doc")}
+        return {
+            f"top_{part}_{name}": getattr(self, name).cpu().numpy()
+            for name in ("tokens", "acts", "at", "doc")
+        }
 
 
 def _best(peaks, group, n):
@@ -230,7 +273,9 @@ def _best(peaks, group, n):
     best = peaks.new_full((h, n), -torch.inf).scatter_reduce_(1, group, peaks, "amax")
     number = torch.arange(W, device=peaks.device).expand(h, W)
     number = torch.where(peaks == best.gather(1, group), number, W)
-    return best, torch.full_like(best, W, dtype=torch.int64).scatter_reduce_(1, group, number, "amin")
+    return best, torch.full_like(best, W, dtype=torch.int64).scatter_reduce_(
+        1, group, number, "amin"
+    )
 
 
 def half(x):

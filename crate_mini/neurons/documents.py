@@ -1,6 +1,6 @@
 """Held-out documents dealt to two parts, "fit" and "score": no document is in both. Read in bounded memory.
 
-    documents -> part_of -> chunks of at most T tokens -> batches of chunks of about equal length
+documents -> part_of -> chunks of at most T tokens -> batches of chunks of about equal length
 """
 
 import hashlib
@@ -8,9 +8,9 @@ import hashlib
 import numpy as np
 
 PARTS = ("fit", "score")
-WINDOW = 64                     # tokens of a window; those of a chunk follow one another from its start
-LONG = 1 << 16                  # tokens of the longest document
-KEYS = 1 << 22                  # different bigrams counted at a time
+WINDOW = 64  # tokens of a window; those of a chunk follow one another from its start
+LONG = 1 << 16  # tokens of the longest document
+KEYS = 1 << 22  # different bigrams counted at a time
 
 
 def documents(corpus, split, eot):
@@ -25,19 +25,21 @@ def documents(corpus, split, eot):
         ids = np.concatenate((rest, y.numpy().ravel()))
         pieces = np.split(ids, np.flatnonzero(ids == eot))
         for i, piece in enumerate(pieces, 1):
-            piece = piece[int(len(piece) and piece[0] == eot):]     # less the mark that it begins with
+            piece = piece[
+                int(len(piece) and piece[0] == eot) :
+            ]  # less the mark that it begins with
             while len(piece) > longest or len(piece) and i < len(pieces):
                 yield number, piece[:longest]
                 number, piece = number + 1, piece[longest:]
-        rest = piece                                                # it may go on in the next block
+        rest = piece  # it may go on in the next block
     if rest is not None and len(rest):
         yield number, rest
 
 
 def part_of(number, seed, share=1.0):
-    """"fit", "score" or None for a document: `share` of all are used, half of these for each part."""
+    """ "fit", "score" or None for a document: `share` of all are used, half of these for each part."""
     raw = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest()
-    place = int.from_bytes(raw, "little") / 2 ** 64
+    place = int.from_bytes(raw, "little") / 2**64
     return PARTS[place >= share / 2] if place < share else None
 
 
@@ -67,7 +69,9 @@ class Parts:
                 continue
             counts["tokens"][part] += len(ids)
             counts["documents"][part] += 1
-            counts["windows"][part] += len(ids) // self.T * (self.T // WINDOW) + len(ids) % self.T // WINDOW
+            counts["windows"][part] += (
+                len(ids) // self.T * (self.T // WINDOW) + len(ids) % self.T // WINDOW
+            )
             if part == "fit":
                 seen += np.bincount(ids, minlength=V)
                 inside = np.arange(1, len(ids)) % self.T != 0
@@ -87,7 +91,7 @@ class Parts:
         for number, ids in self.documents():
             if part_of(number, self.seed, self.share) == part:
                 for start in range(0, len(ids), self.T):
-                    chunk = ids[start:start + self.T]
+                    chunk = ids[start : start + self.T]
                     yield number, chunk, ordinal
                     ordinal += len(chunk) // WINDOW
 

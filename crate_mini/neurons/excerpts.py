@@ -27,8 +27,8 @@ import numpy as np
 from crate_mini import UserError
 from crate_mini.neurons.documents import PARTS, WINDOW
 
-SHORT, BEFORE = 8, 4            # tokens of an anthropic excerpt, those before the position
-RANKS, VALUES = 12, 13          # intervals, the top one included
+SHORT, BEFORE = 8, 4  # tokens of an anthropic excerpt, those before the position
+RANKS, VALUES = 12, 13  # intervals, the top one included
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Excerpts:
     float32; doc (n,) document; at (n,) which token it was chosen for; origin n of "top", "interval 3",
     "random", "out of context", "uniform". Shorter excerpts end in tokens -1 and activations NaN.
     """
+
     tokens: np.ndarray
     acts: np.ndarray
     doc: np.ndarray
@@ -56,10 +57,14 @@ def select(record, site, protocol, neuron, seed=0):
     width = len(record.site(site)["max"])
     if not 0 <= neuron < width:
         raise UserError(f"{site} has no neuron {neuron}: its neurons are 0 to {width - 1}.")
-    family = "openai" if protocol.startswith("openai") else protocol        # both take the same random ones
+    family = (
+        "openai" if protocol.startswith("openai") else protocol
+    )  # both take the same random ones
     keys = [seed, zlib.crc32(f"{site}/{family}".encode()), neuron]
-    return tuple(CHOOSE[protocol](_Pool(record, site, part, neuron, [*keys, i]), part == "score")
-                 for i, part in enumerate(PARTS))
+    return tuple(
+        CHOOSE[protocol](_Pool(record, site, part, neuron, [*keys, i]), part == "score")
+        for i, part in enumerate(PARTS)
+    )
 
 
 class _Pool:
@@ -71,12 +76,16 @@ class _Pool:
     def __init__(self, record, site, part, neuron, seed):
         arrays, shared = record.site(site), record.shared
         doc = arrays[f"top_{part}_doc"][neuron]
-        tokens, acts, at = (arrays[f"top_{part}_{name}"][neuron] for name in ("tokens", "acts", "at"))
+        tokens, acts, at = (
+            arrays[f"top_{part}_{name}"][neuron] for name in ("tokens", "acts", "at")
+        )
         self.top = [a[doc >= 0] for a in (tokens, acts.astype(np.float32), doc)]
         self.peaks = at[doc >= 0].astype(int)
-        self.uniform = [shared[f"uniform_{part}"],
-                        arrays[f"uniform_{part}_acts"][:, :, neuron].astype(np.float32),
-                        shared[f"uniform_{part}_doc"]]
+        self.uniform = [
+            shared[f"uniform_{part}"],
+            arrays[f"uniform_{part}_acts"][:, :, neuron].astype(np.float32),
+            shared[f"uniform_{part}_doc"],
+        ]
         self.rng, self.found = np.random.default_rng(seed), []
 
     def take(self, windows, chosen, origin, width=SHORT, before=BEFORE, pad=None):
@@ -88,8 +97,8 @@ class _Pool:
         for window, at in chosen:
             start = min(max(at - before, 0), WINDOW - width)
             ids, values = np.full(room + 1, -1, np.int32), np.full(room, np.nan, np.float32)
-            ids[:width + 1] = tokens[window, start:start + width + 1]
-            values[:width] = acts[window, start:start + width]
+            ids[: width + 1] = tokens[window, start : start + width + 1]
+            values[:width] = acts[window, start : start + width]
             self.found.append((ids, values, doc[window], at - start, origin))
 
     def best(self, first, last):
@@ -110,7 +119,7 @@ class _Pool:
     def rank_intervals(self, n):
         """Positions by interval of the ascending order of activations, in n equal shares."""
         values = self.uniform[1].ravel()
-        mixed = self.rng.permutation(len(values))                       # so that ties fall at random
+        mixed = self.rng.permutation(len(values))  # so that ties fall at random
         return np.array_split(mixed[np.argsort(values[mixed], kind="stable")], n)
 
     def value_intervals(self, n):
@@ -130,8 +139,13 @@ class _Pool:
     def excerpts(self, width):
         """The Excerpts taken so far."""
         if not self.found:
-            return Excerpts(np.zeros((0, width + 1), np.int32), np.zeros((0, width), np.float32),
-                            np.zeros(0, np.int64), np.zeros(0, np.int64), [])
+            return Excerpts(
+                np.zeros((0, width + 1), np.int32),
+                np.zeros((0, width), np.float32),
+                np.zeros(0, np.int64),
+                np.zeros(0, np.int64),
+                [],
+            )
         tokens, acts, doc, at, origin = zip(*self.found)
         return Excerpts(np.stack(tokens), np.stack(acts), np.array(doc), np.array(at), list(origin))
 
@@ -174,5 +188,10 @@ def _anthropic_2023(pool, score):
     return pool.excerpts(SHORT)
 
 
-CHOOSE = {"uniform": _uniform, "openai_tar": _openai_tar, "openai_random": _openai_random,
-          "anthropic_crate": _anthropic_crate, "anthropic_2023": _anthropic_2023}
+CHOOSE = {
+    "uniform": _uniform,
+    "openai_tar": _openai_tar,
+    "openai_random": _openai_random,
+    "anthropic_crate": _anthropic_crate,
+    "anthropic_2023": _anthropic_2023,
+}

@@ -29,9 +29,15 @@ from crate_mini.neurons import score as results
 from crate_mini.neurons import simulators as explain
 from crate_mini.neurons import stages
 
-STAGES = {"record": stages.record, "select": stages.select, "explain": stages.explain_all,
-          "simulate": stages.simulate, "score": results.score_all, "report": results.report}
-PARTS = ("tokens", "acts", "doc", "origin")     # of Excerpts
+STAGES = {
+    "record": stages.record,
+    "select": stages.select,
+    "explain": stages.explain_all,
+    "simulate": stages.simulate,
+    "score": results.score_all,
+    "report": results.report,
+}
+PARTS = ("tokens", "acts", "doc", "origin")  # of Excerpts
 
 
 def run(r, start="record", until="report"):
@@ -40,16 +46,20 @@ def run(r, start="record", until="report"):
     for flag, name in (("from", start), ("until", until)):
         if name not in names:
             raise UserError(f"--{flag} {name!r} is no stage; choose one of {', '.join(names)}.")
-    chosen = names[names.index(start):names.index(until) + 1]
+    chosen = names[names.index(start) : names.index(until) + 1]
     if not chosen:
-        raise UserError(f"--until {until} comes before --from {start}; the order is {', '.join(names)}.")
+        raise UserError(
+            f"--until {until} comes before --from {start}; the order is {', '.join(names)}."
+        )
     for name in chosen:
         began = time.monotonic()
         try:
             STAGES[name](r)
         except BaseException:
             if name != names[0]:
-                r.log(f"{name:9s} stopped; what the stages before it wrote is kept: --from {name} goes on")
+                r.log(
+                    f"{name:9s} stopped; what the stages before it wrote is kept: --from {name} goes on"
+                )
             raise
         r.log(f"{name:9s} {time.monotonic() - began:.1f} s")
 
@@ -57,22 +67,25 @@ def run(r, start="record", until="report"):
 @dataclass
 class Run:
     """What the stages share: a model with its text, what is asked, and the folder that everything lies in."""
+
     model: object
     meta: dict
     tokenizer: object
     corpus: object
     folder: Path
     sites: list
-    path: str = ""              # of the checkpoint, for the header
+    path: str = ""  # of the checkpoint, for the header
     command: str = ""
     seed: int = 0
     tokens: int = 1_000_000
-    n: int = 0                  # neurons of a site that are scored, drawn by the seed; 0: all
+    n: int = 0  # neurons of a site that are scored, drawn by the seed; 0: all
     controls: tuple = ("init", "shuffle")
-    density: float = 0.0        # match-density: share of tokens on which a neuron may fire; 0: as it is
-    trie: int = 0               # neurons of a site that get a trie
-    dedup: bool = True          # top windows: at most one of a document
-    directions: dict = field(default_factory=dict)  # {site: (width, h)}: what a unit of a feature is in codes
+    density: float = 0.0  # match-density: share of tokens on which a neuron may fire; 0: as it is
+    trie: int = 0  # neurons of a site that get a trie
+    dedup: bool = True  # top windows: at most one of a document
+    directions: dict = field(
+        default_factory=dict
+    )  # {site: (width, h)}: what a unit of a feature is in codes
     log: Callable = print
     _record: object = None
 
@@ -83,8 +96,10 @@ class Run:
             found = activations.load(self.folder)
             here = found.header["checkpoint"]["sha256"], found.header["seed"]
             if here != (self.meta.get("sha256"), self.seed):
-                raise UserError(f"the record in {self.folder} is of another checkpoint or seed; make one "
-                                "with --from record, or choose another --out.")
+                raise UserError(
+                    f"the record in {self.folder} is of another checkpoint or seed; make one "
+                    "with --from record, or choose another --out."
+                )
             self._record = found
         return self._record
 
@@ -96,11 +111,15 @@ class Run:
     def init(self):
         """The record of the untrained model; UserError if it is not of this text and architecture."""
         found = activations.load(self.folder / "init")
-        theirs, ours = ([h["seed"], h["corpus"], h["tokens"], h["checkpoint"]["config"]]
-                        for h in (found.header, self.record.header))
+        theirs, ours = (
+            [h["seed"], h["corpus"], h["tokens"], h["checkpoint"]["config"]]
+            for h in (found.header, self.record.header)
+        )
         if theirs != ours:
-            raise UserError(f"the record in {self.folder / 'init'} is of another text, seed or model than "
-                            "that beside it; make both with --from record.")
+            raise UserError(
+                f"the record in {self.folder / 'init'} is of another text, seed or model than "
+                "that beside it; make both with --from record."
+            )
         return found
 
     def each_site(self):
@@ -127,7 +146,11 @@ class Run:
     @property
     def saw(self):
         """{simulator: what it saw}, of those in this run."""
-        absent = {"null": "shuffle" not in self.controls, "init": not self.has_init, "trie": not self.trie}
+        absent = {
+            "null": "shuffle" not in self.controls,
+            "init": not self.has_init,
+            "trie": not self.trie,
+        }
         return {name: sentence for name, sentence in explain.SAW.items() if not absent.get(name)}
 
     def file(self, stage, site, kind="npz"):
@@ -143,7 +166,9 @@ class Run:
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"Cannot read {path} ({error}); make it with --from {stage}.") from None
         if str(arrays.pop("stamp", "")) != self.record.header["stamp"]:
-            raise UserError(f"{path} is of another record than is there now; make it with --from {stage}.")
+            raise UserError(
+                f"{path} is of another record than is there now; make it with --from {stage}."
+            )
         return SimpleNamespace(**arrays)
 
     def write(self, stage, site, arrays):
@@ -177,5 +202,10 @@ class Run:
         """The n-gram tables of some neurons of a site, from the fit part of a record, by default this one."""
         record = record or self.record
         shared, own = record.shared, record.site(site.name)
-        return explain.Backoff(shared["counts"], own["token_sum"][:, neurons], shared["pairs"],
-                               shared["pair_counts"], own["pair_sum"][:, neurons])
+        return explain.Backoff(
+            shared["counts"],
+            own["token_sum"][:, neurons],
+            shared["pairs"],
+            shared["pair_counts"],
+            own["pair_sum"][:, neurons],
+        )

@@ -18,12 +18,13 @@ from crate_mini.model import Config
 
 # The frequent ones first: characters follow Zipf's law, and the puzzles need some often enough.
 ALPHABET = "e;qua,ti.o7n\ns4hrX1dlT cmfwypvbgk92MR"
-EOT = 256                       # of the tokenizer "bytes"
+EOT = 256  # of the tokenizer "bytes"
 
 
 @dataclass
 class Reading:
     """An explanation: what it says, and the activations (n, t) it implies for tokens (n, t); -1 is none."""
+
     text: str
     predict: object
 
@@ -31,10 +32,13 @@ class Reading:
 @dataclass
 class Puzzle:
     """A planted neuron, its true explanation and false ones. expect: what a fair pipeline reports."""
+
     name: str
     true: Reading
     false: list = field(default_factory=list)
-    expect: str = "true wins"    # | no score: nothing predicts it | undefined: constant | dead: never above 0
+    expect: str = (
+        "true wins"  # | no score: nothing predicts it | undefined: constant | dead: never above 0
+    )
 
 
 def on(characters):
@@ -45,10 +49,12 @@ def on(characters):
 
 def back(n, characters):
     """Fires n tokens after one of these characters."""
+
     def predict(x):
         moved = torch.full_like(x, -1)
         moved[:, n:] = x[:, :-n]
         return on(characters)(moved)
+
     return predict
 
 
@@ -59,11 +65,13 @@ def both(*readings):
 
 def first(n):
     """Fires on the first n tokens of a context, which a -1 comes before."""
+
     def predict(x):
         fires = torch.zeros(x.shape)
         for k in range(1, n + 1):
-            fires[:, k:] += (x[:, :-k] < 0)
+            fires[:, k:] += x[:, :-k] < 0
         return fires.clamp(max=1) * (x >= 0)
+
     return predict
 
 
@@ -71,7 +79,9 @@ def noise(x):
     """A number that follows from all tokens so far, four or more, but nobody can tell how: 0 in 70 %."""
     early = first(4)(x).bool()
     mixed = torch.cumsum((x + 2).double() * (torch.arange(x.shape[1]) % 97 + 1), 1)
-    return torch.relu(torch.frac(torch.sin(mixed * 12.9898).abs() * 43758.5453) - 0.7).float() * ~early
+    return (
+        torch.relu(torch.frac(torch.sin(mixed * 12.9898).abs() * 43758.5453) - 0.7).float() * ~early
+    )
 
 
 def level(value, reading=None):
@@ -80,25 +90,62 @@ def level(value, reading=None):
 
 
 PUZZLES = [
-    Puzzle("token set", Reading("the vowels a, i and o", on("aio")),
-           [Reading("digits", on("12479")), Reading("capital letters", on("XTMR")),
-            Reading("the character after a, i or o", back(1, "aio"))]),
-    Puzzle("bigram", Reading("u, but only directly after q", both(on("u"), back(1, "q"))),
-           [Reading("u, whatever comes before it", on("u")), Reading("q", on("q")),
-            Reading("q, but only directly after u", both(on("q"), back(1, "u")))]),
-    Puzzle("third token back", Reading("any character three places after a semicolon", back(3, ";")),
-           [Reading("semicolons", on(";")), Reading("the character after a semicolon", back(1, ";")),
-            Reading("any character three places after a comma", back(3, ","))]),
-    Puzzle("position", Reading("the first four characters of a text", first(4)),
-           [Reading("line breaks", on("\n")), Reading("full stops", on(".")),
-            Reading("the character after a line break", back(1, "\n"))]),
-    Puzzle("noise", Reading("a number drawn anew at every character", noise), [Reading("e", on("e"))],
-           "no score"),
+    Puzzle(
+        "token set",
+        Reading("the vowels a, i and o", on("aio")),
+        [
+            Reading("digits", on("12479")),
+            Reading("capital letters", on("XTMR")),
+            Reading("the character after a, i or o", back(1, "aio")),
+        ],
+    ),
+    Puzzle(
+        "bigram",
+        Reading("u, but only directly after q", both(on("u"), back(1, "q"))),
+        [
+            Reading("u, whatever comes before it", on("u")),
+            Reading("q", on("q")),
+            Reading("q, but only directly after u", both(on("q"), back(1, "u"))),
+        ],
+    ),
+    Puzzle(
+        "third token back",
+        Reading("any character three places after a semicolon", back(3, ";")),
+        [
+            Reading("semicolons", on(";")),
+            Reading("the character after a semicolon", back(1, ";")),
+            Reading("any character three places after a comma", back(3, ",")),
+        ],
+    ),
+    Puzzle(
+        "position",
+        Reading("the first four characters of a text", first(4)),
+        [
+            Reading("line breaks", on("\n")),
+            Reading("full stops", on(".")),
+            Reading("the character after a line break", back(1, "\n")),
+        ],
+    ),
+    Puzzle(
+        "noise",
+        Reading("a number drawn anew at every character", noise),
+        [Reading("e", on("e"))],
+        "no score",
+    ),
     Puzzle("dead", Reading("never fires", level(0)), [Reading("commas", on(","))], "dead"),
-    Puzzle("always on", Reading("fires alike everywhere", level(1)), [Reading("commas", on(","))],
-           "undefined"),
-    Puzzle("negative only", Reading("below zero on commas, never above it", level(-1, on(","))),
-           [Reading("commas", on(","))], "dead")]
+    Puzzle(
+        "always on",
+        Reading("fires alike everywhere", level(1)),
+        [Reading("commas", on(","))],
+        "undefined",
+    ),
+    Puzzle(
+        "negative only",
+        Reading("below zero on commas, never above it", level(-1, on(","))),
+        [Reading("commas", on(","))],
+        "dead",
+    ),
+]
 READINGS = [(puzzle, reading) for puzzle in PUZZLES for reading in (puzzle.true, *puzzle.false)]
 NEURON = {puzzle.name: i for i, (puzzle, reading) in enumerate(READINGS) if reading is puzzle.true}
 
@@ -109,11 +156,12 @@ class Planted(nn.Module):
     def __init__(self, block_size=128):
         super().__init__()
         h = len(READINGS)
-        self.config = Config(vocab_size=EOT + 1, block_size=block_size, n_layer=1, n_head=1, n_embd=h,
-                             expansion=1)
+        self.config = Config(
+            vocab_size=EOT + 1, block_size=block_size, n_layer=1, n_head=1, n_embd=h, expansion=1
+        )
         self.tokens = nn.Embedding(EOT + 1, h)
-        nn.init.zeros_(self.tokens.weight)      # nothing is predicted: the neurons move no logit
-        proj = nn.Linear(h, h, bias=False)      # and write nothing
+        nn.init.zeros_(self.tokens.weight)  # nothing is predicted: the neurons move no logit
+        proj = nn.Linear(h, h, bias=False)  # and write nothing
         nn.init.zeros_(proj.weight)
         sparsifier = nn.ModuleDict({"code": nn.Identity(), "proj": proj})
         self.blocks = nn.ModuleList([nn.ModuleDict({"sparsifier": sparsifier})])
@@ -129,8 +177,10 @@ def texts(n, seed=0, shortest=64, longest=192):
     """n documents of characters, drawn one by one by Zipf's law."""
     rng, letters = np.random.default_rng(seed), np.array(list(ALPHABET))
     weight = 1 / (np.arange(len(letters)) + 8)
-    return ["".join(rng.choice(letters, rng.integers(shortest, longest + 1), p=weight / weight.sum()))
-            for _ in range(n)]
+    return [
+        "".join(rng.choice(letters, rng.integers(shortest, longest + 1), p=weight / weight.sum()))
+        for _ in range(n)
+    ]
 
 
 def write_texts(path, n, seed=0):

@@ -20,15 +20,21 @@ import numpy as np
 from crate_mini import UserError, atomic_write
 from crate_mini import stats as metrics
 
-EXCERPTS = {"openai_tar": 10, "openai_random": 5, "anthropic_crate": 47, "anthropic_2023": 60}   # to score on
+EXCERPTS = {
+    "openai_tar": 10,
+    "openai_random": 5,
+    "anthropic_crate": 47,
+    "anthropic_2023": 60,
+}  # to score on
 PROTOCOLS = tuple(EXCERPTS)
-FEWER = "excerpts of the protocol's"     # in the reason beside a number that was made from fewer than these
-MISSING = 0.2                    # share of excerpts without an answer above which the neuron counts as failed
-COLUMNS = 64                     # neurons at a time: what bounds the memory of float64
+FEWER = "excerpts of the protocol's"  # in the reason beside a number that was made from fewer than these
+MISSING = 0.2  # share of excerpts without an answer above which the neuron counts as failed
+COLUMNS = 64  # neurons at a time: what bounds the memory of float64
 DEAD = "dead: never above 0 on the recorded tokens"
 
 
 # ---- protocols -------------------------------------------------------------------------------------------
+
 
 def uniform(true, simulated, firing=False, draws=0, seed=0):
     """Scores on uniformly drawn windows, all neurons at once; true, simulated (W, T, h) of any float type.
@@ -38,14 +44,18 @@ def uniform(true, simulated, firing=False, draws=0, seed=0):
     """
     parts = []
     for start in range(0, true.shape[2], COLUMNS):
-        x, y = (np.asarray(v[..., start:start + COLUMNS], np.float64) for v in (true, simulated))
+        x, y = (np.asarray(v[..., start : start + COLUMNS], np.float64) for v in (true, simulated))
         flat = [v.reshape(-1, v.shape[2]) for v in (x, y)]
         part = {"r": metrics.pearson(*flat), **(metrics.firing(*flat) if firing else {})}
         if draws:
             part["ci95"] = metrics.excerpt_intervals(x, y, draws, seed)
         parts.append(part)
-    return {name: np.concatenate([p[name] for p in parts]) if name == "ci95" else
-            tuple(np.concatenate(column) for column in zip(*(p[name] for p in parts))) for name in parts[0]}
+    return {
+        name: np.concatenate([p[name] for p in parts])
+        if name == "ci95"
+        else tuple(np.concatenate(column) for column in zip(*(p[name] for p in parts)))
+        for name in parts[0]
+    }
 
 
 def protocol(name, excerpts, simulated):
@@ -55,13 +65,21 @@ def protocol(name, excerpts, simulated):
     simulated: n rows of w numbers, or None (or NaN throughout) where the simulator failed; such an excerpt is
     left out and counted in the reason, and above 20 % of them the neuron counts as failed.
     """
-    keep = [i for i, origin in enumerate(excerpts.origin) if name != "openai_random" or origin == "random"]
+    keep = [
+        i
+        for i, origin in enumerate(excerpts.origin)
+        if name != "openai_random" or origin == "random"
+    ]
     if not keep:
         return None, "no such excerpts in the record"
     truth, guess, missing = [], [], 0
     for i in keep:
         real = np.asarray(excerpts.tokens[i][1:]) >= 0
-        row = None if simulated is None or simulated[i] is None else np.asarray(simulated[i], np.float64)
+        row = (
+            None
+            if simulated is None or simulated[i] is None
+            else np.asarray(simulated[i], np.float64)
+        )
         if row is None or np.isnan(row[real]).all():
             missing += 1
             continue
@@ -81,11 +99,14 @@ def protocol(name, excerpts, simulated):
 def protocols(selected, simulate, simulator):
     """{"NAME[simulator]": (number, reason)} of one neuron; selected: {protocol: Excerpts to score};
     simulate(tokens (n, w + 1)) -> n rows, called once for each set of excerpts."""
-    return {f"{name}[{simulator}]": protocol(name, excerpts, simulate(excerpts.tokens))
-            for name, excerpts in selected.items()}
+    return {
+        f"{name}[{simulator}]": protocol(name, excerpts, simulate(excerpts.tokens))
+        for name, excerpts in selected.items()
+    }
 
 
 # ---- density matching ------------------------------------------------------------------------------------
+
 
 def thresholds(acts, share):
     """Per neuron (h,) the value above which `share` of its activations lie; acts (n, h) or (W, T, h).
@@ -106,6 +127,7 @@ def cut(acts, limits):
 
 
 # ---- the book --------------------------------------------------------------------------------------------
+
 
 def row(site, layer, neuron, stats, label, uniform, others, ci95=None):
     """One line of scores.jsonl, by the contract of interpret.py.
@@ -129,10 +151,20 @@ def row(site, layer, neuron, stats, label, uniform, others, ci95=None):
     scores |= {k: told(k, v) for k, v in others.items()}
     kinds = {kind(value, why.get(name)) for name, value in flat(scores).items()}
     status = next((s for s in ("live", "undefined", "failed") if s in kinds), "undefined")
-    bounds = {k: [round(float(b), 4) for b in v] for k, v in (ci95 or {}).items() if np.isfinite(v).all()}
-    return {"site": site, "layer": int(layer), "neuron": int(neuron), "status": "dead" if dead else status,
-            **{k: float(f"{float(stats[k]):.6g}") for k in ("density", "max", "mean")},
-            "label": label, "scores": scores, "ci95": {} if dead else bounds, "why": why}
+    bounds = {
+        k: [round(float(b), 4) for b in v] for k, v in (ci95 or {}).items() if np.isfinite(v).all()
+    }
+    return {
+        "site": site,
+        "layer": int(layer),
+        "neuron": int(neuron),
+        "status": "dead" if dead else status,
+        **{k: float(f"{float(stats[k]):.6g}") for k in ("density", "max", "mean")},
+        "label": label,
+        "scores": scores,
+        "ci95": {} if dead else bounds,
+        "why": why,
+    }
 
 
 def kind(value, why):
@@ -160,5 +192,7 @@ def read_rows(path):
         with open(path, encoding="utf-8") as file:
             return [json.loads(line) for line in file]
     except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read the scores in {path} ({error}); make them again with "
-                        "`python interpret.py neurons CKPT --from score`.") from None
+        raise UserError(
+            f"Cannot read the scores in {path} ({error}); make them again with "
+            "`python interpret.py neurons CKPT --from score`."
+        ) from None

@@ -31,33 +31,50 @@ from crate_mini.neurons.excerpts import Excerpts, select
 from crate_mini.neurons.record_files import SCHEMA, Record, load, write
 from crate_mini.training import device as machine
 
-__all__ = ["Excerpts", "Record", "Site", "documents", "kind_of", "load", "record", "select", "sites",
-           "untrained"]
+__all__ = [
+    "Excerpts",
+    "Record",
+    "Site",
+    "documents",
+    "kind_of",
+    "load",
+    "record",
+    "select",
+    "sites",
+    "untrained",
+]
 
-UNIFORM = {"fit": 128, "score": 256}    # windows drawn uniformly, the same for all neurons
-TOP = 36                        # windows of highest peak
-PAIR_BYTES = 1 << 28            # of sums by bigram, all sites together
-TOKENS, FLOATS = 1 << 13, 1 << 24       # of a batch, activations of a site in it
+UNIFORM = {"fit": 128, "score": 256}  # windows drawn uniformly, the same for all neurons
+TOP = 36  # windows of highest peak
+PAIR_BYTES = 1 << 28  # of sums by bigram, all sites together
+TOKENS, FLOATS = 1 << 13, 1 << 24  # of a batch, activations of a site in it
 
 
 @dataclass(frozen=True)
 class Site:
     """What is scored: a layer's codes, or features of them. encode: codes (N, h) -> features (N, width)."""
+
     name: str
     layer: int
     width: int
     encode: Callable | None = field(default=None, compare=False)
-    sae: str | None = None      # where the autoencoder lies
+    sae: str | None = None  # where the autoencoder lies
 
 
 def sites(model, layers="all"):
     """A Site for the codes of each layer; layers: "all", or numbers such as "0,2". UserError for others."""
     n = len(model.blocks)
-    words = [str(i) for i in range(n)] if layers == "all" else [word.strip() for word in layers.split(",")]
+    words = (
+        [str(i) for i in range(n)]
+        if layers == "all"
+        else [word.strip() for word in layers.split(",")]
+    )
     for word in words:
         if not word.isdecimal() or int(word) >= n:
-            raise UserError(f"layer {word!r} is not there; the model's layers are 0 to {n - 1}, as in "
-                            "--layers 0.")
+            raise UserError(
+                f"layer {word!r} is not there; the model's layers are 0 to {n - 1}, as in "
+                "--layers 0."
+            )
     return [Site(f"L{i}", i, model.config.n_code) for i in sorted({int(word) for word in words})]
 
 
@@ -66,18 +83,41 @@ def untrained(model, meta, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = LM(model.config)
-    return fresh.to(model.tokens.weight.device).eval(), {**meta, "sha256": None,
-                                                         "training": {"step": 0, "settings": {"seed": seed}}}
+    return fresh.to(model.tokens.weight.device).eval(), {
+        **meta,
+        "sha256": None,
+        "training": {"step": 0, "settings": {"seed": seed}},
+    }
 
 
 def kind_of(config):
     """crate, gpt2 or crate+ for a Config that is such a preset but for its size, else other."""
-    return next((kind for kind, words in KINDS.items()
-                 if all(getattr(config, name) == value for name, value in words.items())), "other")
+    return next(
+        (
+            kind
+            for kind, words in KINDS.items()
+            if all(getattr(config, name) == value for name, value in words.items())
+        ),
+        "other",
+    )
 
 
-def record(model, meta, sites, corpus, out, *, path="", command="", seed=0, tokens=1_000_000, dedup=True,
-           dtype="auto", split="val", log=print):
+def record(
+    model,
+    meta,
+    sites,
+    corpus,
+    out,
+    *,
+    path="",
+    command="",
+    seed=0,
+    tokens=1_000_000,
+    dedup=True,
+    dtype="auto",
+    split="val",
+    log=print,
+):
     """Write the record of `sites` over about `tokens` tokens of a split to the folder `out`; returns it.
 
     meta: as checkpoint.load gives it; path, command: for the header. dedup: top windows hold at most one of a
@@ -94,11 +134,21 @@ def record(model, meta, sites, corpus, out, *, path="", command="", seed=0, toke
     _check_memory(sites, V, len(bigrams), device)
     dtype, reason = machine.choose_dtype(device, dtype)
     control = "" if meta.get("sha256") else " of an untrained model, the control"
-    log(f"record    {len(sites)} sites{control}, {sum(counts['tokens'].values()):,} tokens; products in "
-        f"{str(dtype).removeprefix('torch.')}: {reason}")
-    shared = Shared(seen, bigrams, V, {part: (UNIFORM[part], counts["windows"][part]) for part in PARTS},
-                    seed, device)
-    tallies = {site.name: _SiteTally(site, V, len(bigrams), shared, dedup, device) for site in sites}
+    log(
+        f"record    {len(sites)} sites{control}, {sum(counts['tokens'].values()):,} tokens; products in "
+        f"{str(dtype).removeprefix('torch.')}: {reason}"
+    )
+    shared = Shared(
+        seen,
+        bigrams,
+        V,
+        {part: (UNIFORM[part], counts["windows"][part]) for part in PARTS},
+        seed,
+        device,
+    )
+    tallies = {
+        site.name: _SiteTally(site, V, len(bigrams), shared, dedup, device) for site in sites
+    }
     done, told, total = 0, time.monotonic(), sum(counts["tokens"].values())
     for part in PARTS:
         for chunks in parts.batches(part, max(T, min(TOKENS, FLOATS // widest))):
@@ -108,17 +158,39 @@ def record(model, meta, sites, corpus, out, *, path="", command="", seed=0, toke
             if time.monotonic() - told > 5 or done == total:
                 told, rate = time.monotonic(), done / (time.monotonic() - began)
                 left = round((total - done) / rate)
-                log(f"record    {done:,} of {total:,} tokens  {rate:,.0f} tokens/s  "
-                    f"ETA {left // 60}:{left % 60:02d}")
-    header = {"schema": SCHEMA, "command": command, "machine": machine.describe(device), "seed": seed,
-              "checkpoint": {"path": str(path), "sha256": meta.get("sha256"), "kind": kind_of(config),
-                             "config": to_dict(config), "training": meta.get("training", {})},
-              "corpus": corpus.meta, "split": split, "tokens": counts["tokens"],
-              "documents": counts["documents"], "windows": counts["windows"], "window": WINDOW,
-              "dedup": dedup, "dtype": str(dtype).removeprefix("torch."),
-              "seconds": round(time.monotonic() - began, 1),
-              "sites": [{"name": s.name, "layer": s.layer, "width": s.width, "sae": s.sae} for s in sites]}
-    arrays = {"shared": shared.results(), **{name: tally.results() for name, tally in tallies.items()}}
+                log(
+                    f"record    {done:,} of {total:,} tokens  {rate:,.0f} tokens/s  "
+                    f"ETA {left // 60}:{left % 60:02d}"
+                )
+    header = {
+        "schema": SCHEMA,
+        "command": command,
+        "machine": machine.describe(device),
+        "seed": seed,
+        "checkpoint": {
+            "path": str(path),
+            "sha256": meta.get("sha256"),
+            "kind": kind_of(config),
+            "config": to_dict(config),
+            "training": meta.get("training", {}),
+        },
+        "corpus": corpus.meta,
+        "split": split,
+        "tokens": counts["tokens"],
+        "documents": counts["documents"],
+        "windows": counts["windows"],
+        "window": WINDOW,
+        "dedup": dedup,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": round(time.monotonic() - began, 1),
+        "sites": [
+            {"name": s.name, "layer": s.layer, "width": s.width, "sae": s.sae} for s in sites
+        ],
+    }
+    arrays = {
+        "shared": shared.results(),
+        **{name: tally.results() for name, tally in tallies.items()},
+    }
     write(Path(out), header, arrays)
     return load(out)
 
@@ -126,6 +198,7 @@ def record(model, meta, sites, corpus, out, *, path="", command="", seed=0, toke
 @torch.no_grad()
 def _run(model, batch, sites, tallies, part, dtype):
     """One batch through the model; each site takes its activations as they pass."""
+
     def hook(site):
         def see(module, inputs, codes):
             with torch.autocast(codes.device.type, enabled=False):
@@ -133,6 +206,7 @@ def _run(model, batch, sites, tallies, part, dtype):
                 if site.encode is not None:
                     x = site.encode(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])
                 tallies[site.name].add(x.contiguous(), batch, part)
+
         return see
 
     with ExitStack() as stack:
@@ -149,15 +223,19 @@ class _SiteTally:
     def __init__(self, site, V, P, shared, dedup, device):
         self.tally = Tally(site.width, V, P, device)
         self.top = {part: Top(site.width, TOP, dedup, device) for part in PARTS}
-        self.uniform = {part: torch.zeros(len(shared.tokens[part]), WINDOW, site.width, dtype=torch.float16,
-                                          device=device) for part in PARTS}
+        self.uniform = {
+            part: torch.zeros(
+                len(shared.tokens[part]), WINDOW, site.width, dtype=torch.float16, device=device
+            )
+            for part in PARTS
+        }
 
     def add(self, x, batch, part):
         """x (R, C, width) float32."""
         self.tally.add(x, batch, part == "fit")
         self.top[part].offer(x, batch)
         for slot, row, start in batch.drawn:
-            self.uniform[part][slot] = half(x[row, start:start + WINDOW])
+            self.uniform[part][slot] = half(x[row, start : start + WINDOW])
 
     def results(self):
         out = self.tally.results()
@@ -171,18 +249,26 @@ def _check(counts, corpus, split, T):
     """UserError unless both parts have windows."""
     of = f"the {split} split of {corpus.meta['source']['name']} ({corpus.n_tokens[split]:,} tokens)"
     if T < WINDOW:
-        raise UserError(f"the model's context of {T} tokens is shorter than a window of {WINDOW}; train one "
-                        f"with --block-size {WINDOW} or more.")
+        raise UserError(
+            f"the model's context of {T} tokens is shorter than a window of {WINDOW}; train one "
+            f"with --block-size {WINDOW} or more."
+        )
     for part in PARTS:
         if not counts["windows"][part]:
-            raise UserError(f"{of} gives {counts['documents'][part]} documents to the part {part!r}, none of "
-                            f"which has {WINDOW} tokens; give more text with --data, or more --tokens.")
+            raise UserError(
+                f"{of} gives {counts['documents'][part]} documents to the part {part!r}, none of "
+                f"which has {WINDOW} tokens; give more text with --data, or more --tokens."
+            )
 
 
 def _check_memory(sites, V, P, device):
     """UserError if what is kept would fill the memory."""
-    kept = 4 * V + 4 * P + 2 * WINDOW * sum(UNIFORM.values()) + 2 * TOP * (6 * WINDOW + 22) + 8 * BINS
+    kept = (
+        4 * V + 4 * P + 2 * WINDOW * sum(UNIFORM.values()) + 2 * TOP * (6 * WINDOW + 22) + 8 * BINS
+    )
     need, have = kept * sum(site.width for site in sites), machine.total_memory(device)
     if have and need > 0.8 * have:
-        raise UserError(f"{len(sites)} sites need about {need / 1e9:.0f} GB of memory, {device} has "
-                        f"{have / 1e9:.0f}; record fewer layers at a time, as in --layers 0.")
+        raise UserError(
+            f"{len(sites)} sites need about {need / 1e9:.0f} GB of memory, {device} has "
+            f"{have / 1e9:.0f}; record fewer layers at a time, as in --layers 0."
+        )

@@ -25,7 +25,7 @@ def write(out, header, arrays):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"Cannot make {out}: {error.strerror}; use another --out.") from None
-    with ExitStack() as stack:      # files appear in reverse: the header last
+    with ExitStack() as stack:  # files appear in reverse: the header last
         file = stack.enter_context(atomic_write(out / "record.json"))
         file.write(json.dumps(header, indent=1).encode() + b"\n")
         for name, content in arrays.items():
@@ -49,8 +49,10 @@ class Record:
     def site(self, name):
         """Arrays of one site. Raises UserError if it was not recorded."""
         if name not in self.sites:
-            raise UserError(f"{self.out} has no record of {name!r}, only of {', '.join(self.sites)}; run "
-                            "`python interpret.py neurons CKPT --from record`.")
+            raise UserError(
+                f"{self.out} has no record of {name!r}, only of {', '.join(self.sites)}; run "
+                "`python interpret.py neurons CKPT --from record`."
+            )
         return self._arrays(name)
 
     def _arrays(self, name):
@@ -65,16 +67,19 @@ class _Arrays(dict):
     def __init__(self, path, stamp):
         self.path = path
         if str(self["stamp"]) != stamp:
-            raise UserError(f"{path} is of another run than record.json beside it; record again with --from "
-                            "record.")
+            raise UserError(
+                f"{path} is of another run than record.json beside it; record again with --from "
+                "record."
+            )
 
     def __missing__(self, name):
         try:
             with np.load(self.path) as file:
                 self[name] = file[name]
         except OSError as error:
-            raise UserError(f"Cannot read {self.path}: {error.strerror}; record again with --from record.") \
-                from None
+            raise UserError(
+                f"Cannot read {self.path}: {error.strerror}; record again with --from record."
+            ) from None
         except (ValueError, zipfile.BadZipFile, zlib.error):
             raise UserError(f"{self.path} is damaged; record again with --from record.") from None
         return self[name]
@@ -89,6 +94,8 @@ def load(out):
         raise UserError(f"{out} holds no record; make one with `python interpret.py neurons CKPT`.")
     header = cli.read_json(path)
     if header.get("schema") != SCHEMA:
-        raise UserError(f"{path} has schema {header.get('schema')!r}, expected {SCHEMA}; record again with "
-                        "--from record.")
+        raise UserError(
+            f"{path} has schema {header.get('schema')!r}, expected {SCHEMA}; record again with "
+            "--from record."
+        )
     return Record(out, header)

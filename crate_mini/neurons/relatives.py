@@ -4,7 +4,7 @@ import numpy as np
 
 from crate_mini.intervene import atoms
 
-BLOCK = 1024                    # neurons compared with all others at a time
+BLOCK = 1024  # neurons compared with all others at a time
 
 
 def alike(columns, neurons, most=3):
@@ -19,8 +19,10 @@ def alike(columns, neurons, most=3):
         cosine = unit[:, some].T @ unit
         cosine[np.arange(len(some)), some] = -1
         best = np.argsort(-cosine, axis=1, kind="stable")[:, :most]
-        found += [[[int(i), round(float(row[i]), 3)] for i in top if row[i] > 0]
-                  for row, top in zip(cosine, best)]
+        found += [
+            [[int(i), round(float(row[i]), 3)] for i in top if row[i] > 0]
+            for row, top in zip(cosine, best)
+        ]
     return found
 
 
@@ -35,7 +37,9 @@ def relatives(model, site, acts, neurons, direction=None):
     if direction is not None:
         written = written @ direction.detach().float().T
     x = acts.reshape(-1, acts.shape[-1]).astype(np.float32)
-    x -= x.mean(0, dtype=np.float64)        # in float32 it is off by more than the constants below may vary
-    x[:, np.abs(x).max(0, initial=0) < 1e-6] = 0                # a constant, but for rounding
+    x -= x.mean(
+        0, dtype=np.float64
+    )  # in float32 it is off by more than the constants below may vary
+    x[:, np.abs(x).max(0, initial=0) < 1e-6] = 0  # a constant, but for rounding
     pairs = zip(alike(written.cpu().numpy(), neurons), alike(x, neurons))
     return [{"atoms": near, "together": same} for near, same in pairs]

@@ -17,19 +17,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-SHRINK = 0.5, 10.0  # of means by token, by pair: as good as the best of a grid on 18,000 and 250,000 tokens
-STEADY = 100.0      # the same for ranking tokens in a label: it shows those that are both loud and frequent
-SHOWN = 10          # tokens in a label
-SAW = {             # one line under each table: what the simulator saw
+SHRINK = (
+    0.5,
+    10.0,
+)  # of means by token, by pair: as good as the best of a grid on 18,000 and 250,000 tokens
+STEADY = (
+    100.0  # the same for ranking tokens in a label: it shows those that are both loud and frequent
+)
+SHOWN = 10  # tokens in a label
+SAW = {  # one line under each table: what the simulator saw
     "token": "token_r: saw the current token only (mean activation per token over the fit part, shrunk).",
     "ngram": "ngram_r: saw the last two tokens only (mean per frequent pair, else per token, shrunk); "
-             "r is predictability from them, not meaning.",
+    "r is predictability from them, not meaning.",
     "label": f"label_r@{SHOWN}: saw only the tokens of the printed label (up to {SHOWN}) and their means.",
     "null": "null_r: the ngram table of another neuron of the same site, drawn by the seed.",
     "init": "init_r: ngram_r of the same architecture at random initialisation, same corpus and windows.",
     "five excerpts": "five excerpts: saw the tokens of five excerpts, those a language model would be shown: "
-                     "the number its explanation has to beat.",
-    "trie": "trie: saw up to 32 tokens of context through patterns of the top excerpts of the fit part."}
+    "the number its explanation has to beat.",
+    "trie": "trie: saw up to 32 tokens of context through patterns of the top excerpts of the fit part.",
+}
 
 
 class Table:
@@ -53,7 +59,11 @@ class Backoff(Table):
 
     def __init__(self, counts, token_sum, pairs, pair_counts, pair_sum, shrink=SHRINK):
         k, k_pair = shrink
-        self.counts, self.token_sum, self.mean = counts, token_sum, token_sum.sum(0) / max(counts.sum(), 1)
+        self.counts, self.token_sum, self.mean = (
+            counts,
+            token_sum,
+            token_sum.sum(0) / max(counts.sum(), 1),
+        )
         values = (token_sum + k * self.mean) / (counts[:, None] + k)
         super().__init__(np.concatenate((values, self.mean[None])).astype(np.float32))
         key = pairs[:, 0].astype(np.int64) * len(counts) + pairs[:, 1]
@@ -74,7 +84,9 @@ class Backoff(Table):
 
     def __call__(self, tokens, j=slice(None)):
         out, (known, at) = super().__call__(tokens, j), self.find(tokens)
-        out[known] = self.pair[at, j if isinstance(j, slice) else np.broadcast_to(j, known.shape)[known]]
+        out[known] = self.pair[
+            at, j if isinstance(j, slice) else np.broadcast_to(j, known.shape)[known]
+        ]
         return out
 
 
@@ -83,7 +95,10 @@ def five_table(tokens, acts, shrink=0.3):
     real = tokens[:, 1:] >= 0
     ids, place, count = np.unique(tokens[:, 1:][real], return_inverse=True, return_counts=True)
     acts = acts[real]
-    total, mean = np.bincount(place, acts, minlength=len(ids)), float(acts.mean()) if len(ids) else 0.0
+    total, mean = (
+        np.bincount(place, acts, minlength=len(ids)),
+        float(acts.mean()) if len(ids) else 0.0,
+    )
     means = (total + shrink * mean) / (count + shrink)
     return Sparse(dict(zip(ids.tolist(), means.tolist())), mean)
 
@@ -111,16 +126,19 @@ def label_table(label):
 
 # ---- labels ----------------------------------------------------------------------------------------------
 
+
 def classes(tokens):
     """{class: (V,) bool} by fixed tests on the text of each token (bytes); a token may be in several."""
     texts = [t.decode("utf-8", "replace") for t in tokens]
-    tests = {"newline": lambda t: "\n" in t,
-             "blank": lambda t: not t.strip() and "\n" not in t,
-             "digit": lambda t: t.strip().isdigit(),
-             "punctuation": lambda t: t.strip() and not any(c.isalnum() or c == "\ufffd" for c in t),
-             "capital": lambda t: t.strip()[:1].isupper(),
-             "word start": lambda t: t[:1] == " " and t[1:2].isalpha(),
-             "suffix": lambda t: t[:1].islower()}
+    tests = {
+        "newline": lambda t: "\n" in t,
+        "blank": lambda t: not t.strip() and "\n" not in t,
+        "digit": lambda t: t.strip().isdigit(),
+        "punctuation": lambda t: t.strip() and not any(c.isalnum() or c == "\ufffd" for c in t),
+        "capital": lambda t: t.strip()[:1].isupper(),
+        "word start": lambda t: t[:1] == " " and t[1:2].isalpha(),
+        "suffix": lambda t: t[:1].islower(),
+    }
     return {name: np.array([bool(test(t)) for t in texts]) for name, test in tests.items()}
 
 
@@ -128,7 +146,7 @@ def class_fit(backoff, members):
     """(C, h): correlation over the text of each neuron's token table with each class; members (C, V) bool."""
     weight = backoff.counts / max(backoff.counts.sum(), 1)
     x = backoff.values[:-1] - weight @ backoff.values[:-1]
-    spread, share = weight @ x ** 2, members @ weight
+    spread, share = weight @ x**2, members @ weight
     both = (members * weight) @ x
     return both / np.sqrt(np.maximum(np.outer(share * (1 - share), spread), 1e-30))
 
@@ -144,7 +162,7 @@ def position_fit(acts, start):
     best = np.zeros(y.shape[1], np.float32)
     for x in (np.log1p(position), position == 0):
         x = (x - x.mean()).astype(np.float32)
-        r = x @ y / np.maximum(np.sqrt((x ** 2).sum() * (y ** 2).sum(0)), 1e-30)
+        r = x @ y / np.maximum(np.sqrt((x**2).sum() * (y**2).sum(0)), 1e-30)
         best = np.where(abs(r) > abs(best), r, best)
     return best
 
@@ -159,7 +177,7 @@ def labels(backoff, tokens, position=None, shown=SHOWN, clear=0.5):
     class   the class, or "position", whose correlation with the neuron is `clear` or more; else "mixed"
     """
     members = classes(tokens)
-    fit = class_fit(backoff, np.array(list(members.values()))[:, :len(backoff.counts)])
+    fit = class_fit(backoff, np.array(list(members.values()))[:, : len(backoff.counts)])
     names, n, found = [*members, "position"], backoff.counts.sum(), []
     fit = np.vstack([fit, np.zeros_like(fit[:1]) if position is None else abs(position)])
     for j, mean in enumerate(backoff.mean):
@@ -168,19 +186,33 @@ def labels(backoff, tokens, position=None, shown=SHOWN, clear=0.5):
         top = np.argsort(-steady, kind="stable")[:shown]
         top = top[steady[top] > 1e-6 * abs(mean)]
         total, some = backoff.token_sum[:, j].sum(), backoff.token_sum[top, j].sum()
-        rows = [[int(i), rounded(x[i]), int(backoff.counts[i]),
-                 rounded(backoff.token_sum[i, j] / total) if total > 0 else None] for i in top]
+        rows = [
+            [
+                int(i),
+                rounded(x[i]),
+                int(backoff.counts[i]),
+                rounded(backoff.token_sum[i, j] / total) if total > 0 else None,
+            ]
+            for i in top
+        ]
         best = int(fit[:, j].argmax())
-        found.append({"tokens": rows, "rest": rounded((total - some) / max(n - backoff.counts[top].sum(), 1)),
-                      "left": _left(backoff, j, top),
-                      "class": names[best] if fit[best, j] >= clear else "mixed"})
+        found.append(
+            {
+                "tokens": rows,
+                "rest": rounded((total - some) / max(n - backoff.counts[top].sum(), 1)),
+                "left": _left(backoff, j, top),
+                "class": names[best] if fit[best, j] >= clear else "mixed",
+            }
+        )
     return found
 
 
 def _left(backoff, j, top, most=5, share=0.05):
     """Ids before the tokens `top` that add activation: each at least `share` of what those tokens carry."""
     mine = np.isin(backoff.pairs[:, 1], top)
-    extra = (backoff.pair[mine, j] - backoff.values[backoff.pairs[mine, 1], j]) * backoff.pair_counts[mine]
+    extra = (
+        backoff.pair[mine, j] - backoff.values[backoff.pairs[mine, 1], j]
+    ) * backoff.pair_counts[mine]
     gain = np.bincount(backoff.pairs[mine, 0], np.maximum(extra, 0), minlength=1)
     order = np.argsort(-gain, kind="stable")[:most]
     return order[gain[order] > max(share * backoff.token_sum[top, j].sum(), 0)].tolist()
@@ -192,7 +224,9 @@ def rounded(value, digits=4):
 
 
 @torch.no_grad()
-def effects(model, layer, neurons, levels, contexts, vocab, encode=None, directions=None, most=10, batch=256):
+def effects(
+    model, layer, neurons, levels, contexts, vocab, encode=None, directions=None, most=10, batch=256
+):
     """What raising each of n neurons does to the next token, causal: a pass of its own in every context.
 
     At the last token read of each of the contexts (C, T + 1), whose last column is the token that follows, a
@@ -226,11 +260,23 @@ def effects(model, layer, neurons, levels, contexts, vocab, encode=None, directi
         for some, to in zip(*(torch.as_tensor(v).split(step) for v in (neurons, levels))):
             change = [v.to(device).repeat_interleave(C) for v in (some, to.float())]
             moved = after(read.repeat(len(some), 1)).view(len(some), C, -1) - base
-            kl, loss = -(base.exp() * moved).sum(-1).mean(1), -moved[:, torch.arange(C), then].mean(1)
-            found += [{"clamp": rounded(level), "positions": C, "raised": _most(mean, 1, most),
-                       "lowered": _most(mean, -1, most), "kl": rounded(max(far, 0)), "loss": rounded(more)}
-                      for level, mean, far, more in zip(to.tolist(), moved[..., :vocab].mean(1), kl.tolist(),
-                                                        loss.tolist())]
+            kl, loss = (
+                -(base.exp() * moved).sum(-1).mean(1),
+                -moved[:, torch.arange(C), then].mean(1),
+            )
+            found += [
+                {
+                    "clamp": rounded(level),
+                    "positions": C,
+                    "raised": _most(mean, 1, most),
+                    "lowered": _most(mean, -1, most),
+                    "kl": rounded(max(far, 0)),
+                    "loss": rounded(more),
+                }
+                for level, mean, far, more in zip(
+                    to.tolist(), moved[..., :vocab].mean(1), kl.tolist(), loss.tolist()
+                )
+            ]
     finally:
         hook.remove()
     return found
@@ -244,7 +290,11 @@ def _most(change, sign, n):
 
 # ---- Neuron2Graph ----------------------------------------------------------------------------------------
 
-ANY, END, BEGIN = -2, -3, -4    # edges: any token; the value of a pattern; of one that begins a context
+ANY, END, BEGIN = (
+    -2,
+    -3,
+    -4,
+)  # edges: any token; the value of a pattern; of one that begins a context
 
 
 class Trie:
@@ -276,8 +326,10 @@ class Trie:
 
     def __call__(self, tokens):
         """tokens (n, w + 1) -> (n, w) expected activations, 0 where no pattern matches."""
-        return np.array([[self._match(row, t) for t in range(1, len(row))] for row in tokens.tolist()],
-                        np.float32).reshape(len(tokens), tokens.shape[1] - 1)
+        return np.array(
+            [[self._match(row, t) for t in range(1, len(row))] for row in tokens.tolist()],
+            np.float32,
+        ).reshape(len(tokens), tokens.shape[1] - 1)
 
     def _match(self, row, t):
         nodes = [self.root]
@@ -307,7 +359,9 @@ def fit_trie(activate, excerpts, pad, ratio=0.5, longest=32):
         if not enough:
             continue
         ids, full = enough[0]
-        front, *without = activate([[pad, *ids], *([*ids[:i], pad, *ids[i + 1:]] for i in range(len(ids)))])
+        front, *without = activate(
+            [[pad, *ids], *([*ids[:i], pad, *ids[i + 1 :]] for i in range(len(ids)))]
+        )
         pattern = [t if full - a >= ratio * full else ANY for t, a in zip(ids, without)]
         if set(pattern) != {ANY}:
             trie.add(pattern[::-1], value, front < ratio * full)
@@ -336,6 +390,8 @@ def precision_recall(true, predicted, level):
     if fires.all():
         return dict.fromkeys(("precision", "recall", "f1"))
     both = int((fires & said).sum())
-    return {"precision": both / int(said.sum()) if said.any() else None,
-            "recall": both / int(fires.sum()) if fires.any() else None,
-            "f1": 2 * both / int(fires.sum() + said.sum()) if fires.any() or said.any() else None}
+    return {
+        "precision": both / int(said.sum()) if said.any() else None,
+        "recall": both / int(fires.sum()) if fires.any() else None,
+        "f1": 2 * both / int(fires.sum() + said.sum()) if fires.any() or said.any() else None,
+    }

@@ -14,9 +14,12 @@ from crate_mini.neurons.protocols import FEWER, PROTOCOLS, flat, kind
 
 STATUS = ("live", "dead", "undefined", "failed")
 ORDER = ("token_r", "ngram_r", "label_r@10", "null_r", "init_r", "f1", "auprc", *PROTOCOLS)
-WINDOWS = {"dense": 50, "sparse": 200}   # uniform windows wanted, for densities from 1 % and below it
-PAPER_DROPS_LAST = (6, 12)               # layers of the models whose last layer the paper leaves out
-ACROSS = 6                               # sites side by side in a printed table
+WINDOWS = {
+    "dense": 50,
+    "sparse": 200,
+}  # uniform windows wanted, for densities from 1 % and below it
+PAPER_DROPS_LAST = (6, 12)  # layers of the models whose last layer the paper leaves out
+ACROSS = 6  # sites side by side in a printed table
 
 
 def by_site(rows):
@@ -40,8 +43,15 @@ def numbers(rows):
         for name, value in flat(r["scores"]).items():
             found.setdefault(name, []).append((value, kind(value, r["why"].get(name))))
     base = {name: name.split("[")[0] for name in found}
-    return dict(sorted(found.items(), key=lambda item: (
-        ORDER.index(base[item[0]]) if base[item[0]] in ORDER else len(ORDER), item[0])))
+    return dict(
+        sorted(
+            found.items(),
+            key=lambda item: (
+                ORDER.index(base[item[0]]) if base[item[0]] in ORDER else len(ORDER),
+                item[0],
+            ),
+        )
+    )
 
 
 def counts(kinds):
@@ -54,18 +64,37 @@ def statistics(found, seed=0):
     the mean with dead and undefined neurons as 0 (the failed, of which nothing is known, still left out)."""
     live, known = [v for v, k in found if k == "live"], sum(k != "failed" for _, k in found)
     if not live:
-        return {"n": 0, "mean": None, "ci95": None, "median": None, "deciles": None,
-                "mean_undefined_as_0": 0.0 if known else None}
+        return {
+            "n": 0,
+            "mean": None,
+            "ci95": None,
+            "median": None,
+            "deciles": None,
+            "mean_undefined_as_0": 0.0 if known else None,
+        }
     tenths = [float(v) for v in np.quantile(live, np.arange(1, 10) / 10)]
-    return {"n": len(live), "mean": float(np.mean(live)), "ci95": metrics.interval([live], seed=seed),
-            "median": tenths[4], "deciles": tenths, "mean_undefined_as_0": float(np.sum(live) / known)}
+    return {
+        "n": len(live),
+        "mean": float(np.mean(live)),
+        "ci95": metrics.interval([live], seed=seed),
+        "median": tenths[4],
+        "deciles": tenths,
+        "mean_undefined_as_0": float(np.sum(live) / known),
+    }
 
 
 def density(rows):
     """How often a site's neurons fire: over neurons, and how many fire on a mean token (L0)."""
     d = np.array([r["density"] for r in rows])
-    return {"n": len(d), "mean": float(d.mean()), "median": float(np.median(d)), "max": float(d.max()),
-            "over_1%": float((d > 0.01).mean()), "over_10%": float((d > 0.1).mean()), "L0": float(d.sum())}
+    return {
+        "n": len(d),
+        "mean": float(d.mean()),
+        "median": float(np.median(d)),
+        "max": float(d.max()),
+        "over_1%": float((d > 0.01).mean()),
+        "over_10%": float((d > 0.1).mean()),
+        "L0": float(d.sum()),
+    }
 
 
 def summarise(rows, saw, layers, seed=0, windows=None):
@@ -78,25 +107,41 @@ def summarise(rows, saw, layers, seed=0, windows=None):
     sites = {}
     for name, group in by_site(rows).items():
         found = numbers(group)
-        n = {"neurons": counts([r["status"] for r in group]),
-             **{metric: counts([k for _, k in values]) for metric, values in found.items()}}
+        n = {
+            "neurons": counts([r["status"] for r in group]),
+            **{metric: counts([k for _, k in values]) for metric, values in found.items()},
+        }
         if windows is not None:
-            n["few_windows"] = sum(windows < WINDOWS["sparse" if r["density"] < 0.01 else "dense"]
-                                   for r in group)
+            n["few_windows"] = sum(
+                windows < WINDOWS["sparse" if r["density"] < 0.01 else "dense"] for r in group
+            )
         few = {metric: sum(FEWER in r["why"].get(metric, "") for r in group) for metric in found}
         n["few_excerpts"] = {metric: count for metric, count in few.items() if count}
-        sites[name] = {"n": n, "density": density(group),
-                       **{metric: statistics(values, seed) for metric, values in found.items()}}
-    return {"seed": seed, "what_the_simulator_saw": saw, "sites": sites,
-            "overall": {name: overall(group, layers, seed) for name, group in families(rows).items()}}
+        sites[name] = {
+            "n": n,
+            "density": density(group),
+            **{metric: statistics(values, seed) for metric, values in found.items()},
+        }
+    return {
+        "seed": seed,
+        "what_the_simulator_saw": saw,
+        "sites": sites,
+        "overall": {name: overall(group, layers, seed) for name, group in families(rows).items()},
+    }
 
 
 def live_by_layer(layers):
     """{metric: {layer: its live numbers}} of {layer: rows}; a layer without any is there, empty."""
     found = {layer: numbers(rows) for layer, rows in layers.items()}
     names = dict.fromkeys(name for of in found.values() for name in of)
-    return {name: {layer: [v for v, k in of[name] if k == "live"]
-                   for layer, of in found.items() if name in of} for name in names}
+    return {
+        name: {
+            layer: [v for v, k in of[name] if k == "live"]
+            for layer, of in found.items()
+            if name in of
+        }
+        for name in names
+    }
 
 
 def overall(layers, total, seed=0):
@@ -108,15 +153,23 @@ def overall(layers, total, seed=0):
     found = {}
     for name, values in live_by_layer(layers).items():
         groups = {layer: v for layer, v in values.items() if v}
-        kept = {layer: np.mean(v) for layer, v in groups.items()
-                if not (total in PAPER_DROPS_LAST and layer == total - 1)}
+        kept = {
+            layer: np.mean(v)
+            for layer, v in groups.items()
+            if not (total in PAPER_DROPS_LAST and layer == total - 1)
+        }
         found[name] = {
-            "n": sum(map(len, groups.values())), "layers": sorted(groups),
+            "n": sum(map(len, groups.values())),
+            "layers": sorted(groups),
             "without": sorted(set(values) - set(groups)),
             "mean": float(np.mean([np.mean(v) for v in groups.values()])) if groups else None,
             "ci95": metrics.interval(list(groups.values()), seed=seed),
-            "paper": {"layers": sorted(kept), "mean": float(np.mean([*kept.values()])) if kept else None,
-                      "variance": float(np.var([*kept.values()])) if kept else None}}
+            "paper": {
+                "layers": sorted(kept),
+                "mean": float(np.mean([*kept.values()])) if kept else None,
+                "variance": float(np.var([*kept.values()])) if kept else None,
+            },
+        }
     return found
 
 
@@ -126,8 +179,10 @@ def compare(ours, theirs, seed=0, family="codes", other=None):
     Only layers and metrics that both have; neurons of two models are not matched, so both are redrawn apart.
     family, other: which sites of ours, of theirs ("codes" or an autoencoder's name; default the same).
     """
-    sides = [live_by_layer(families(rows).get(name, {}))
-             for rows, name in ((ours, family), (theirs, other or family))]
+    sides = [
+        live_by_layer(families(rows).get(name, {}))
+        for rows, name in ((ours, family), (theirs, other or family))
+    ]
     found = {}
     for name in (n for n in sides[0] if n in sides[1]):
         a, b = (side[name] for side in sides)
@@ -151,28 +206,47 @@ def difference(left, right, seed=0):
 def table(found, seeds=1):
     """summary.json as text: a metric a row, a site a column; means with intervals, and n under every mean."""
     sites = list(found["sites"].items())
-    blocks = [side_by_side(sites[i:i + ACROSS]) for i in range(0, len(sites), ACROSS)]
+    blocks = [side_by_side(sites[i : i + ACROSS]) for i in range(0, len(sites), ACROSS)]
     few = sum(site["n"].get("few_windows", 0) for _, site in sites)
-    blocks += ["n = live + dead + undefined + failed; mean over the live [95 % interval, neurons redrawn]" + (
-        f"\n{few} neurons have fewer uniform windows than the {WINDOWS['dense']} wanted, or "
-        f"{WINDOWS['sparse']} below 1 % density" if few else "")]
+    blocks += [
+        "n = live + dead + undefined + failed; mean over the live [95 % interval, neurons redrawn]"
+        + (
+            f"\n{few} neurons have fewer uniform windows than the {WINDOWS['dense']} wanted, or "
+            f"{WINDOWS['sparse']} below 1 % density"
+            if few
+            else ""
+        )
+    ]
     short = Counter()
     for _, site in sites:
         short.update(site["n"].get("few_excerpts", {}))
-    blocks += ["\n".join(f"{metric}: {count} neurons have fewer excerpts than it asks for (few documents, or "
-                         "they seldom fire)" for metric, count in short.items())] * bool(short)
+    blocks += [
+        "\n".join(
+            f"{metric}: {count} neurons have fewer excerpts than it asks for (few documents, or "
+            "they seldom fire)"
+            for metric, count in short.items()
+        )
+    ] * bool(short)
     blocks += [all_layers(name, of) for name, of in found["overall"].items()]
-    blocks += ["paper: averaged as the paper does, without the last layer at 6 and 12 layers; variance of\n"
-               f"the layers' means. {'One training seed.' if seeds == 1 else f'{seeds} training seeds.'}"]
+    blocks += [
+        "paper: averaged as the paper does, without the last layer at 6 and 12 layers; variance of\n"
+        f"the layers' means. {'One training seed.' if seeds == 1 else f'{seeds} training seeds.'}"
+    ]
     return "\n\n".join([*blocks, "\n".join(found["what_the_simulator_saw"].values())])
 
 
 def side_by_side(sites):
     """The block of a table for some sites [(name, site)]."""
     names = list(dict.fromkeys(m for _, s in sites for m in s if m not in ("n", "density")))
-    rows = [("", [name for name, _ in sites]), ("density", [f"{s['density']['mean']:.3f}" for _, s in sites])]
+    rows = [
+        ("", [name for name, _ in sites]),
+        ("density", [f"{s['density']['mean']:.3f}" for _, s in sites]),
+    ]
     for m in names:
-        rows += [(m, [cell(s.get(m)) for _, s in sites]), ("", [tally(s["n"].get(m)) for _, s in sites])]
+        rows += [
+            (m, [cell(s.get(m)) for _, s in sites]),
+            ("", [tally(s["n"].get(m)) for _, s in sites]),
+        ]
     width = max(len(head) for head, _ in rows) + 2
     lines = [head.ljust(width) + "".join(c.rjust(25) for c in cells) for head, cells in rows]
     return "\n".join(line.rstrip() for line in lines)

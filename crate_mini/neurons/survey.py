@@ -20,8 +20,8 @@ from crate_mini.data.tokenizer import visible
 from crate_mini.neurons.page import checkpoint_name, label_text, read
 from crate_mini.plots.html import asset, html, quiz_script
 
-SHOWN = 4               # excerpts of the neuron in a question
-DECOYS = 3              # labels of other neurons
+SHOWN = 4  # excerpts of the neuron in a question
+DECOYS = 3  # labels of other neurons
 CHANCE = {"intruder": 1 / (SHOWN + 1), "label": 1 / (DECOYS + 1)}
 
 
@@ -51,7 +51,10 @@ def questions(neurons, token, seed, n):
     """
     rng = np.random.default_rng(seed)
     fit = [x for x in neurons if len(held_out(x)) >= SHOWN and (x.get("label") or {}).get("tokens")]
-    sites = {site: [x for x in fit if x["site"] == site] for site in dict.fromkeys(x["site"] for x in fit)}
+    sites = {
+        site: [x for x in fit if x["site"] == site]
+        for site in dict.fromkeys(x["site"] for x in fit)
+    }
     asked = [fit[i] for i in rng.permutation(len(fit))[:n]]
     found = {"intruder": [], "label": []}
     for x in asked:
@@ -59,13 +62,17 @@ def questions(neurons, token, seed, n):
         for make, task in ((_intruder, "intruder"), (_label, "label")):
             question = make(x, [others[i] for i in rng.permutation(len(others))], token, rng)
             if question:
-                found[task].append({"task": task, "site": x["site"], "neuron": x["neuron"], **question})
+                found[task].append(
+                    {"task": task, "site": x["site"], "neuron": x["neuron"], **question}
+                )
     return found["intruder"] + [found["label"][i] for i in rng.permutation(len(found["label"]))]
 
 
 def _shown(e, token, top=None):
     """An excerpt as the page gets it: texts, the peak, and with `top` the values as shares of it."""
-    shares = {} if top is None else {"values": [round(min(1, max(0, v / top)), 2) for v in e["acts"]]}
+    shares = (
+        {} if top is None else {"values": [round(min(1, max(0, v / top)), 2) for v in e["acts"]]}
+    )
     return {"tokens": [token(t) if t >= 0 else "" for t in e["tokens"]], "at": e["at"], **shares}
 
 
@@ -88,8 +95,11 @@ def _label(x, others, token, rng):
     if len(decoys) < DECOYS:
         return None
     at = int(rng.integers(DECOYS + 1))
-    return {"given": [_shown(e, token, x["max"]) for e in _pick(rng, held_out(x), SHOWN)],
-            "options": [*decoys[:at], own, *decoys[at:]], "answer": at}
+    return {
+        "given": [_shown(e, token, x["max"]) for e in _pick(rng, held_out(x), SHOWN)],
+        "options": [*decoys[:at], own, *decoys[at:]],
+        "answer": at,
+    }
 
 
 def page(folder, token, seed=0, n=30):
@@ -103,11 +113,20 @@ def page(folder, token, seed=0, n=30):
         return None
     name, checkpoint = checkpoint_name(record), record.get("checkpoint") or {}
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    data = {"page": digest, "model": name, "sha256": checkpoint.get("sha256"), "seed": seed,
-            "questions": asked}
-    body = (f'<main><header class="task"><p class="eyebrow">crate_mini · what people see in neurons</p>'
-            f'<h1>{escape(name)}</h1></header><div id="task" class="task"></div></main>')
-    return html(f"{name} · questions", body, data, quiz_script() + asset("crate_mini.neurons", "survey.js"))
+    data = {
+        "page": digest,
+        "model": name,
+        "sha256": checkpoint.get("sha256"),
+        "seed": seed,
+        "questions": asked,
+    }
+    body = (
+        f'<main><header class="task"><p class="eyebrow">crate_mini · what people see in neurons</p>'
+        f'<h1>{escape(name)}</h1></header><div id="task" class="task"></div></main>'
+    )
+    return html(
+        f"{name} · questions", body, data, quiz_script() + asset("crate_mini.neurons", "survey.js")
+    )
 
 
 def score(path):
@@ -118,15 +137,26 @@ def score(path):
     try:
         answers = json.loads(Path(path).read_text(encoding="utf-8"))["answers"]
         found = {task: [a for a in answers if a["task"] == task] for task in CHANCE}
-        counts = {t: (len(f), [a["choice"] == a["answer"] for a in f if a["choice"] is not None])
-                  for t, f in found.items()}
+        counts = {
+            t: (len(f), [a["choice"] == a["answer"] for a in f if a["choice"] is not None])
+            for t, f in found.items()
+        }
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} cannot be read as answers ({type(e).__name__}); human.html saves such a "
-                        "file; `python interpret.py report CKPT --answers answers.json` reads it.") from None
-    return {task: {"n": len(right), "right": sum(right), "unanswered": asked - len(right),
-                   "accuracy": sum(right) / len(right) if right else None,
-                   "ci95": wilson(sum(right), len(right)), "chance": CHANCE[task]}
-            for task, (asked, right) in counts.items()}
+        raise UserError(
+            f"{path} cannot be read as answers ({type(e).__name__}); human.html saves such a "
+            "file; `python interpret.py report CKPT --answers answers.json` reads it."
+        ) from None
+    return {
+        task: {
+            "n": len(right),
+            "right": sum(right),
+            "unanswered": asked - len(right),
+            "accuracy": sum(right) / len(right) if right else None,
+            "ci95": wilson(sum(right), len(right)),
+            "chance": CHANCE[task],
+        }
+        for task, (asked, right) in counts.items()
+    }
 
 
 def table(found):
@@ -135,6 +165,8 @@ def table(found):
     for task, s in found.items():
         accuracy = "-" if s["accuracy"] is None else f"{s['accuracy']:.3f}"
         right, (low, high) = f"{s['right']} of {s['n']}", s["ci95"]
-        lines.append(f"{task:<8}{right:>12}{accuracy:>10}  {low:.3f} to {high:.3f}{s['chance']:>8.2f}"
-                     f"{s['unanswered']:>12}")
+        lines.append(
+            f"{task:<8}{right:>12}{accuracy:>10}  {low:.3f} to {high:.3f}{s['chance']:>8.2f}"
+            f"{s['unanswered']:>12}"
+        )
     return "\n".join(lines)

@@ -29,7 +29,7 @@ class SAE(nn.Module):
         self.layer, self.k, self.l1 = layer, k, l1
         rows = torch.randn(width, h, generator=torch.Generator().manual_seed(seed))
         self.W = nn.Parameter(F.normalize(rows, dim=1))
-        self.E = nn.Parameter(self.W.detach().T.clone())        # starts as the decoder's transpose
+        self.E = nn.Parameter(self.W.detach().T.clone())  # starts as the decoder's transpose
         self.b, self.c = nn.Parameter(torch.zeros(h)), nn.Parameter(torch.zeros(width))
 
     @property
@@ -56,7 +56,9 @@ class SAE(nn.Module):
         Because of the division both terms grow as x does: an l1 means the same for codes of any size.
         """
         f, norm = self.encode(x), x.norm(dim=-1)
-        error = (x - self.decode(f)).square().mean(-1) / norm.clamp_min(0.1 * norm.mean())  # |x| may be 0
+        error = (x - self.decode(f)).square().mean(-1) / norm.clamp_min(
+            0.1 * norm.mean()
+        )  # |x| may be 0
         return error.mean() + self.l1 * f.sum(-1).mean(), f
 
 
@@ -67,7 +69,9 @@ def replaced(model, layer, function):
     The model is itself again afterwards, whatever happens. Raises UserError for a layer that is not there.
     """
     if not 0 <= layer < len(model.blocks):
-        raise UserError(f"layer {layer} is not there; the model's layers are 0 to {len(model.blocks) - 1}.")
+        raise UserError(
+            f"layer {layer} is not there; the model's layers are 0 to {len(model.blocks) - 1}."
+        )
     seen = SimpleNamespace(hits=0)
 
     def hook(module, inputs, a):
@@ -75,7 +79,7 @@ def replaced(model, layer, function):
         x = a.flatten(0, -2).float()
         with torch.autocast(a.device.type, enabled=False):
             y = function(x)
-        return None if y is x else y.to(a.dtype).view_as(a)     # None: as it was, to the bit
+        return None if y is x else y.to(a.dtype).view_as(a)  # None: as it was, to the bit
 
     handle = model.blocks[layer].sparsifier.code.register_forward_hook(hook)
     try:
@@ -92,8 +96,10 @@ def splice(model, layer, sae, error=False, edit=None):
     """
     h = sae.W.shape[1]
     if h != model.config.n_code or sae.layer not in (None, layer):
-        raise UserError(f"the autoencoder is for the {h} codes of layer {sae.layer}, not for the "
-                        f"{model.config.n_code} of layer {layer}; train one with --layer {layer}.")
+        raise UserError(
+            f"the autoencoder is for the {h} codes of layer {sae.layer}, not for the "
+            f"{model.config.n_code} of layer {layer}; train one with --layer {layer}."
+        )
 
     def function(x):
         if error and edit is None:
@@ -112,8 +118,13 @@ def save(folder, sae, model, facts):
     width, h = sae.W.shape
     shape = {"name": sae.name, "layer": sae.layer, "h": h, "width": width, "k": sae.k, "l1": sae.l1}
     weights = {name: w.cpu() for name, w in sae.state_dict().items()}
-    facts = {"schema": 1, **shape, **facts, "model": fingerprint(model),
-             "sha256": checkpoint.write_tensors(path, weights)}
+    facts = {
+        "schema": 1,
+        **shape,
+        **facts,
+        "model": fingerprint(model),
+        "sha256": checkpoint.write_tensors(path, weights),
+    }
     with atomic_write(path.with_suffix(".json")) as file:
         file.write(json.dumps(facts, indent=1, allow_nan=False).encode() + b"\n")
     return facts
@@ -131,13 +142,19 @@ def load(path, model):
         sae.load_state_dict(checkpoint.read_tensors(path.with_suffix(".pt"), facts["sha256"]))
         belongs = facts["model"] == fingerprint(model)
     except OSError as error:
-        raise UserError(f"Cannot read {error.filename}: {error.strerror}; train it again.") from None
+        raise UserError(
+            f"Cannot read {error.filename}: {error.strerror}; train it again."
+        ) from None
     except (KeyError, TypeError, ValueError, RuntimeError):
-        raise UserError(f"{path} is damaged or holds no sparse autoencoder; train it again with "
-                        "`python interpret.py sae CKPT`.") from None
+        raise UserError(
+            f"{path} is damaged or holds no sparse autoencoder; train it again with "
+            "`python interpret.py sae CKPT`."
+        ) from None
     if not belongs:
-        raise UserError(f"{path} was trained on another checkpoint than this one; train one here with "
-                        f"`python interpret.py sae CKPT --layer {facts['layer']}`.")
+        raise UserError(
+            f"{path} was trained on another checkpoint than this one; train one here with "
+            f"`python interpret.py sae CKPT --layer {facts['layer']}`."
+        )
     return sae.requires_grad_(False).to(next(model.parameters()).device), facts
 
 

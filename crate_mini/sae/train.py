@@ -14,16 +14,17 @@ from crate_mini import UserError
 from crate_mini.sae.autoencoder import replaced
 from crate_mini.training import run_log as progress
 
-BUFFER = 2 ** 16, 2 ** 27       # codes held for shuffling: at most so many tokens, so many bytes
-ROWS = 1024                     # tokens whose features are held at a time when judging
-RESAMPLE = (0.2, 0.4, 0.6)      # shares of the run after which silent features start anew
-NUDGE = 0.2                     # norm of a resampled encoder column, in mean norms of the others
+BUFFER = 2**16, 2**27  # codes held for shuffling: at most so many tokens, so many bytes
+ROWS = 1024  # tokens whose features are held at a time when judging
+RESAMPLE = (0.2, 0.4, 0.6)  # shares of the run after which silent features start anew
+NUDGE = 0.2  # norm of a resampled encoder column, in mean norms of the others
 FORMULAS = {
     "L0": "mean over tokens of the number of features above 0",
     "explained_variance": "1 - sum |x - x'|^2 / sum |x - mean x|^2, over all held-out tokens and all codes",
     "cosine": "mean over tokens with x != 0 of the cosine of x and x'",
     "dead": "share of features that are 0 on every held-out token",
-    "recovered": "(ablated loss - loss with x') / (ablated loss - model's loss); ablated: x' = 0 or mean x"}
+    "recovered": "(ablated loss - loss with x') / (ablated loss - model's loss); ablated: x' = 0 or mean x",
+}
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def stream(model, corpus, layer, batch, seed):
     They come from a buffer that is shuffled, and renewed whenever half of it has gone out; each code of a
     window goes out once. Raises UserError for a layer that is not there and for codes that are not finite.
     """
-    with replaced(model, layer, lambda x: x):                       # says so if there is no such layer
+    with replaced(model, layer, lambda x: x):  # says so if there is no such layer
         pass
     T, device = model.config.block_size, next(model.parameters()).device
     size = min(BUFFER[0], BUFFER[1] // (4 * model.config.n_code), corpus.n_tokens["train"])
@@ -44,7 +45,9 @@ def stream(model, corpus, layer, batch, seed):
             held.append(model.trunk(idx)[1][layer].flatten(0, 1).float())
             step += 1
             if not held[-1].isfinite().all():
-                raise UserError(f"codes of layer {layer} are not finite; use a checkpoint of sound weights.")
+                raise UserError(
+                    f"codes of layer {layer} are not finite; use a checkpoint of sound weights."
+                )
         held = [torch.cat(held)]
         mixed = torch.randperm(len(held[0]), generator=order).to(device)
         out = len(mixed) // 2 // batch * batch
@@ -61,11 +64,19 @@ def fit(saes, batches, steps, lr, seed=0):
     """
     first = next(batches)
     if not first.var(0, unbiased=False).sum() > 0:
-        raise UserError(f"all codes of layer {saes[0].layer} are the same on {len(first)} tokens: a dead "
-                        "layer leaves nothing to explain, choose another --layer.")
-    scale = first.square().mean().sqrt()                    # so that lr means the same for codes of any size
-    runs = [(s, torch.optim.Adam(s.parameters(), lr, fused=first.device.type != "mps"),
-             torch.zeros_like(s.c, dtype=torch.bool)) for s in saes]
+        raise UserError(
+            f"all codes of layer {saes[0].layer} are the same on {len(first)} tokens: a dead "
+            "layer leaves nothing to explain, choose another --layer."
+        )
+    scale = first.square().mean().sqrt()  # so that lr means the same for codes of any size
+    runs = [
+        (
+            s,
+            torch.optim.Adam(s.parameters(), lr, fused=first.device.type != "mps"),
+            torch.zeros_like(s.c, dtype=torch.bool),
+        )
+        for s in saes
+    ]
     draw, resampled = torch.Generator().manual_seed(seed), [0] * len(saes)
     for sae in saes:
         sae.b.data.copy_(first.mean(0) / scale)
@@ -80,7 +91,7 @@ def fit(saes, batches, steps, lr, seed=0):
         rate = lr * min(1, (step + 1) / max(1, 0.05 * steps), (steps - step) / (0.3 * steps))
         for sae, optimizer, fired in runs:
             fired |= one_step(sae, optimizer, x, rate)
-    for sae in saes:                                        # from x / scale back to x: only the biases change
+    for sae in saes:  # from x / scale back to x: only the biases change
         sae.b.data *= scale
         sae.c.data *= scale
         if not all(w.isfinite().all() for w in sae.parameters()):
@@ -94,7 +105,9 @@ def one_step(sae, optimizer, x, lr):
     loss, f = sae.loss(x)
     optimizer.zero_grad()
     loss.backward()
-    with torch.no_grad():  # the gradient's part along a row would only change its norm, and Adam's moments
+    with (
+        torch.no_grad()
+    ):  # the gradient's part along a row would only change its norm, and Adam's moments
         sae.W.grad -= (sae.W.grad * sae.W).sum(1, keepdim=True) * sae.W
         optimizer.step()
         sae.W.copy_(F.normalize(sae.W, dim=1))
@@ -108,7 +121,7 @@ def resample(sae, optimizer, x, dead, draw):
     Their moments in the optimizer start anew too. Returns how many, at most N.
     """
     error = (x - sae.decode(sae.encode(x))).square().sum(1)
-    chosen = dead.nonzero().flatten()[:int((error > 0).sum())]
+    chosen = dead.nonzero().flatten()[: int((error > 0).sum())]
     if not len(chosen):
         return 0
     rows = torch.multinomial(error.cpu().double() ** 2, len(chosen), generator=draw).to(x.device)
@@ -126,14 +139,23 @@ class Agreement:
     """How well y stands for x, (N, h) each, over any number of batches; how they are cut does not matter."""
 
     def __init__(self):
-        self.n, self.mean, self.spread, self.error, self.cosines, self.nonzero = 0, 0.0, 0.0, 0.0, 0.0, 0
+        self.n, self.mean, self.spread, self.error, self.cosines, self.nonzero = (
+            0,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            0,
+        )
 
     def add(self, x, y):
         """Sums in float64; those about the mean are merged as Chan et al. do, which survives large means."""
         x, y = x.cpu().double(), y.cpu().double()
         n, mean = self.n + len(x), x.mean(0)
         shift = mean - self.mean
-        self.spread += ((x - mean).square().sum() + shift.square().sum() * (self.n * len(x) / n)).item()
+        self.spread += (
+            (x - mean).square().sum() + shift.square().sum() * (self.n * len(x) / n)
+        ).item()
         self.mean, self.n = self.mean + shift * (len(x) / n), n
         self.error += (x - y).square().sum().item()
         some = x.any(1)
@@ -171,14 +193,22 @@ def evaluate(model, corpus, layer, saes, tokens, batch=8):
     for sae in saes:
         met, fired = Agreement(), torch.zeros_like(sae.c, dtype=torch.int64)
         losses["sae"] = loss(sae.name, lambda x, s=sae, m=met, n=fired: reconstruction(s, x, m, n))
-        found.append({"L0": fired.sum().item() / met.n, "dead": (fired == 0).double().mean().item(),
-                      "explained_variance": met.explained_variance(), "cosine": met.cosine(),
-                      "loss": {**losses}})
+        found.append(
+            {
+                "L0": fired.sum().item() / met.n,
+                "dead": (fired == 0).double().mean().item(),
+                "explained_variance": met.explained_variance(),
+                "cosine": met.cosine(),
+                "loss": {**losses},
+            }
+        )
     mean = loss("mean", lambda x: met.mean.to(x).expand_as(x))
     for result in found:
         result["loss"]["mean"] = mean
-        result["recovered"] = {name: recovered(**result["loss"], ablated=result["loss"][name])
-                               for name in ("zero", "mean")}
+        result["recovered"] = {
+            name: recovered(**result["loss"], ablated=result["loss"][name])
+            for name in ("zero", "mean")
+        }
     return found
 
 

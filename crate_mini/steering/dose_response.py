@@ -26,14 +26,14 @@ from crate_mini import UserError
 from crate_mini.intervene import Intervention, random_like, steer
 from crate_mini.steering.next_token import direct_effect, finite, stream
 
-CHOOSE = 2.0        # dose that chooses a neuron's continuations
-AT_KL = 0.1         # nats of side effect at which kinds are compared
-COUNTED = 16384     # held-out tokens, at most, on which maxima and followers are observed
-DRAWS = 2000        # of the bootstrap over neurons
+CHOOSE = 2.0  # dose that chooses a neuron's continuations
+AT_KL = 0.1  # nats of side effect at which kinds are compared
+COUNTED = 16384  # held-out tokens, at most, on which maxima and followers are observed
+DRAWS = 2000  # of the bootstrap over neurons
 METRICS = ("effect", "own", "seen", "kl", "loss")
 
 
-def windows(corpus, T, n, seed, limit=2 ** 20):
+def windows(corpus, T, n, seed, limit=2**20):
     """[(x, y)]: n windows (n, T) of ids that choose, n that measure, and others to count in.
 
     At random from held-out text; no two share a token. Raises UserError when the text is too short.
@@ -41,11 +41,16 @@ def windows(corpus, T, n, seed, limit=2 ** 20):
     pairs = [pair for pair in corpus.blocks("val", 256, T, limit) if pair[0].shape[1] == T]
     there = sum(len(x) for x, _ in pairs)
     if there < 3 * n:
-        raise UserError(f"the held-out text has {there} windows of {T} tokens and {3 * n} are needed; lower "
-                        "--tokens or give more text with --data.")
+        raise UserError(
+            f"the held-out text has {there} windows of {T} tokens and {3 * n} are needed; lower "
+            "--tokens or give more text with --data."
+        )
     x, y = map(torch.cat, zip(*pairs))
     order = torch.randperm(there, generator=torch.Generator().manual_seed(seed))
-    return [(x[part], y[part]) for part in (order[:n], order[n:2 * n], order[2 * n:2 * n + COUNTED // T])]
+    return [
+        (x[part], y[part])
+        for part in (order[:n], order[n : 2 * n], order[2 * n : 2 * n + COUNTED // T])
+    ]
 
 
 @torch.no_grad()
@@ -103,8 +108,10 @@ class Judge:
         with steer(self.model, [intervention]):
             turned = self.probabilities(self.text)
         at, change = self.targets.flatten()[:, None], turned - self.plain
-        found = {"kl": F.kl_div(turned, self.plain, log_target=True, reduction="sum") / len(turned),
-                 "loss": (self.plain - turned).gather(1, at).mean()}
+        found = {
+            "kl": F.kl_div(turned, self.plain, log_target=True, reduction="sum") / len(turned),
+            "loss": (self.plain - turned).gather(1, at).mean(),
+        }
         found |= {name: change[:, ids].mean() for name, ids in tokens.items()}
         return {name: value.item() for name, value in found.items()}
 
@@ -133,17 +140,29 @@ def measure(model, corpus, doses, sites, *, n, tokens, top, seed, log=print):
     T = min(64, model.config.block_size)
     rows = max(2, -(-tokens // T))
     choosing, measuring, counted = windows(corpus, T, rows, seed)
-    judge, counted = Judge(model, choosing, measuring, top), list(zip(*(t.split(16) for t in counted)))
+    judge, counted = (
+        Judge(model, choosing, measuring, top),
+        list(zip(*(t.split(16) for t in counted))),
+    )
     found, start = {"rows": [], "inserted": [], "attribution": [], "live": []}, time.perf_counter()
     rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     for done, (layer, sae) in enumerate(sites):
         largest, _ = observed(model, layer, sae, (x for x, _ in counted))
         drawn = draw(largest, n, rng)
         if not drawn:
-            raise UserError(f"nothing in layer {layer} ever fired on held-out text; a dead layer cannot be "
-                            "turned by multiples of what it does.")
-        found["live"].append({"layer": layer, "sae": sae and sae.name, "live": int((largest > 0).sum()),
-                              "of": len(largest), "drawn": drawn})
+            raise UserError(
+                f"nothing in layer {layer} ever fired on held-out text; a dead layer cannot be "
+                "turned by multiples of what it does."
+            )
+        found["live"].append(
+            {
+                "layer": layer,
+                "sae": sae and sae.name,
+                "live": int((largest > 0).sum()),
+                "of": len(largest),
+                "drawn": drawn,
+            }
+        )
         for kind, turned in kinds(model, layer, drawn[0], sae, g).items():
             cost = judge.response(replace(turned, op="scale", value=1.0), {})
             found["inserted"] += [{"layer": layer, "kind": kind, **cost}] * (kind != "random")
@@ -153,8 +172,10 @@ def measure(model, corpus, doses, sites, *, n, tokens, top, seed, log=print):
         if sae is None:
             found["attribution"] += attribution(model, judge.text, layer, drawn, largest, doses)
         left = (time.perf_counter() - start) / (done + 1) * (len(sites) - done - 1)
-        log(f"layer {layer}, {f'features of {sae.name}' if sae else 'neurons'}: {len(drawn)} measured, "
-            f"{done + 1} of {len(sites)} sites  ETA {int(left) // 60}:{int(left) % 60:02d}")
+        log(
+            f"layer {layer}, {f'features of {sae.name}' if sae else 'neurons'}: {len(drawn)} measured, "
+            f"{done + 1} of {len(sites)} sites  ETA {int(left) // 60}:{int(left) % 60:02d}"
+        )
     return found
 
 
@@ -165,11 +186,22 @@ def responses(judge, kinds, unit, doses, seen):
         own = judge.continuations(replace(turned, value=CHOOSE * unit))
         named = own if named is None else named
         for dose in doses:
-            change = judge.response(replace(turned, value=dose * unit),
-                                    {"effect": named, "own": own, "seen": seen})
-            rows.append({"layer": turned.layer, "sae": turned.sae and turned.sae.name, "kind": kind,
-                         "neuron": turned.neuron, "dose": dose, "unit": unit, **change,
-                         "raised": own.tolist(), "followers": seen.tolist()})
+            change = judge.response(
+                replace(turned, value=dose * unit), {"effect": named, "own": own, "seen": seen}
+            )
+            rows.append(
+                {
+                    "layer": turned.layer,
+                    "sae": turned.sae and turned.sae.name,
+                    "kind": kind,
+                    "neuron": turned.neuron,
+                    "dose": dose,
+                    "unit": unit,
+                    **change,
+                    "raised": own.tolist(),
+                    "followers": seen.tolist(),
+                }
+            )
     return rows
 
 
@@ -193,13 +225,24 @@ def attribution(model, idx, layer, drawn, largest, doses):
             change = torch.zeros_like(a)
             change[:, j] = value - a[:, j]
             tolds.append(direct_effect(model, z, layer, change))
-        run, told = torch.stack(runs), torch.stack(tolds)               # (neurons, windows, V)
+        run, told = torch.stack(runs), torch.stack(tolds)  # (neurons, windows, V)
         both = F.one_hot(torch.stack((run, told)).topk(10).indices, run.shape[-1]).sum(-2).prod(0)
         run, told = run - run.mean(-1, True), told - told.mean(-1, True)
-        null = F.cosine_similarity(run, told.roll(1, 0), dim=-1).mean().item() if len(drawn) > 1 else None
-        rows.append({"layer": layer, "dose": dose, "top10": both.sum(-1).float().mean().item() / 10,
-                     "correlation": F.cosine_similarity(run, told, dim=-1).mean().item(), "null": null,
-                     "n": len(drawn)})
+        null = (
+            F.cosine_similarity(run, told.roll(1, 0), dim=-1).mean().item()
+            if len(drawn) > 1
+            else None
+        )
+        rows.append(
+            {
+                "layer": layer,
+                "dose": dose,
+                "top10": both.sum(-1).float().mean().item() / 10,
+                "correlation": F.cosine_similarity(run, told, dim=-1).mean().item(),
+                "null": null,
+                "n": len(drawn),
+            }
+        )
     return rows
 
 
@@ -209,7 +252,11 @@ def interval(values, rng):
     if not len(values):
         return {"n": 0, "mean": None, "ci95": None}
     means = values[rng.integers(len(values), size=(DRAWS, len(values)))].mean(1)
-    return {"n": len(values), "mean": values.mean().item(), "ci95": np.quantile(means, [.025, .975]).tolist()}
+    return {
+        "n": len(values),
+        "mean": values.mean().item(),
+        "ci95": np.quantile(means, [0.025, 0.975]).tolist(),
+    }
 
 
 def at_kl(rows, metric, kl=AT_KL):
@@ -227,12 +274,19 @@ def contrasts(rows, seed):
     """
     rng, found, by = np.random.default_rng(seed), {}, {}
     for r in rows:
-        by.setdefault((r["layer"], r.get("sae"), r["neuron"]), {}).setdefault(r["kind"], []).append(r)
+        by.setdefault((r["layer"], r.get("sae"), r["neuron"]), {}).setdefault(r["kind"], []).append(
+            r
+        )
     for a, b in (("neuron", "random"), ("feature", "feature+error")):
         for m in ("own", "seen"):
-            pairs = [[at_kl(kinds[k], m) for k in (a, b)] for kinds in by.values() if {a, b} <= set(kinds)]
+            pairs = [
+                [at_kl(kinds[k], m) for k in (a, b)]
+                for kinds in by.values()
+                if {a, b} <= set(kinds)
+            ]
             found.setdefault(f"{a} - {b}", {})[m] = interval(
-                [None if None in pair else pair[0] - pair[1] for pair in pairs], rng)
+                [None if None in pair else pair[0] - pair[1] for pair in pairs], rng
+            )
     return {pair: some for pair, some in found.items() if some["own"]["n"]}
 
 
@@ -244,7 +298,14 @@ def summary(rows, seed):
         for r in mine:
             by.setdefault((r["layer"], r.get("sae"), r["neuron"]), []).append(r)
         found[kind] = {
-            "doses": {f"{d:g}": {m: interval([r[m] for r in mine if r["dose"] == d], rng) for m in METRICS}
-                      for d in dict.fromkeys(r["dose"] for r in mine)},
-            "at_kl": {m: interval([at_kl(some, m) for some in by.values()], rng) for m in METRICS[:3]}}
+            "doses": {
+                f"{d:g}": {
+                    m: interval([r[m] for r in mine if r["dose"] == d], rng) for m in METRICS
+                }
+                for d in dict.fromkeys(r["dose"] for r in mine)
+            },
+            "at_kl": {
+                m: interval([at_kl(some, m) for some in by.values()], rng) for m in METRICS[:3]
+            },
+        }
     return found

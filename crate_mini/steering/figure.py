@@ -14,17 +14,23 @@ from crate_mini.plots.figure import AMBER, BLUE, GREEN, GREY, RED, grid, write
 from crate_mini.plots.svg import Plot
 from crate_mini.steering.dose_response import AT_KL, METRICS
 
-COLORS = BLUE, GREEN, RED, "#7a5195"          # of models; an autoencoder's features are AMBER
+COLORS = BLUE, GREEN, RED, "#7a5195"  # of models; an autoencoder's features are AMBER
 LINES = {"neuron": "o-", "feature": "s-.", "feature+error": "^--", "random": "x:"}
-DASHES = {"neuron": ("init", "none", "solid"), "feature": ("init", "9 2 2 2", "dashes and dots"),
-          "feature+error": ("init", "5 3", "dashed"), "random": ("null", "2 2", "grey")}     # in the page
+DASHES = {
+    "neuron": ("init", "none", "solid"),
+    "feature": ("init", "9 2 2 2", "dashes and dots"),
+    "feature+error": ("init", "5 3", "dashed"),
+    "random": ("null", "2 2", "grey"),
+}  # in the page
 INSERTED = "inserted, nothing turned"
 SIDE = "KL from the unsteered model (nats)"
 GAIN = "change of log-probability (nats)"
 PANELS = (  # title, what is drawn against what; x None is the dose
-    ("a neuron's continuations, by dose", None, "effect"), ("side effect, by dose", None, "kl"),
+    ("a neuron's continuations, by dose", None, "effect"),
+    ("side effect, by dose", None, "kl"),
     ("own continuations, for side effect", "kl", "own"),
-    ("tokens seen to follow, for side effect", "kl", "seen"))
+    ("tokens seen to follow, for side effect", "kl", "seen"),
+)
 
 
 def name(result):
@@ -42,6 +48,7 @@ def read(path):
 
 
 # ---- tables ----------------------------------------------------------------------------------------------
+
 
 def cell(found):
     """mean [95 % interval], or the reason for none."""
@@ -63,18 +70,37 @@ def null(row):
 
 def tables(result):
     """[(head, rows)]: doses, equal side effect, cost of inserting, attribution by layer."""
-    by_dose = [[kind, f"{dose}x", *(cell(found[m]) for m in METRICS)]
-               for kind, kinds in result["summary"].items() for dose, found in kinds["doses"].items()]
-    equal = [[kind, *(cell(f) for f in found["at_kl"].values()), found["at_kl"]["effect"]["n"]]
-             for kind, found in result["summary"].items()]
-    inserted = [[r["layer"], r["kind"], f"{r['kl']:.4g}", f"{r['loss']:+.4g}"] for r in result["inserted"]]
-    told = [[r["layer"], f"{r['dose']:g}x", f"{r['correlation']:.3f}", null(r), f"{r['top10']:.2f}"]
-            for r in result["attribution"]]
-    return [(["kind", "dose", "effect", "own", "seen", "KL", "loss"], by_dose),
-            ([f"kind, at KL {AT_KL}", "effect", "own", "seen", "n"], equal),
-            (["layer", INSERTED, "KL", "loss"], inserted),
-            (["layer", "direct attribution at", "correlation with a run", "with another neuron's",
-              "top 10 shared"], told)]
+    by_dose = [
+        [kind, f"{dose}x", *(cell(found[m]) for m in METRICS)]
+        for kind, kinds in result["summary"].items()
+        for dose, found in kinds["doses"].items()
+    ]
+    equal = [
+        [kind, *(cell(f) for f in found["at_kl"].values()), found["at_kl"]["effect"]["n"]]
+        for kind, found in result["summary"].items()
+    ]
+    inserted = [
+        [r["layer"], r["kind"], f"{r['kl']:.4g}", f"{r['loss']:+.4g}"] for r in result["inserted"]
+    ]
+    told = [
+        [r["layer"], f"{r['dose']:g}x", f"{r['correlation']:.3f}", null(r), f"{r['top10']:.2f}"]
+        for r in result["attribution"]
+    ]
+    return [
+        (["kind", "dose", "effect", "own", "seen", "KL", "loss"], by_dose),
+        ([f"kind, at KL {AT_KL}", "effect", "own", "seen", "n"], equal),
+        (["layer", INSERTED, "KL", "loss"], inserted),
+        (
+            [
+                "layer",
+                "direct attribution at",
+                "correlation with a run",
+                "with another neuron's",
+                "top 10 shared",
+            ],
+            told,
+        ),
+    ]
 
 
 def table(result):
@@ -86,27 +112,66 @@ def readme(found):
     """The README's tables, of results/steering.json: what is turned, pairs of kinds, weights against runs."""
     turned, pairs, told = [], [], []
     for result in found["models"].values():
-        model, loss = name(result), sum(run["val_loss"] for run in result["runs"]) / len(result["runs"])
+        model, loss = (
+            name(result),
+            sum(run["val_loss"] for run in result["runs"]) / len(result["runs"]),
+        )
         for kind, some in result["summary"].items():
             costs = [r["kl"] for r in result["inserted"] if r["kind"] == kind]
             cost = ", ".join(dict.fromkeys("0 exactly" if kl == 0 else f"{kl:.2g}" for kl in costs))
             at = some["at_kl"]
-            turned.append([f"{model}, {kind}", f"{loss:.3f}", cost, cell(at["own"]), cell(at["seen"]),
-                           at["own"]["n"]])
-        pairs += [[f"{model}, {pair}", cell(some["own"]), cell(some["seen"]), some["own"]["n"]]
-                  for pair, some in result["contrasts"].items()]
+            turned.append(
+                [
+                    f"{model}, {kind}",
+                    f"{loss:.3f}",
+                    cost,
+                    cell(at["own"]),
+                    cell(at["seen"]),
+                    at["own"]["n"],
+                ]
+            )
+        pairs += [
+            [f"{model}, {pair}", cell(some["own"]), cell(some["seen"]), some["own"]["n"]]
+            for pair, some in result["contrasts"].items()
+        ]
         least = min(r["dose"] for r in result["attribution"])
-        told.append([model, *(f"{r['correlation']:.2f} ({null(r)})" for r in result["attribution"]
-                              if r["dose"] == least)])
-    return "\n\n".join((
-        markdown(["what is turned", "base loss", "KL of inserting it, by layer", f"own at KL {AT_KL}", "seen",
-                  "n"], turned),
-        markdown([f"the same neurons at KL {AT_KL}", "own", "seen", "n"], pairs),
-        markdown(["weights against a run (another neuron's)",
-                  *(f"layer {n}" for n in range(max(map(len, told)) - 1))], told)))
+        told.append(
+            [
+                model,
+                *(
+                    f"{r['correlation']:.2f} ({null(r)})"
+                    for r in result["attribution"]
+                    if r["dose"] == least
+                ),
+            ]
+        )
+    return "\n\n".join(
+        (
+            markdown(
+                [
+                    "what is turned",
+                    "base loss",
+                    "KL of inserting it, by layer",
+                    f"own at KL {AT_KL}",
+                    "seen",
+                    "n",
+                ],
+                turned,
+            ),
+            markdown([f"the same neurons at KL {AT_KL}", "own", "seen", "n"], pairs),
+            markdown(
+                [
+                    "weights against a run (another neuron's)",
+                    *(f"layer {n}" for n in range(max(map(len, told)) - 1)),
+                ],
+                told,
+            ),
+        )
+    )
 
 
 # ---- a section of index.html -----------------------------------------------------------------------------
+
 
 def beside(folder, sha256):
     """The section of the steering.json in a folder, or '' if none is there or it is of another checkpoint."""
@@ -118,36 +183,49 @@ def beside(folder, sha256):
 def section(result):
     """Everything measured, as HTML: a chart for each panel, and the tables."""
     lines = ", ".join(f"{kind} {DASHES[kind][2]}" for kind in result["summary"])
-    charts = "".join(f"<figure><h3>{escape(title)}</h3>{_chart(result, title, x, y)}<figcaption>{lines}"
-                     "</figcaption></figure>" for title, x, y in PANELS)
+    charts = "".join(
+        f"<figure><h3>{escape(title)}</h3>{_chart(result, title, x, y)}<figcaption>{lines}"
+        "</figcaption></figure>"
+        for title, x, y in PANELS
+    )
     written = "".join(
-        '<div class="wide"><table><thead><tr>' + "".join(f'<th scope="col">{escape(v)}</th>' for v in head)
-        + "</tr></thead><tbody>" + "".join(
-            f"<tr>{''.join(f'<td>{escape(str(v))}</td>' for v in row)}</tr>" for row in rows)
-        + "</tbody></table></div>" for head, rows in tables(result))
-    return (f'<section><h2>Steering</h2><p class="saw">{escape(result["command"])}. Doses are multiples of '
-            "each neuron’s observed maximum; KL and loss on text that chose nothing; intervals of the mean "
-            f'over neurons.</p><div class="charts two">{charts}</div>{written}</section>')
+        '<div class="wide"><table><thead><tr>'
+        + "".join(f'<th scope="col">{escape(v)}</th>' for v in head)
+        + "</tr></thead><tbody>"
+        + "".join(f"<tr>{''.join(f'<td>{escape(str(v))}</td>' for v in row)}</tr>" for row in rows)
+        + "</tbody></table></div>"
+        for head, rows in tables(result)
+    )
+    return (
+        f'<section><h2>Steering</h2><p class="saw">{escape(result["command"])}. Doses are multiples of '
+        "each neuron’s observed maximum; KL and loss on text that chose nothing; intervals of the mean "
+        f'over neurons.</p><div class="charts two">{charts}</div>{written}</section>'
+    )
 
 
 def _chart(result, title, x, y):
     """One panel as SVG; doses and KL on a scale of decades."""
+
     def at(metric, dose, found):
         value = float(dose) if metric is None else found[metric]["mean"]
         return value if metric not in (None, "kl") else math.log10(max(value, 1e-6))
 
-    lines = {kind: [(at(x, dose, f), at(y, dose, f)) for dose, f in found["doses"].items()]
-             for kind, found in result["summary"].items()}
+    lines = {
+        kind: [(at(x, dose, f), at(y, dose, f)) for dose, f in found["doses"].items()]
+        for kind, found in result["summary"].items()
+    }
     xs, ys = zip(*(point for line in lines.values() for point in line))
     low, high = math.floor(min(ys)), math.floor(max(ys)) + 1
-    plot = Plot((min(xs) - .05, max(xs) + .05), (low, high), title)
+    plot = Plot((min(xs) - 0.05, max(xs) + 0.05), (low, high), title)
     for kind, line in lines.items():
         look, dashes, _ = DASHES[kind]
         path = "L".join(f"{plot.x(a)} {plot.y(b)}" for a, b in line)
         plot.parts.append(f'<path class="{look}" style="stroke-dasharray:{dashes}" d="M{path}"/>')
-    decades = {v: f"{10.0 ** v:g}" for v in range(math.ceil(min(xs)), math.floor(max(xs)) + 1)}
-    return plot.svg({math.log10(d): f"{d:g}x" for d in doses(result)} if x is None else decades,
-                    {v: f"{10.0 ** v:g}" if y == "kl" else f"{v}" for v in range(low, high + 1)})
+    decades = {v: f"{10.0**v:g}" for v in range(math.ceil(min(xs)), math.floor(max(xs)) + 1)}
+    return plot.svg(
+        {math.log10(d): f"{d:g}x" for d in doses(result)} if x is None else decades,
+        {v: f"{10.0**v:g}" if y == "kl" else f"{v}" for v in range(low, high + 1)},
+    )
 
 
 def doses(result):
@@ -157,14 +235,20 @@ def doses(result):
 
 # ---- steering.png ----------------------------------------------------------------------------------------
 
+
 def figure(results, target):
     """Draw results (a list): effects by dose and by side effect, costs of inserting, attribution."""
     drawn, axes = grid(6, 3, (5, 3.6))
     for result, color in zip(results, COLORS * len(results)):
         for kind, found in result["summary"].items():
-            look = {"fmt": LINES[kind], "markersize": 4, "linewidth": 1.2, "capsize": 2,
-                    "color": paint(kind, GREY if kind == "random" and len(results) == 1 else color),
-                    "label": f"{name(result)}, {kind}"}
+            look = {
+                "fmt": LINES[kind],
+                "markersize": 4,
+                "linewidth": 1.2,
+                "capsize": 2,
+                "color": paint(kind, GREY if kind == "random" and len(results) == 1 else color),
+                "label": f"{name(result)}, {kind}",
+            }
             for axis, (_, x, y) in zip(axes, PANELS):
                 ys = [f[y] for f in found["doses"].values()]
                 xs = [f[x]["mean"] if x else float(d) for d, f in found["doses"].items()]
@@ -172,17 +256,25 @@ def figure(results, target):
         _inserted(axes[4], result, color)
         _attribution(axes[5], result, color)
     for axis, (title, x, y) in zip(axes, PANELS):
-        axis.set(title=title, xlabel=SIDE if x else "dose (x observed maximum)", xscale="log",
-                 ylabel=SIDE if y == "kl" else GAIN)
+        axis.set(
+            title=title,
+            xlabel=SIDE if x else "dose (x observed maximum)",
+            xscale="log",
+            ylabel=SIDE if y == "kl" else GAIN,
+        )
         if x is None:
             axis.set_xticks(doses(results[0]), [f"{d:g}" for d in doses(results[0])])
             axis.set_xticks([], minor=True)
         else:
-            axis.axvline(AT_KL, color=GREY, linewidth=.8)
+            axis.axvline(AT_KL, color=GREY, linewidth=0.8)
     axes[1].set_yscale("log")
     axes[4].set(title=INSERTED, xlabel="layer", ylabel=SIDE)
-    axes[5].set(title="weights against a run (dotted: another neuron's)", xlabel="layer",
-                ylabel="correlation of logits", ylim=(None, 1.03))
+    axes[5].set(
+        title="weights against a run (dotted: another neuron's)",
+        xlabel="layer",
+        ylabel="correlation of logits",
+        ylim=(None, 1.03),
+    )
     for axis in axes[4:]:
         axis.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -199,8 +291,14 @@ def _inserted(axis, result, color):
     """KL of putting each kind into each layer without turning it."""
     for kind in dict.fromkeys(r["kind"] for r in result["inserted"]):
         rows = [r for r in result["inserted"] if r["kind"] == kind]
-        axis.plot([r["layer"] for r in rows], [r["kl"] for r in rows], LINES[kind], color=paint(kind, color),
-                  markersize=4, linewidth=1.2)
+        axis.plot(
+            [r["layer"] for r in rows],
+            [r["kl"] for r in rows],
+            LINES[kind],
+            color=paint(kind, color),
+            markersize=4,
+            linewidth=1.2,
+        )
 
 
 def _attribution(axis, result, color):

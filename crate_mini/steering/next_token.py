@@ -39,7 +39,9 @@ def direct_effect(model, z, layer, change):
 def finite(logits):
     """Logits of a steered run as they are; raises UserError if it turned so far that some are no numbers."""
     if not logits.isfinite().all():
-        raise UserError("turned this far the model's logits are not finite; give a smaller value, like 2x.")
+        raise UserError(
+            "turned this far the model's logits are not finite; give a smaller value, like 2x."
+        )
     return logits
 
 
@@ -49,6 +51,7 @@ class Next:
 
     logits: their change (V,), causal: the model was run again. direct: the same from weights, or None.
     """
+
     before: torch.Tensor
     after: torch.Tensor
     logits: torch.Tensor
@@ -72,7 +75,11 @@ def next_token(model, ids, interventions):
 
     def passed():
         z, codes = stream(model, idx)
-        return z[0, -1], codes[last][0, -1], F.linear(model.norm(z[0, -1]), model.tokens.weight).double()
+        return (
+            z[0, -1],
+            codes[last][0, -1],
+            F.linear(model.norm(z[0, -1]), model.tokens.weight).double(),
+        )
 
     z, a, plain = passed()
     with steer(model, interventions):

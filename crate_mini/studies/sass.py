@@ -11,7 +11,9 @@ import subprocess
 
 from crate_mini import UserError
 
-INSTRUCTIONS = r"\b(?:HGMMA|HMMA|LDSM|UTMALDG|LDGSTS[.\w]*|(?:LD|ST)[GL](?:\.E)?(?:\.(?:64|128|U16))?)\b"
+INSTRUCTIONS = (
+    r"\b(?:HGMMA|HMMA|LDSM|UTMALDG|LDGSTS[.\w]*|(?:LD|ST)[GL](?:\.E)?(?:\.(?:64|128|U16))?)\b"
+)
 
 
 def counts(path, archs):
@@ -21,8 +23,10 @@ def counts(path, archs):
     Raises UserError without cuobjdump and nvdisasm.
     """
     if not shutil.which("cuobjdump") or not shutil.which("nvdisasm"):
-        raise UserError("cuobjdump and nvdisasm are not there; they come with the CUDA toolkit, or as the "
-                        "packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.")
+        raise UserError(
+            "cuobjdump and nvdisasm are not there; they come with the CUDA toolkit, or as the "
+            "packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm."
+        )
     for arch in archs:
         used = resources(dump("-res-usage", arch, path))
         for name, found in instructions(dump("-sass", arch, path)):
@@ -31,14 +35,18 @@ def counts(path, archs):
 
 def dump(what, arch, path):
     """What cuobjdump says of one architecture."""
-    return subprocess.run(["cuobjdump", what, "-arch", f"sm_{arch}", path], capture_output=True, text=True,
-                          check=True).stdout
+    return subprocess.run(
+        ["cuobjdump", what, "-arch", f"sm_{arch}", path], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def resources(text):
     """{kernel: {"registers", "stack", "shared", "local"}} of what `cuobjdump -res-usage` says."""
     rows = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
-    return {name: dict(zip(("registers", "stack", "shared", "local"), map(int, row))) for name, *row in rows}
+    return {
+        name: dict(zip(("registers", "stack", "shared", "local"), map(int, row)))
+        for name, *row in rows
+    }
 
 
 def instructions(text):

@@ -31,7 +31,14 @@ from crate_mini.training import device as machine
 ROOT = Path(__file__).resolve().parents[2]
 RUNS, OUT, RESULT = Path("out/study"), Path("out/steering"), ROOT / "results" / "steering.json"
 SEEDS = 1337, 1338, 1339
-SAE = "--k", 32, "--steps", 500, "--batch", 512     # 0.26 M tokens, 4 features a code, 32 of them at a time
+SAE = (
+    "--k",
+    32,
+    "--steps",
+    500,
+    "--batch",
+    512,
+)  # 0.26 M tokens, 4 features a code, 32 of them at a time
 MEASURE = "--neurons", 24, "--tokens", 512
 
 
@@ -52,7 +59,9 @@ def measured(kind, seed, sae):
     name, places, facts = f"{kind}-{seed}", [], []
     ckpt, flags = RUNS / name / "last", []
     if not (ROOT / ckpt).exists():
-        raise UserError(f"{ckpt} is missing; `python -m crate_mini.studies.train_default default` trains it.")
+        raise UserError(
+            f"{ckpt} is missing; `python -m crate_mini.studies.train_default default` trains it."
+        )
     if sae:
         for layer in range(cli.read_json(ROOT / ckpt / "config.json")["config"]["n_layer"]):
             place = OUT / f"{name}-sae-{layer}"
@@ -66,24 +75,47 @@ def measured(kind, seed, sae):
 
 def together(runs):
     """One result, shaped as steering.json, of a model's runs: neurons of all seeds pooled, costs averaged."""
+
     def averaged(key, by, values):
         rows = sorted((row for run in runs for row in run[key]), key=lambda r: [r[k] for k in by])
-        groups = ((k, list(g)) for k, g in itertools.groupby(rows, key=lambda r: [r[k] for k in by]))
+        groups = (
+            (k, list(g)) for k, g in itertools.groupby(rows, key=lambda r: [r[k] for k in by])
+        )
         found = ((k, {v: [r[v] for r in g if r[v] is not None] for v in values}) for k, g in groups)
-        return [dict(zip(by, k), **{v: mean(some) if some else None for v, some in each.items()}, seeds=each)
-                for k, each in found]
+        return [
+            dict(
+                zip(by, k),
+                **{v: mean(some) if some else None for v, some in each.items()},
+                seeds=each,
+            )
+            for k, each in found
+        ]
 
-    pooled = [{**row, "neuron": (run["seed"], row["neuron"])} for run in runs for row in run["rows"]]
-    return {"checkpoint": {"config": runs[0]["checkpoint"]["config"]},
-            "summary": dose.summary(pooled, runs[0]["seed"]),
-            "contrasts": dose.contrasts(pooled, runs[0]["seed"]),
-            "inserted": averaged("inserted", ("layer", "kind"), ("kl", "loss")),
-            "attribution": averaged("attribution", ("layer", "dose"), ("correlation", "null", "top10")),
-            "runs": [{"seed": run["seed"], "command": run["command"], "commit": run["machine"].get("commit"),
-                      "sha256": run["checkpoint"]["sha256"], "live": run["live"],
-                      "val_loss": run["checkpoint"]["training"]["val_loss"],
-                      "at_kl": {kind: {m: v["mean"] for m, v in found["at_kl"].items()}
-                                for kind, found in run["summary"].items()}} for run in runs]}
+    pooled = [
+        {**row, "neuron": (run["seed"], row["neuron"])} for run in runs for row in run["rows"]
+    ]
+    return {
+        "checkpoint": {"config": runs[0]["checkpoint"]["config"]},
+        "summary": dose.summary(pooled, runs[0]["seed"]),
+        "contrasts": dose.contrasts(pooled, runs[0]["seed"]),
+        "inserted": averaged("inserted", ("layer", "kind"), ("kl", "loss")),
+        "attribution": averaged("attribution", ("layer", "dose"), ("correlation", "null", "top10")),
+        "runs": [
+            {
+                "seed": run["seed"],
+                "command": run["command"],
+                "commit": run["machine"].get("commit"),
+                "sha256": run["checkpoint"]["sha256"],
+                "live": run["live"],
+                "val_loss": run["checkpoint"]["training"]["val_loss"],
+                "at_kl": {
+                    kind: {m: v["mean"] for m, v in found["at_kl"].items()}
+                    for kind, found in run["summary"].items()
+                },
+            }
+            for run in runs
+        ],
+    }
 
 
 def run(seeds):
@@ -91,14 +123,22 @@ def run(seeds):
     grid, runs, saes, start = list(itertools.product(seeds, tables.NAMES)), {}, [], time.monotonic()
     for done, (seed, kind) in enumerate(grid):
         left = (time.monotonic() - start) / max(1, done) * (len(grid) - done) / 60
-        print(f"[{done + 1}/{len(grid)}] {kind} {seed}" + f"  ETA {left:.0f} min" * bool(done), flush=True)
+        print(
+            f"[{done + 1}/{len(grid)}] {kind} {seed}" + f"  ETA {left:.0f} min" * bool(done),
+            flush=True,
+        )
         result, facts = measured(kind, seed, kind == "gpt2" and seed == seeds[0])
         runs.setdefault(kind, []).append(result)
         saes += [{**f, "model": kind, "seed": seed} for f in facts]
     models = {kind: together(some) for kind, some in runs.items()}
-    found = {"schema": 1, "seeds": seeds,
-             "command": shlex.join(["python", "-m", "crate_mini.studies.steering", *sys.argv[1:]]),
-             "machine": machine.describe(torch.device("cpu")), "models": models, "sae": saes}
+    found = {
+        "schema": 1,
+        "seeds": seeds,
+        "command": shlex.join(["python", "-m", "crate_mini.studies.steering", *sys.argv[1:]]),
+        "machine": machine.describe(torch.device("cpu")),
+        "models": models,
+        "sae": saes,
+    }
     evidence.write_json(RESULT, found)
     dose_views.figure(list(models.values()), RESULT.with_suffix(".png"))
     print(f"\n{dose_views.readme(found)}")
@@ -109,7 +149,9 @@ def main():
     if all(word.isdecimal() for word in words):
         run([int(word) for word in words] or list(SEEDS))
     else:
-        raise UserError("give seeds, or nothing for all three: `python -m crate_mini.studies.steering 1337`.")
+        raise UserError(
+            "give seeds, or nothing for all three: `python -m crate_mini.studies.steering 1337`."
+        )
 
 
 if __name__ == "__main__":

@@ -44,23 +44,29 @@ def trigram_bits(train, held, vocab, discount=0.75):
     """
     grams, probability = [], np.full(len(held), 1.0 / vocab)
     for n in (1, 2, 3):
-        key = sum(train[i:len(train) - n + 1 + i].astype(np.int64) * vocab ** (n - 1 - i) for i in range(n))
+        key = sum(
+            train[i : len(train) - n + 1 + i].astype(np.int64) * vocab ** (n - 1 - i)
+            for i in range(n)
+        )
         grams.append(np.unique(key, return_counts=True))
     for n in (1, 2, 3):
         if n == 3:
             keys, counts = grams[2]
         else:  # how many different tokens were seen before this n-gram
-            keys, counts = np.unique(grams[n][0] % vocab ** n, return_counts=True)
+            keys, counts = np.unique(grams[n][0] % vocab**n, return_counts=True)
         contexts, first = np.unique(keys // vocab, return_index=True)
         total, kinds = np.add.reduceat(counts, first), np.diff([*first, len(keys)])
         padded = np.concatenate([np.zeros(n - 1, np.int64), held.astype(np.int64)])
-        key = sum(padded[i:i + len(held)] * vocab ** (n - 1 - i) for i in range(n))
+        key = sum(padded[i : i + len(held)] * vocab ** (n - 1 - i) for i in range(n))
         at = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
         count = np.where(keys[at] == key, counts[at], 0)
         at = np.minimum(np.searchsorted(contexts, key // vocab), len(contexts) - 1)
         seen = contexts[at] == key // vocab
-        probability = np.where(seen, (np.maximum(count - discount, 0) + discount * kinds[at] * probability)
-                               / total[at], probability)
+        probability = np.where(
+            seen,
+            (np.maximum(count - discount, 0) + discount * kinds[at] * probability) / total[at],
+            probability,
+        )
     return float(-np.log2(probability).mean())
 
 
@@ -71,15 +77,23 @@ def baselines(source="pydocs", spec="pydocs:4095"):
     ids = {}
     for split in ("train", "val"):
         blocks = list(corpus.blocks(split, 64, 1024))
-        ids[split] = torch.cat([blocks[0][0].flatten()[:1], *(y.flatten() for _, y in blocks)]).numpy()
-    text = {split: b"".join(tokenizer.token_bytes(int(i)) for i in row if i != tokenizer.eot)
-            for split, row in ids.items()}
+        ids[split] = torch.cat(
+            [blocks[0][0].flatten()[:1], *(y.flatten() for _, y in blocks)]
+        ).numpy()
+    text = {
+        split: b"".join(tokenizer.token_bytes(int(i)) for i in row if i != tokenizer.eot)
+        for split, row in ids.items()
+    }
     letters = {split: np.frombuffer(row, np.uint8) for split, row in text.items()}
     scale = len(ids["val"]) / corpus.n_bytes["val"]
-    return {"gzip -9": 8 * len(gzip.compress(text["val"], 9)) / len(text["val"]),
-            "trigram of bytes (Kneser-Ney)": trigram_bits(letters["train"], letters["val"], 256),
-            "trigram of the same tokens (Kneser-Ney)":
-                trigram_bits(ids["train"], ids["val"], tokenizer.vocab_size) * scale}
+    return {
+        "gzip -9": 8 * len(gzip.compress(text["val"], 9)) / len(text["val"]),
+        "trigram of bytes (Kneser-Ney)": trigram_bits(letters["train"], letters["val"], 256),
+        "trigram of the same tokens (Kneser-Ney)": trigram_bits(
+            ids["train"], ids["val"], tokenizer.vocab_size
+        )
+        * scale,
+    }
 
 
 def default(out=ROOT / "out" / "study"):
@@ -89,23 +103,35 @@ def default(out=ROOT / "out" / "study"):
     for done, (kind, seed) in enumerate(grid):
         folder = out / f"{kind}-{seed}"
         flags = ["--model", kind, "--seed", str(seed), "--log-sparsity", "--out", str(folder)]
-        eta = f"ETA {(time.time() - start) / done * (len(grid) - done) / 60:.0f} min" if done else ""
+        eta = (
+            f"ETA {(time.time() - start) / done * (len(grid) - done) / 60:.0f} min" if done else ""
+        )
         print(f"[{done + 1}/{len(grid)}] python train.py {' '.join(flags[:-2])}  {eta}", flush=True)
         runs.append(one_run(folder, kind, seed, flags))
-    found = {"command": "python -m crate_mini.studies.train_default default", "seeds": SEEDS,
-             "machine": machine.describe(torch.device("cpu")),
-             "baselines_bits_per_byte": baselines(), "runs": runs}
+    found = {
+        "command": "python -m crate_mini.studies.train_default default",
+        "seeds": SEEDS,
+        "machine": machine.describe(torch.device("cpu")),
+        "baselines_bits_per_byte": baselines(),
+        "runs": runs,
+    }
     with atomic_write(ROOT / "results" / "default.json") as file:
         file.write(json.dumps(found, indent=1).encode() + b"\n")
-    report.loss_curves({tables.NAMES[k]: [out / f"{k}-{s}" / "log.csv" for s in SEEDS] for k in MODELS},
-                       ROOT / "results" / "default.png")
+    report.loss_curves(
+        {tables.NAMES[k]: [out / f"{k}-{s}" / "log.csv" for s in SEEDS] for k in MODELS},
+        ROOT / "results" / "default.png",
+    )
     print(tables.default(found))
 
 
 def deps(out=ROOT / "out" / "study"):
     """The default run on pydocs and on pydocs+deps, both judged by the held-out text of pydocs alone."""
-    found = {"command": "python -m crate_mini.studies.train_default deps", "seeds": SEEDS[:1], "bits_per_byte_of_pydocs": {},
-             "machine": machine.describe(torch.device("cpu"))}
+    found = {
+        "command": "python -m crate_mini.studies.train_default deps",
+        "seeds": SEEDS[:1],
+        "bits_per_byte_of_pydocs": {},
+        "machine": machine.describe(torch.device("cpu")),
+    }
     for source, name in (("pydocs", f"crate-{SEEDS[0]}"), ("pydocs+deps", "deps")):
         flags = ["--data", source, "--model", "crate", "--seed", str(SEEDS[0]), "--log-sparsity"]
         run = one_run(out / name, "crate", SEEDS[0], [*flags, "--out", str(out / name)])
@@ -131,17 +157,38 @@ def held_out_bits(path, source):
 
 def speed(text, ranks, out=ROOT / "out" / "study" / "speed"):
     """Tokens/s of short runs of train.py, one after the other; and, taking turns, beside a bare loop."""
-    found = {"command": "python -m crate_mini.studies.train_default speed TEXT RANKS", "seeds": [Settings.seed],
-             "text": Path(text).name, "machine": machine.describe(torch.device("cpu")), "rows": []}
-    cells = itertools.product((ranks, "pydocs"), ("off", "on"), ("bfloat16", "float32"), ("crate", "gpt2"))
+    found = {
+        "command": "python -m crate_mini.studies.train_default speed TEXT RANKS",
+        "seeds": [Settings.seed],
+        "text": Path(text).name,
+        "machine": machine.describe(torch.device("cpu")),
+        "rows": [],
+    }
+    cells = itertools.product(
+        (ranks, "pydocs"), ("off", "on"), ("bfloat16", "float32"), ("crate", "gpt2")
+    )
     for spec, mode, dtype, kind in cells:
-        found["rows"].append({"ids": 50304 if spec == ranks else 8192, "model": kind, "dtype": dtype,
-                              "compile": mode, "tokens_per_s":
-                              train_rate(out, text if spec == ranks else "pydocs", spec, mode, dtype, kind)})
+        found["rows"].append(
+            {
+                "ids": 50304 if spec == ranks else 8192,
+                "model": kind,
+                "dtype": dtype,
+                "compile": mode,
+                "tokens_per_s": train_rate(
+                    out, text if spec == ranks else "pydocs", spec, mode, dtype, kind
+                ),
+            }
+        )
         print(found["rows"][-1], flush=True)
-    turns = [(train_rate(out, "pydocs", "pydocs", "off", "bfloat16", "crate"), bare_loop()) for _ in range(3)]
-    found["loop"] = {"train.py": [a for a, _ in turns], "bare": [b for _, b in turns],
-                     "ratio": round(statistics.median(a / b for a, b in turns), 3)}
+    turns = [
+        (train_rate(out, "pydocs", "pydocs", "off", "bfloat16", "crate"), bare_loop())
+        for _ in range(3)
+    ]
+    found["loop"] = {
+        "train.py": [a for a, _ in turns],
+        "bare": [b for _, b in turns],
+        "ratio": round(statistics.median(a / b for a, b in turns), 3),
+    }
     with atomic_write(ROOT / "results" / "speed.json") as file:
         file.write(json.dumps(found, indent=1).encode() + b"\n")
     print(tables.speed(found))
@@ -149,11 +196,26 @@ def speed(text, ranks, out=ROOT / "out" / "study" / "speed"):
 
 def train_rate(out, text, spec, mode, dtype, kind, steps=14):
     """Tokens/s from the median step of one short run of train.py."""
-    flags = {"data": text, "tokenizer": spec, "model": kind, "dtype": dtype, "compile": mode, "out": out,
-             "train-steps": steps, "log-every": 1, "eval-every": 0, "eval-tokens": 256, "val-fraction": 0.01}
+    flags = {
+        "data": text,
+        "tokenizer": spec,
+        "model": kind,
+        "dtype": dtype,
+        "compile": mode,
+        "out": out,
+        "train-steps": steps,
+        "log-every": 1,
+        "eval-every": 0,
+        "eval-tokens": 256,
+        "val-fraction": 0.01,
+    }
     words = [f"--{name}={value}" for name, value in flags.items()]
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words, "--overwrite"], cwd=ROOT,
-                          stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *words, "--overwrite"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     if done.returncode:
         raise UserError(f"train.py ended with code {done.returncode}; its message is above.")
     with open(out / "log.csv", newline="") as file:  # the last row's time includes the validation
@@ -187,20 +249,36 @@ def one_run(folder, kind, seed, flags):
     facts, now = folder / "facts.json", machine.commit()
     if not facts.exists() or json.loads(facts.read_text())["machine"]["commit"] != now:
         start = time.time()
-        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, "--overwrite"],
-                              stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *flags, "--overwrite"],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
         if done.returncode:
-            raise UserError(f"`train.py {' '.join(flags)}` ended with code {done.returncode}, see above.")
+            raise UserError(
+                f"`train.py {' '.join(flags)}` ended with code {done.returncode}, see above."
+            )
         minutes = (time.time() - start) / 60
         meta = json.loads((folder / "last" / "config.json").read_text())["training"]
         with open(folder / "log.csv", newline="") as file:
             log = list(csv.DictReader(file))
         said = done.stdout.partition("\nsample    ")[2].partition("\nresult ")[0]
-        found = {"model": kind, "seed": seed, "minutes": round(minutes, 2), "val_loss": meta["val_loss"],
-                 "bits_per_byte": meta["bits_per_byte"], "density": meta["density"],
-                 "tokens": int(log[-1]["tokens"]), "tokens_per_s": int(log[-1]["tokens_per_s"]),
-                 "backend": next(w for w in done.stdout.splitlines() if w.startswith("backend")).split()[1],
-                 "machine": meta["machine"], "sample": said.strip()}
+        found = {
+            "model": kind,
+            "seed": seed,
+            "minutes": round(minutes, 2),
+            "val_loss": meta["val_loss"],
+            "bits_per_byte": meta["bits_per_byte"],
+            "density": meta["density"],
+            "tokens": int(log[-1]["tokens"]),
+            "tokens_per_s": int(log[-1]["tokens_per_s"]),
+            "backend": next(w for w in done.stdout.splitlines() if w.startswith("backend")).split()[
+                1
+            ],
+            "machine": meta["machine"],
+            "sample": said.strip(),
+        }
         with atomic_write(facts) as file:
             file.write(json.dumps(found).encode())
     return json.loads(facts.read_text())
@@ -211,8 +289,10 @@ def main():
     if name in ("default", "deps") and not rest or name == "speed" and len(rest) == 2:
         globals()[name](*rest)
     else:
-        raise UserError("name a study, default, deps or speed TEXT RANKS: "
-                        "`python -m crate_mini.studies.train_default default`.")
+        raise UserError(
+            "name a study, default, deps or speed TEXT RANKS: "
+            "`python -m crate_mini.studies.train_default default`."
+        )
 
 
 if __name__ == "__main__":

@@ -36,23 +36,37 @@ def save(path, model, *, tokenizer, training, resume=None):
     resume is nested dicts, lists, tensors and numbers. Raises UserError when the folder or the disk refuses.
     """
     folder = Path(path)
-    meta = {"format": FORMAT, "crate_mini": __version__, "torch": str(torch.__version__),
-            "config": to_dict(model.config), "tokenizer": tokenizer, "training": training, "files": {}}
+    meta = {
+        "format": FORMAT,
+        "crate_mini": __version__,
+        "torch": str(torch.__version__),
+        "config": to_dict(model.config),
+        "tokenizer": tokenizer,
+        "training": training,
+        "files": {},
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         number = 1 + max((int(m[1]) for m in map(DATA.match, os.listdir(folder)) if m), default=0)
         for kind, content in (("weights", model.state_dict()), ("resume", resume)):
             if content is not None:
                 name = f"{kind}-{number}.pt"
-                meta["files"][kind] = {"name": name, "sha256": write_tensors(folder / name, content)}
+                meta["files"][kind] = {
+                    "name": name,
+                    "sha256": write_tensors(folder / name, content),
+                }
         meta["sha256"] = _digest(meta)
-        _sync(folder)  # the data files must have survived a power cut before config.json relies on them
+        _sync(
+            folder
+        )  # the data files must have survived a power cut before config.json relies on them
         with atomic_write(folder / "config.json") as file:
             file.write(json.dumps(meta, indent=2).encode() + b"\n")
         _sync(folder)
     except OSError as error:
-        raise UserError(f"Cannot save a checkpoint in {folder}: {error.strerror or error}; make room or "
-                        "choose another folder.") from None
+        raise UserError(
+            f"Cannot save a checkpoint in {folder}: {error.strerror or error}; make room or "
+            "choose another folder."
+        ) from None
     finally:
         _sweep(folder)
 
@@ -65,8 +79,12 @@ def load(path, device="cpu"):
     path = Path(path)
     if is_foreign(path):  # the tokenizer of all published CRATE-LM and GPT-2 models is GPT-2's
         model = import_foreign(path)
-        meta = {"config": to_dict(model.config), "training": {}, "sha256": fingerprint(model),
-                "tokenizer": {"spec": "gpt2", "hash": GPT2_TOKENIZER}}
+        meta = {
+            "config": to_dict(model.config),
+            "training": {},
+            "sha256": fingerprint(model),
+            "tokenizer": {"spec": "gpt2", "hash": GPT2_TOKENIZER},
+        }
         return model.to(device), meta
     meta, weights = _read(path, "weights")
     return _build(meta["config"], weights, path).to(device), meta
@@ -81,8 +99,10 @@ def check_tokenizer(meta, tokenizer):
     """Raise UserError unless `tokenizer` (name, vocab_size, hash) is what the model of `meta` has seen."""
     known, ids = meta["tokenizer"], meta["config"]["vocab_size"]
     if tokenizer.vocab_size > ids or known.get("hash") not in (None, tokenizer.hash):
-        raise UserError(f"Tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids) is not the one the model "
-                        f"({ids} ids) was trained with; use --tokenizer {known.get('spec')}.")
+        raise UserError(
+            f"Tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids) is not the one the model "
+            f"({ids} ids) was trained with; use --tokenizer {known.get('spec')}."
+        )
 
 
 class _Sink:
@@ -130,7 +150,11 @@ def _sweep(folder):
         meta = _meta(folder) if (folder / "config.json").exists() else {"files": {}}
         keep = {file["name"] for file in meta["files"].values()}
         for name in os.listdir(folder):
-            if DATA.match(name) and name not in keep or re.fullmatch(r"config\.json\.\d+\.tmp", name):
+            if (
+                DATA.match(name)
+                and name not in keep
+                or re.fullmatch(r"config\.json\.\d+\.tmp", name)
+            ):
                 (folder / name).unlink()
 
 
@@ -146,16 +170,24 @@ def _meta(folder):
         meta = json.loads(path.read_bytes())
         version = meta["format"]
     except OSError as error:
-        raise UserError(f"No checkpoint in {folder}{cli.nearest_folder(folder, 'config.json')}: "
-                        f"{error.strerror}; expected a folder that train.py has written, such as "
-                        "out/crate-3L/last.") from None
+        raise UserError(
+            f"No checkpoint in {folder}{cli.nearest_folder(folder, 'config.json')}: "
+            f"{error.strerror}; expected a folder that train.py has written, such as "
+            "out/crate-3L/last."
+        ) from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path} is damaged or not from crate_mini; use another checkpoint.") from None
+        raise UserError(
+            f"{path} is damaged or not from crate_mini; use another checkpoint."
+        ) from None
     if version != FORMAT:
-        raise UserError(f"{path} has format {version!r}, crate_mini {__version__} reads {FORMAT}; use the "
-                        f"version that wrote it, {meta.get('crate_mini')}.")
+        raise UserError(
+            f"{path} has format {version!r}, crate_mini {__version__} reads {FORMAT}; use the "
+            f"version that wrote it, {meta.get('crate_mini')}."
+        )
     if meta.get("sha256") != _digest(meta):
-        raise UserError(f"{path} is damaged or was edited, its sha256 does not fit; use another checkpoint.")
+        raise UserError(
+            f"{path} is damaged or was edited, its sha256 does not fit; use another checkpoint."
+        )
     return meta
 
 
@@ -166,14 +198,18 @@ def _read(folder, *kinds):
         found = [meta["files"][kind] for kind in kinds]
         return [meta, *(read_tensors(folder / file["name"], file["sha256"]) for file in found)]
     except KeyError:
-        raise UserError(f"{folder} holds weights only, so training cannot go on from it; resume from last, "
-                        "not from best.") from None
+        raise UserError(
+            f"{folder} holds weights only, so training cannot go on from it; resume from last, "
+            "not from best."
+        ) from None
     except FileNotFoundError as error:
         if _meta(folder)["sha256"] == meta["sha256"]:
             raise UserError(f"{error.filename} is missing; use another checkpoint.") from None
         return _read(folder, *kinds)
     except OSError as error:
-        raise UserError(f"Cannot read {error.filename}: {error.strerror}; use another checkpoint.") from None
+        raise UserError(
+            f"Cannot read {error.filename}: {error.strerror}; use another checkpoint."
+        ) from None
 
 
 def read_tensors(path, sha256):
@@ -196,5 +232,7 @@ def _build(config, weights, source):
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip().rstrip(".")
-        raise UserError(f"{source}: weights and config do not fit ({reason}); use another one.") from None
+        raise UserError(
+            f"{source}: weights and config do not fit ({reason}); use another one."
+        ) from None
     return model.eval()

@@ -19,9 +19,20 @@ from crate_mini import UserError
 from crate_mini.model import LM
 
 PEAKS = {  # dense bf16 tensor-core FLOP/s of the data sheets; the first name found in the device's name wins
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-    "L4": 121e12, "A10": 125e12, "RTX A6000": 155e12, "RTX A5000": 111e12, "RTX 5090": 209e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12}
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX A6000": 155e12,
+    "RTX A5000": 111e12,
+    "RTX 5090": 209e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
 
 
 def choose_device(spec="auto"):
@@ -34,7 +45,9 @@ def choose_device(spec="auto"):
             raise RuntimeError
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise UserError(f"--device {spec!r} is not available here; use --device cpu or leave it out.") from e
+        raise UserError(
+            f"--device {spec!r} is not available here; use --device cpu or leave it out."
+        ) from e
     return device
 
 
@@ -46,7 +59,7 @@ def product_rate(device, dtype, n=1024, repeats=5):
         start = time.perf_counter()
         a @ a
         best = min(best, time.perf_counter() - start)
-    return 2 * n ** 3 / best
+    return 2 * n**3 / best
 
 
 def choose_dtype(device, spec="auto"):
@@ -78,7 +91,10 @@ def choose_compile(device, spec="auto"):
         return False, "Triton, which it needs on a GPU, is not installed"
     if device.type == "cuda":
         return True, "fuses what lies between the products; the first step takes about a minute"
-    return False, "on a CPU it costs half a minute at start and gains nothing over the ops' own kernels"
+    return (
+        False,
+        "on a CPU it costs half a minute at start and gains nothing over the ops' own kernels",
+    )
 
 
 def keep_memory():
@@ -90,8 +106,9 @@ def keep_memory():
     if sys.platform != "linux":
         return False
     import ctypes
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)                # absent in musl
-    trim, mmap = -1, -3                                                  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent in musl
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
     return bool(mallopt and mallopt(mmap, 1 << 30) and mallopt(trim, (1 << 31) - 1))
 
 
@@ -115,6 +132,7 @@ def peak_memory(device):
     if sys.platform == "win32":
         return 0
     import resource
+
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
 
@@ -126,7 +144,7 @@ def total_memory(device):
     found = []
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):          # control groups 2 and 1
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups 2 and 1
         with suppress(OSError, ValueError):
             found.append(int(Path("/sys/fs/cgroup", name).read_text()))
     return min(found, default=None)
@@ -149,21 +167,34 @@ def check_memory(config, rows, device, dtype):
     rows: sequences that go through at a time. Raises UserError.
     """
     with torch.device("meta"):
-        weights = 16 * sum(w.numel() for w in LM(config).parameters())   # with gradient and Adam's moments
+        weights = 16 * sum(
+            w.numel() for w in LM(config).parameters()
+        )  # with gradient and Adam's moments
     kept, there = activation_bytes(config, rows, dtype), total_memory(device)
     if there and weights + kept > there:
-        cure = ("--micro-batch or --block-size" if weights < there else
-                "--n-embd, --n-layer, --expansion or --vocab-size")
-        raise UserError(f"training needs about {weights / 2 ** 30:,.0f} GiB for weights and "
-                        f"{kept / 2 ** 30:,.0f} for activations, and {device} has {there / 2 ** 30:,.0f}; "
-                        f"lower {cure}.")
+        cure = (
+            "--micro-batch or --block-size"
+            if weights < there
+            else "--n-embd, --n-layer, --expansion or --vocab-size"
+        )
+        raise UserError(
+            f"training needs about {weights / 2**30:,.0f} GiB for weights and "
+            f"{kept / 2**30:,.0f} for activations, and {device} has {there / 2**30:,.0f}; "
+            f"lower {cure}."
+        )
 
 
 def describe(device):
     """What evidence must name: processor or GPU, cores in use, versions, commit. A JSON-able dict."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "python": platform.python_version(), "system": platform.system(), "commit": commit()}
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "commit": commit(),
+    }
 
 
 def processor():
@@ -171,7 +202,9 @@ def processor():
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
-            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+            name = next(
+                (line.split(":")[1].strip() for line in file if line.startswith("model name")), name
+            )
     return f"{name}, {os.cpu_count()} cores"
 
 
@@ -180,9 +213,12 @@ def commit():
     checkout."""
     git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True,
-                              check=True).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!results"]).returncode
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD", "--", ".", ":!results"]
+        ).returncode
         return head + "+" * (changed != 0)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

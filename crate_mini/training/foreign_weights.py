@@ -21,21 +21,56 @@ import torch
 from crate_mini import UserError
 from crate_mini.model import KINDS, LM, Config
 
-GPT = {"attention.norm": "ln_1", "attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj",
-       "sparsifier.norm": "ln_2", "sparsifier.fc": "mlp.c_fc", "sparsifier.proj": "mlp.c_proj"}
+GPT = {
+    "attention.norm": "ln_1",
+    "attention.qkv": "attn.c_attn",
+    "attention.out": "attn.c_proj",
+    "sparsifier.norm": "ln_2",
+    "sparsifier.fc": "mlp.c_fc",
+    "sparsifier.proj": "mlp.c_proj",
+}
 LAYOUTS = {  # names in a block, ours and theirs; endings of what is stored transposed; the Config it implies
-    "crate": ({"attention.norm": "prenorm_1", "attention.U": "attn.c_attn.weight",
-               "attention.out": "attn.c_proj", "sparsifier.norm": "prenorm_2", "sparsifier.D": "ista.weight"},
-              ("c_attn.weight", "ista.weight"), {**KINDS["crate"], "bias": True}),
+    "crate": (
+        {
+            "attention.norm": "prenorm_1",
+            "attention.U": "attn.c_attn.weight",
+            "attention.out": "attn.c_proj",
+            "sparsifier.norm": "prenorm_2",
+            "sparsifier.D": "ista.weight",
+        },
+        ("c_attn.weight", "ista.weight"),
+        {**KINDS["crate"], "bias": True},
+    ),
     "gpt": (GPT, (), KINDS["gpt2"]),
-    "hf": (GPT, ("c_attn.weight", "c_proj.weight", "c_fc.weight"),
-           {**KINDS["gpt2"], "bias": True, "activation": "gelu"})}
-HEADS = {128: 4, 768: 12, 1024: 16, 1280: 20, 1600: 25}  # by width, of published CRATE-LM and GPT-2 models
-HF_FACTS = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-            "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+    "hf": (
+        GPT,
+        ("c_attn.weight", "c_proj.weight", "c_fc.weight"),
+        {**KINDS["gpt2"], "bias": True, "activation": "gelu"},
+    ),
+}
+HEADS = {
+    128: 4,
+    768: 12,
+    1024: 16,
+    1280: 20,
+    1600: 25,
+}  # by width, of published CRATE-LM and GPT-2 models
+HF_FACTS = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def is_foreign(path):
@@ -56,7 +91,9 @@ def import_foreign(source, **changes):
     layout, config = _recognise(theirs, where)
     n_head = facts.get("n_head", HEADS.get(config["n_embd"])) if isinstance(facts, dict) else None
     if n_head is None and "n_head" not in changes:
-        raise UserError(f"{where} does not tell its number of heads; use import_foreign(path, n_head=...).")
+        raise UserError(
+            f"{where} does not tell its number of heads; use import_foreign(path, n_head=...)."
+        )
     with torch.device("meta"):
         model = LM(Config(**{**config, "n_head": n_head, **changes}))
     ours = {}
@@ -65,12 +102,16 @@ def import_foreign(source, **changes):
         value, shape = theirs.pop(key, None), like.shape[::-1] if transposed else like.shape
         if value is None or value.shape != shape:
             found = "nothing" if value is None else tuple(value.shape)
-            raise UserError(f"{where}: expected {key} of shape {tuple(shape)} for a {layout} model, found "
-                            f"{found}; fetch it again.")
+            raise UserError(
+                f"{where}: expected {key} of shape {tuple(shape)} for a {layout} model, found "
+                f"{found}; fetch it again."
+            )
         value = value.T if transposed else value
         ours[name] = value.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if theirs:
-        raise UserError(f"{where} has {next(iter(theirs))!r}, for which a {layout} model has no place.")
+        raise UserError(
+            f"{where} has {next(iter(theirs))!r}, for which a {layout} model has no place."
+        )
     model.load_state_dict(ours, assign=True)
     return model.eval()
 
@@ -89,13 +130,19 @@ def export_foreign(model):
     Raises UserError for a model with a variant that the layout does not know.
     """
     config = model.config
-    layout = "crate" if config.sparsifier == "ista" else "hf" if config.activation == "gelu" else "gpt"
-    free = ["vocab_size", "block_size", "n_layer", "n_head", "n_embd", "l1"] + ["bias"] * (layout == "gpt")
+    layout = (
+        "crate" if config.sparsifier == "ista" else "hf" if config.activation == "gelu" else "gpt"
+    )
+    free = ["vocab_size", "block_size", "n_layer", "n_head", "n_embd", "l1"] + ["bias"] * (
+        layout == "gpt"
+    )
     plain = Config(**{**LAYOUTS[layout][2], **{name: getattr(config, name) for name in free}})
     for f in fields(Config):
         if getattr(config, f.name) != getattr(plain, f.name):
-            raise UserError(f"{f.name}={getattr(config, f.name)!r} has no place in a {layout} checkpoint, "
-                            f"which implies {getattr(plain, f.name)!r}; export a model without it.")
+            raise UserError(
+                f"{f.name}={getattr(config, f.name)!r} has no place in a {layout} checkpoint, "
+                f"which implies {getattr(plain, f.name)!r}; export a model without it."
+            )
     theirs = {}
     for name, value in model.state_dict().items():
         key, transposed = _theirs(name, layout)
@@ -109,7 +156,7 @@ def _theirs(name, layout):
     if name.startswith("blocks."):
         _, i, part = name.split(".", 2)
         ours = next(ours for ours in table if part.startswith(ours))
-        key = f"transformer.h.{i}.{table[ours]}{part[len(ours):]}"
+        key = f"transformer.h.{i}.{table[ours]}{part[len(ours) :]}"
     else:
         stem, kind = name.split(".")
         key = f"transformer.{dict(tokens='wte', positions='wpe', norm='ln_f')[stem]}.{kind}"
@@ -118,8 +165,12 @@ def _theirs(name, layout):
 
 def _tidy(theirs, where):
     """Their tensors under plain names, without wrappers' prefixes, mask buffers, and the tied head's copy."""
-    if not isinstance(theirs, dict) or not all(isinstance(value, torch.Tensor) for value in theirs.values()):
-        raise UserError(f"{where} holds no state_dict; expected tensors by name, or model=tensors by name.")
+    if not isinstance(theirs, dict) or not all(
+        isinstance(value, torch.Tensor) for value in theirs.values()
+    ):
+        raise UserError(
+            f"{where} holds no state_dict; expected tensors by name, or model=tensors by name."
+        )
     tidy = {}
     for key, value in theirs.items():
         key = str(key).removeprefix("module.").removeprefix("_orig_mod.")
@@ -128,28 +179,46 @@ def _tidy(theirs, where):
         if not key.endswith((".attn.bias", ".attn.masked_bias")):
             tidy[key] = value
     head = tidy.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head.float(), tidy.get("transformer.wte.weight", head).float()):
-        raise UserError(f"{where} has a head of its own; only heads tied to the embedding can be imported.")
+    if head is not None and not torch.equal(
+        head.float(), tidy.get("transformer.wte.weight", head).float()
+    ):
+        raise UserError(
+            f"{where} has a head of its own; only heads tied to the embedding can be imported."
+        )
     return tidy
 
 
 def _recognise(theirs, where):
     """(layout, Config fields that names and shapes tell)."""
     try:
-        (vocab, d), context = theirs["transformer.wte.weight"].shape, len(theirs["transformer.wpe.weight"])
+        (vocab, d), context = (
+            theirs["transformer.wte.weight"].shape,
+            len(theirs["transformer.wpe.weight"]),
+        )
         attn = theirs["transformer.h.0.attn.c_attn.weight"].shape
         crate = "transformer.h.0.ista.weight" in theirs
-        h = theirs["transformer.h.0.ista.weight" if crate else "transformer.h.0.mlp.c_fc.weight"].numel() // d
+        h = (
+            theirs[
+                "transformer.h.0.ista.weight" if crate else "transformer.h.0.mlp.c_fc.weight"
+            ].numel()
+            // d
+        )
     except (KeyError, ValueError, ZeroDivisionError):
         found = str([*theirs][:3])[1:-1] or "nothing"
-        raise UserError(f"{where} is no CRATE-LM, nanoGPT or GPT-2 model: expected transformer.wte.weight"
-                        f" and so on, found {found}; of one of ours, give the folder.") from None
+        raise UserError(
+            f"{where} is no CRATE-LM, nanoGPT or GPT-2 model: expected transformer.wte.weight"
+            f" and so on, found {found}; of one of ours, give the folder."
+        ) from None
     layout = "crate" if crate else "gpt" if attn == (3 * d, d) else "hf"
     if layout == "crate" and h != 4 * d:
-        raise UserError(f"{where} has {h} codes at width {d}, expected {4 * d}: only models of "
-                        "crate_overcomplete.py can be imported, those of crate.py compute something else.")
+        raise UserError(
+            f"{where} has {h} codes at width {d}, expected {4 * d}: only models of "
+            "crate_overcomplete.py can be imported, those of crate.py compute something else."
+        )
     layers = {key.split(".")[2] for key in theirs if key.startswith("transformer.h.")}
-    config = dict(vocab_size=vocab, block_size=context, n_layer=len(layers), n_embd=d, expansion=h // d)
+    config = dict(
+        vocab_size=vocab, block_size=context, n_layer=len(layers), n_embd=d, expansion=h // d
+    )
     return layout, {**LAYOUTS[layout][2], **config, "bias": "transformer.ln_f.bias" in theirs}
 
 
@@ -161,19 +230,28 @@ def _open(path):
             facts = json.loads((path / "config.json").read_bytes())
             for name, known in HF_FACTS.items():
                 if facts.get(name, known) != known:
-                    raise UserError(f"{path}/config.json has {name}={facts[name]!r}; only GPT-2 with "
-                                    f"{known!r} can be imported.")
+                    raise UserError(
+                        f"{path}/config.json has {name}={facts[name]!r}; only GPT-2 with "
+                        f"{known!r} can be imported."
+                    )
             path = next(path / name for name in HF_FILES if (path / name).is_file())
-        content = _safetensors(path) if path.suffix == ".safetensors" else \
-            torch.load(path, map_location="cpu", weights_only=True)
+        content = (
+            _safetensors(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror or error}; expected a checkpoint.") from None
+        raise UserError(
+            f"Cannot read {path}: {error.strerror or error}; expected a checkpoint."
+        ) from None
     except Exception as error:  # damaged files fail in any way inside torch, json and pickle
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise UserError(f"{path} would have to run code to load and was refused; where you trust it, "
-                            "save its tensors alone: torch.save(model.state_dict(), path).") from None
+            raise UserError(
+                f"{path} would have to run code to load and was refused; where you trust it, "
+                "save its tensors alone: torch.save(model.state_dict(), path)."
+            ) from None
         advice = "give the folder that it is in" if path.suffix == ".json" else "fetch it again"
         raise UserError(f"{path} is damaged, truncated or no checkpoint; {advice}.") from None
     if not isinstance(content, dict):
@@ -187,6 +265,9 @@ def _safetensors(path):
         table = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         data = bytearray(file.read())
     table.pop("__metadata__", None)
-    return {name: torch.frombuffer(data, dtype=DTYPES[t["dtype"]], count=math.prod(t["shape"]),
-                                   offset=t["data_offsets"][0]).reshape(t["shape"])
-            for name, t in table.items()}
+    return {
+        name: torch.frombuffer(
+            data, dtype=DTYPES[t["dtype"]], count=math.prod(t["shape"]), offset=t["data_offsets"][0]
+        ).reshape(t["shape"])
+        for name, t in table.items()
+    }

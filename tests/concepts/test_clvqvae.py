@@ -51,21 +51,25 @@ def planted(S=60, d=8, seed=0, upper=6):
 
 # ---- the quantiser ---------------------------------------------------------------------------------------
 
+
 def test_ema_equals_its_closed_form():
     """For fixed assignments: M by its geometric sum, N by its recursion written out in float64."""
     g, eps, K, d, steps = 0.9, 1e-3, 4, 3, 12
     e = torch.randn(K, d, generator=draw())
     book = Codebook(e, decay=g, eps=eps)
     zs = [torch.randn(10, d, generator=draw(i)) for i in range(steps)]
-    indices = [torch.randint(0, K - 1, (10,), generator=draw(i)) for i in range(steps)]   # the last: never
+    indices = [
+        torch.randint(0, K - 1, (10,), generator=draw(i)) for i in range(steps)
+    ]  # the last: never
     N = np.ones(K)
     for z, index in zip(zs, indices):
         book.update(z, index)
         N = g * N + (1 - g) * np.bincount(index, minlength=K)
         N = (N + eps) / (N.sum() + K * eps) * N.sum()
     hot = [F.one_hot(index, K).double() for index in indices]
-    M = g ** steps * e.double() + sum((1 - g) * g ** (steps - 1 - t) * hot[t].T @ zs[t].double()
-                                      for t in range(steps))
+    M = g**steps * e.double() + sum(
+        (1 - g) * g ** (steps - 1 - t) * hot[t].T @ zs[t].double() for t in range(steps)
+    )
     assert torch.allclose(book.M.double(), M, atol=1e-6)
     assert np.allclose(book.N.numpy(), N, rtol=1e-5)
     assert torch.allclose(book.e.double(), M / torch.from_numpy(N)[:, None], atol=1e-5)
@@ -89,7 +93,7 @@ def test_sampling_frequencies_match_the_softmax():
     p /= p.sum()
     index, entropy = book.draw(z.expand(20000, 4), draw(2))
     seen = torch.bincount(index, minlength=9)
-    assert seen.sum() == seen[near].sum() == 20000                      # none beyond the five nearest
+    assert seen.sum() == seen[near].sum() == 20000  # none beyond the five nearest
     assert ((seen[near] - 20000 * p) ** 2 / (20000 * p)).sum() < 18.47
     assert entropy.item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-4)
 
@@ -103,9 +107,14 @@ def test_one_nearest_code_is_plain_vq():
         before = model.codebook.e.clone()
         out = model(x, real, draw(seed))
         z = model.encoder(x[real])
-        assert torch.equal(out["index"], torch.cdist(z, before).argmin(1)) and abs(out["entropy"]) < 1e-6
+        assert (
+            torch.equal(out["index"], torch.cdist(z, before).argmin(1))
+            and abs(out["entropy"]) < 1e-6
+        )
         clvqvae.loss(out, y, 0.1).backward()
-        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        found.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
     assert torch.equal(*found)
     model = build(topk=4)
     model.codebook.temperature = 1e3
@@ -124,7 +133,9 @@ def test_the_gradient_goes_straight_through():
     q = out["e"].clone().requires_grad_()
     F.mse_loss(model.decode(z.detach(), q, real), y).backward()
     assert q.grad.abs().max() > 1e-4
-    assert torch.allclose(z.grad, q.grad + beta * 2 * (z - out["e"]).detach() / z.numel(), atol=1e-6)
+    assert torch.allclose(
+        z.grad, q.grad + beta * 2 * (z - out["e"]).detach() / z.numel(), atol=1e-6
+    )
 
 
 def test_codes_move_in_training_before_they_are_read_and_never_in_evaluation():
@@ -151,15 +162,26 @@ def test_the_encoder_mixes_by_its_share():
 
 # ---- words, padding, masks -------------------------------------------------------------------------------
 
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 3),
-       st.sampled_from(["causal", "none"]), st.sampled_from(["q", "z"]), st.integers(0, 99))
+
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    st.integers(0, 3),
+    st.sampled_from(["causal", "none"]),
+    st.sampled_from(["q", "z"]),
+    st.integers(0, 99),
+)
 def test_padding_and_neighbours_change_nothing(lengths, extra, mask, memory, seed):
     model, (x, real) = build(mask=mask, memory=memory).eval(), words(lengths, seed=seed)
     out = model(x, real)
-    assert out["y"].shape == (sum(lengths), 5) and out["z"].shape == out["e"].shape == (sum(lengths), 8)
+    assert out["y"].shape == (sum(lengths), 5) and out["z"].shape == out["e"].shape == (
+        sum(lengths),
+        8,
+    )
     wide = model(F.pad(x, (0, 0, 0, extra), value=7.0), F.pad(real, (0, extra)))
-    assert torch.allclose(out["y"], wide["y"], atol=1e-5) and torch.equal(out["index"], wide["index"])
-    alone = [model(x[i:i + 1, :n], real[i:i + 1, :n])["y"] for i, n in enumerate(lengths)]
+    assert torch.allclose(out["y"], wide["y"], atol=1e-5) and torch.equal(
+        out["index"], wide["index"]
+    )
+    alone = [model(x[i : i + 1, :n], real[i : i + 1, :n])["y"] for i, n in enumerate(lengths)]
     assert torch.allclose(out["y"], torch.cat(alone), atol=1e-5)
 
 
@@ -204,6 +226,7 @@ def test_batches_hand_out_every_word_once(size, S, seed):
 
 # ---- training --------------------------------------------------------------------------------------------
 
+
 def test_scales_are_of_the_training_words_alone():
     v = planted()
     train = v.rows("train")
@@ -217,11 +240,15 @@ def test_scales_are_of_the_training_words_alone():
 def test_weight_decay_is_of_matrices(monkeypatch):
     made = []
     adam = torch.optim.Adam
-    monkeypatch.setattr(torch.optim, "Adam", lambda groups, lr: made.append(adam(groups, lr)) or made[0])
+    monkeypatch.setattr(
+        torch.optim, "Adam", lambda groups, lr: made.append(adam(groups, lr)) or made[0]
+    )
     clvqvae.fit(planted(), Settings(codes=4, heads=2, epochs=1, weight_decay=0.25))
     matrices, others = made[0].param_groups
     assert (matrices["weight_decay"], others["weight_decay"]) == (0.25, 0)
-    assert {p.ndim > 1 for p in matrices["params"]} == {True} and {p.ndim for p in others["params"]} <= {0, 1}
+    assert {p.ndim > 1 for p in matrices["params"]} == {True} and {
+        p.ndim for p in others["params"]
+    } <= {0, 1}
 
 
 def test_training_learns_the_planted_concepts():
@@ -256,15 +283,19 @@ def test_training_keeps_the_best_epoch_and_stops():
     best = int(np.argmin(losses))
     assert len(losses) == best + 3 < 30
     stop, train = (Words(v, split, "upper", model.scale) for split in ("stop", "train"))
-    assert clvqvae.evaluate(model, stop, train.y.mean(0))["loss"] == pytest.approx(losses[best], rel=1e-5)
+    assert clvqvae.evaluate(model, stop, train.y.mean(0))["loss"] == pytest.approx(
+        losses[best], rel=1e-5
+    )
 
 
 def test_dead_codes_start_anew_only_where_asked():
     """Codes far from all words are never chosen; revived ones are."""
     v, far = planted(), np.full((6, 8), 500.0, np.float32)
     far[0] = v.lower.mean(0)
-    active = {revive: clvqvae.fit(v, replace(SMALL, topk=1, revive=revive), start=far)[1][-1]["active"]
-              for revive in (False, True)}
+    active = {
+        revive: clvqvae.fit(v, replace(SMALL, topk=1, revive=revive), start=far)[1][-1]["active"]
+        for revive in (False, True)
+    }
     assert active[False] == 1 < active[True]
 
 
@@ -279,17 +310,28 @@ def test_frozen_codes_stay_and_have_no_encoder():
 def test_shuffled_codes_spoil_what_depends_on_codes():
     v = planted()
     model, _ = clvqvae.fit(v, replace(SMALL, codes=2, epochs=25, batch=4))
-    test, mean = Words(v, "test", "upper", model.scale), Words(v, "train", "upper", model.scale).y.mean(0)
+    test, mean = (
+        Words(v, "test", "upper", model.scale),
+        Words(v, "train", "upper", model.scale).y.mean(0),
+    )
     whole = clvqvae.evaluate(model, test, mean)["explained"]
     assert clvqvae.evaluate(model, test, mean, draw())["explained"] < 0.5 < 0.9 < whole
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"heads": 3}, "heads 3 do not divide the vectors' width 8; use heads 2"),
-    ({"codes": 10 ** 6}, "1000000 codes cannot be made of"), ({"memory": "x"}, "memory 'x' is unknown"),
-    ({"mask": "anti"}, "choose causal or none"), ({"temperature": 0.0}, "temperature 0.0 must be"),
-    ({"lr": math.nan}, "lr nan"), ({"decay": 1.0}, "between 0 and 1"), ({"layers": 0}, "layers 0 must be"),
-    ({"lr": 1e30}, "diverged; try a lower lr")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"heads": 3}, "heads 3 do not divide the vectors' width 8; use heads 2"),
+        ({"codes": 10**6}, "1000000 codes cannot be made of"),
+        ({"memory": "x"}, "memory 'x' is unknown"),
+        ({"mask": "anti"}, "choose causal or none"),
+        ({"temperature": 0.0}, "temperature 0.0 must be"),
+        ({"lr": math.nan}, "lr nan"),
+        ({"decay": 1.0}, "between 0 and 1"),
+        ({"layers": 0}, "layers 0 must be"),
+        ({"lr": 1e30}, "diverged; try a lower lr"),
+    ],
+)
 def test_settings_that_cannot_be_are_told(changes, words):
     with pytest.raises(UserError, match=words) as told:
         clvqvae.fit(planted(), replace(SMALL, **changes))

@@ -15,7 +15,10 @@ from crate_mini.concepts.classifier import Classifier, encode
 from crate_mini.concepts.types import SPLITS, Codes, Vectors
 from crate_mini.data import batches as data
 
-D, TEXTS = 32, ["It's a fine, fine film!", "one", "never  seen\nsuch a thing before; not at all (2 of 10)"]
+D, TEXTS = (
+    32,
+    ["It's a fine, fine film!", "one", "never  seen\nsuch a thing before; not at all (2 of 10)"],
+)
 
 
 @pytest.fixture(scope="module", params=["crate", "gpt2", "crate+"])
@@ -26,23 +29,31 @@ def small(request):
         lm = model.LM(model.preset("3L", request.param, n_embd=D, block_size=64, vocab_size=512))
         for w in lm.parameters():
             w.data = w.data + 0.05 * torch.randn_like(w)
-    found = Classifier(lm, 3, torch.Generator().manual_seed(1)).double().eval().requires_grad_(False)
+    found = (
+        Classifier(lm, 3, torch.Generator().manual_seed(1)).double().eval().requires_grad_(False)
+    )
     found.head.weight.mul_(30)
     return found, data.load_tokenizer("pydocs:511")
 
 
 # ---- words -----------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("cut", ["start", "end"])
 @pytest.mark.parametrize("length", [7, 40])
 def test_words_are_read_as_the_classifier_reads(small, cut, length):
     tokenizer = small[1]
-    text, (ids, lengths) = states.read(tokenizer, TEXTS, length, cut), encode(tokenizer, TEXTS, length, cut)
+    text, (ids, lengths) = (
+        states.read(tokenizer, TEXTS, length, cut),
+        encode(tokenizer, TEXTS, length, cut),
+    )
     assert torch.equal(text.ids, ids) and torch.equal(text.lengths, lengths)
     assert "\n" not in "".join(text.words[2]) and "" not in text.words[2]
     for s in range(3):
         at, number = text.ends(s)
-        assert number.tolist() == list(range(len(text.words[s])))       # no word that the classifier misses
+        assert number.tolist() == list(
+            range(len(text.words[s]))
+        )  # no word that the classifier misses
         for end, word in zip(at, text.words[s]):
             own = np.flatnonzero(text.number[s] == text.number[s, end])
             read = tokenizer.decode(text.ids[s, own].tolist()).strip()
@@ -57,8 +68,13 @@ def labelled(n=60):
     texts = [" ".join(rng.choice(["red", "blue", "green", "tea"], 6)) for _ in range(n)]
     texts[0] += " rare"
     split = np.arange(n) % 5
-    return SimpleNamespace(texts=texts, label=np.arange(n) % 2, classes=["a", "b"],
-                           split=np.where(split == 4, 2, np.where(split == 3, 1, 0)), facts={})
+    return SimpleNamespace(
+        texts=texts,
+        label=np.arange(n) % 2,
+        classes=["a", "b"],
+        split=np.where(split == 4, 2, np.where(split == 3, 1, 0)),
+        facts={},
+    )
 
 
 def test_vectors_hold_the_states_and_follow_the_filter(small):
@@ -71,7 +87,7 @@ def test_vectors_hold_the_states_and_follow_the_filter(small):
         counts[name][v.vocabulary[word]] = counts[name].get(v.vocabulary[word], 0) + 1
     assert "rare" not in counts["train"] and set(counts["train"].values()) == {5}
     assert set(counts["stop"].values()) == {5}
-    for s in np.flatnonzero(found.split == SPLITS["test"]):         # every word of every test text
+    for s in np.flatnonzero(found.split == SPLITS["test"]):  # every word of every test text
         assert [v.vocabulary[w] for w in v.word[v.sentence == s]] == text.words[s]
     whole = lm.states(text.ids)
     for i in range(0, len(v.word), 37):
@@ -89,6 +105,7 @@ def test_vectors_hold_the_states_and_follow_the_filter(small):
 
 # ---- salience --------------------------------------------------------------------------------------------
 
+
 def test_attributions_are_complete(small):
     lm, tokenizer = small
     ids, lengths = encode(tokenizer, TEXTS, 40, "start")
@@ -101,26 +118,34 @@ def test_attributions_are_complete(small):
         base = lm(torch.full_like(ids, tokenizer.eot), lengths)
         want = (lm(ids, lengths) - base).gather(1, predicted[:, None])[:, 0]
         torch.testing.assert_close(difference, want)
-        assert all((row[n:] == 0).all() for row, n in zip(by_token, lengths))   # nothing at padding
+        assert all((row[n:] == 0).all() for row, n in zip(by_token, lengths))  # nothing at padding
 
 
 def test_the_salient_word_is_the_one_that_is_read():
     """A linear classifier without blocks: the attribution is the logit's own term."""
     lm = model.LM(model.preset("1L", n_embd=8, n_head=2, block_size=16, vocab_size=300))
     found = Classifier(lm, 2).eval().requires_grad_(False)
-    found.onward = lambda z, layer, lengths: (torch.stack([z[..., 0].sum(1), -z[..., 0].sum(1)], 1), None)
+    found.onward = lambda z, layer, lengths: (
+        torch.stack([z[..., 0].sum(1), -z[..., 0].sum(1)], 1),
+        None,
+    )
     text = states.read(data.load_tokenizer("bytes"), ["a b c", "  ", "b e b d"], 10, "start")
     with torch.no_grad():
         lm.tokens.weight.zero_()
         lm.positions.weight.zero_()
         lm.tokens.weight[ord("b"), 0], lm.tokens.weight[ord("d"), 0] = 2.0, -3.0
     got = salience.salience(found, text, np.arange(3), 0)
-    assert got.position.tolist() == [1, -1, 3]      # what speaks against the class counts by its size too
+    assert got.position.tolist() == [
+        1,
+        -1,
+        3,
+    ]  # what speaks against the class counts by its size too
     assert got.predicted[0] == 0
     assert got.difference[0] == pytest.approx(2.0) and got.facts(16)["gap_max"] < 1e-5
 
 
 # ---- cuts ------------------------------------------------------------------------------------------------
+
 
 @given(st.integers(1, 6), st.integers(2, 9), st.integers(0, 99))
 def test_a_cut_removes_exactly_one_direction(n, d, seed):
@@ -129,8 +154,8 @@ def test_a_cut_removes_exactly_one_direction(n, d, seed):
     u = ablate.unit(u)
     cut = ablate.without(h, u)
     torch.testing.assert_close((cut * u).sum(1), torch.zeros(n, dtype=torch.float64))
-    torch.testing.assert_close(ablate.without(cut, u), cut)             # twice is once
-    torch.testing.assert_close(h - cut, (h * u).sum(1, keepdim=True) * u)       # nothing else has moved
+    torch.testing.assert_close(ablate.without(cut, u), cut)  # twice is once
+    torch.testing.assert_close(h - cut, (h * u).sum(1, keepdim=True) * u)  # nothing else has moved
     P = torch.eye(d, dtype=torch.float64) - u[0][:, None] * u[0]
     assert torch.linalg.matrix_rank(P) == d - 1
     assert torch.equal(ablate.without(h, ablate.unit(torch.zeros_like(u))), h)
@@ -141,7 +166,9 @@ def test_partners_are_whom_they_should_be(seed):
     label = torch.tensor([0, 1, 1, 0, 2, 2, 1])
     found, n = ablate.partners(label, seed), len(label)
     assert all((j != np.arange(n)).all() for j in found.values())
-    assert (label[found["same class"]] == label).all() and (label[found["other class"]] != label).all()
+    assert (label[found["same class"]] == label).all() and (
+        label[found["other class"]] != label
+    ).all()
 
 
 def test_a_text_without_a_partner_is_told():
@@ -154,17 +181,30 @@ def test_directions_are_what_their_names_say():
     g, n, seed = torch.Generator().manual_seed(0), 12, 3
     x, label = torch.randn(2 * n, 5, generator=g).numpy(), torch.arange(n) % 3
     split = np.array([SPLITS["train"], SPLITS["test"]] * n)
-    v = Vectors(x, x[::-1], np.arange(2 * n), np.zeros(2 * n), np.zeros(2 * n), np.arange(2 * n) % 3, split,
-                ["w"])
-    codes = Codes("all", 0, np.arange(2 * n)[::-1].copy(), torch.randn(2 * n, 5, generator=g).numpy())
+    v = Vectors(
+        x,
+        x[::-1],
+        np.arange(2 * n),
+        np.zeros(2 * n),
+        np.zeros(2 * n),
+        np.arange(2 * n) % 3,
+        split,
+        ["w"],
+    )
+    codes = Codes(
+        "all", 0, np.arange(2 * n)[::-1].copy(), torch.randn(2 * n, 5, generator=g).numpy()
+    )
     row = np.flatnonzero(v.rows("test"))
     found = ablate.Items(row, row, None, None, label, torch.zeros(n, 5), None)
     got, equal = ablate.code_directions(codes, v, found, seed)
     of, partner = codes.assignment[row], ablate.partners(label, seed)
     mean = codes.centroids[codes.assignment[v.rows("train")]].mean(0)
-    want = {"own": codes.centroids[of], "centred": codes.centroids[of] - mean,
-            "centred, another": codes.centroids[of[partner["another"]]] - mean,
-            **{name: codes.centroids[of[j]] for name, j in partner.items()}}
+    want = {
+        "own": codes.centroids[of],
+        "centred": codes.centroids[of] - mean,
+        "centred, another": codes.centroids[of[partner["another"]]] - mean,
+        **{name: codes.centroids[of[j]] for name, j in partner.items()},
+    }
     assert set(got) == set(want) == set(ablate.OF_CODES) and set(equal.values()) == {0.0}
     shared = ablate.shared_directions(v, found, seed)
     want |= {"mean": np.tile(x[v.rows("train")].mean(0), (n, 1)), "raw": x[row]}
@@ -176,8 +216,15 @@ def test_the_model_without_a_direction_is_what_the_whole_pass_gives(small):
     lm, tokenizer = small
     ids, lengths = encode(tokenizer, TEXTS + ["two words", "again such"], 40, "start")
     n, layer = len(ids), 1
-    found = ablate.Items(np.arange(n), np.arange(n), ids, lengths, torch.zeros(n), torch.zeros(n, D),
-                         torch.zeros(n, D))
+    found = ablate.Items(
+        np.arange(n),
+        np.arange(n),
+        ids,
+        lengths,
+        torch.zeros(n),
+        torch.zeros(n, D),
+        torch.zeros(n, D),
+    )
     above, g = ablate.Above(lm, found, layer, size=2), torch.Generator().manual_seed(0)
     us = [ablate.unit(torch.randn(n, D, generator=g, dtype=torch.float64)) for _ in range(2)]
     z = lm.states(ids, layer)
@@ -194,11 +241,12 @@ def test_the_model_without_a_direction_is_what_the_whole_pass_gives(small):
 
 # ---- probes ----------------------------------------------------------------------------------------------
 
+
 def test_folds_are_stratified_and_no_text_is_judged_by_a_probe_that_saw_it():
     label = np.repeat([0, 1], [60, 30])
     fold = probe.deal(label, 10, 0)
     assert all(np.bincount(label[fold == f]).tolist() == [6, 3] for f in range(10))
-    g = torch.Generator().manual_seed(0)        # noise with random labels: nothing to learn but by heart
+    g = torch.Generator().manual_seed(0)  # noise with random labels: nothing to learn but by heart
     h, label = torch.randn(200, 64, generator=g), torch.randint(2, (200,), generator=g)
     right = probe.Probes(h, label, 2, 10).right(h)
     assert 0.35 < right.mean() < 0.65
@@ -240,16 +288,27 @@ def planted(n=240, share=4.0):
     words = share * sign * u + 0.3 * torch.randn(n, D, generator=g)
     split = np.full(n, SPLITS["test"])
     split[: n // 6] = SPLITS["train"]
-    v = Vectors(words.numpy(), words.numpy(), np.arange(n), label.numpy(), np.zeros(n), label.numpy(), split,
-                ["bad", "good"], ["neg", "pos"], {"layers": [1, 1]})
+    v = Vectors(
+        words.numpy(),
+        words.numpy(),
+        np.arange(n),
+        label.numpy(),
+        np.zeros(n),
+        label.numpy(),
+        split,
+        ["bad", "good"],
+        ["neg", "pos"],
+        {"layers": [1, 1]},
+    )
     codes = Codes("planted", 0, label.numpy(), torch.stack([-share * u, share * u]).numpy())
     test = np.flatnonzero(split == SPLITS["test"])
     table = torch.zeros(n, 3, D)
     table[:, -1] = h
     ids = torch.zeros(n, 3, dtype=torch.long)
     ids[:, 1] = torch.arange(n)
-    found = ablate.Items(test, test, ids[test], torch.full((len(test),), 3), label[test], h[test],
-                         h[test])
+    found = ablate.Items(
+        test, test, ids[test], torch.full((len(test),), 3), label[test], h[test], h[test]
+    )
     return Planted(table, u), v, codes, found
 
 
@@ -259,14 +318,16 @@ def test_the_true_code_is_missed_and_a_random_direction_is_not():
     told = trial.codes(x[2], right)
     for form in faithfulness.FORMS:
         whole, own, noise = shared[form]["intact"], told[form]["own"], shared[form]["gaussian"]
-        assert whole["accuracy"] > 0.95 and noise["accuracy"] > 0.95 and noise["verdict"] == "no drop"
+        assert (
+            whole["accuracy"] > 0.95 and noise["accuracy"] > 0.95 and noise["verdict"] == "no drop"
+        )
         assert own["accuracy"] < 0.65 and own["verdict"] in ("at chance", "drop", "sign flip")
         assert own["drop"] == pytest.approx(whole["accuracy"] - own["accuracy"])
         assert told["survives"][form]["gaussian"]["passes"]
         assert form in faithfulness.PROBES or told[form]["own"]["probability_change"] < 0
         # both classes' codes lie on one line: another text's code does the same harm, so the test fails it
         assert not told["survives"][form]["another"]["passes"]
-        assert told[form]["retrained"]["accuracy"] < 0.65           # gone, not moved
+        assert told[form]["retrained"]["accuracy"] < 0.65  # gone, not moved
         assert set(told[form]) == {*ablate.OF_CODES, "retrained"}
         assert set(shared[form]) == {*ablate.VARIANTS} - {*ablate.OF_CODES} | {"intact"}
     assert set(told["partners"]) == {"another", "same class", "other class"}
@@ -279,7 +340,7 @@ def test_below_chance_is_called_a_sign_flip():
     assert faithfulness.outcome(np.arange(100) < 50, all_right, 0.5)["verdict"] == "at chance"
     assert faithfulness.outcome(np.arange(100) < 80, all_right, 0.5)["verdict"] == "drop"
     assert faithfulness.outcome(all_right, all_right, 0.5)["verdict"] == "no drop"
-    few = np.arange(100) < 17                   # of five classes the smallest, answered to every text
+    few = np.arange(100) < 17  # of five classes the smallest, answered to every text
     assert faithfulness.outcome(few, all_right, 0.24, least=0.17)["verdict"] == "at chance"
     assert faithfulness.outcome(right, all_right, 0.24, least=0.17)["verdict"] == "sign flip"
     assert faithfulness.outcome(right, np.arange(100) < 55, 0.5)["verdict"] == "nothing to lose"
@@ -296,19 +357,26 @@ def test_a_shared_mean_makes_a_cut_flip_the_sign():
     cut = ablate.without(h, ablate.unit(20 * m + 5.0 * y * u))
     chance = faithfulness.outcome(probes.right(cut), probes.right(h), 0.5)
     assert probes.right(h).mean() > 0.95 and chance["verdict"] == "sign flip"
-    assert probe.Probes(cut, label, 2, 10).right(cut).mean() > 0.95     # nothing was lost
+    assert probe.Probes(cut, label, 2, 10).right(cut).mean() > 0.95  # nothing was lost
 
 
 # ---- what words tell -------------------------------------------------------------------------------------
+
 
 def test_the_proxy_reads_a_concept_that_tells_and_not_one_that_does_not():
     _, v, codes, found = planted()
     text = SimpleNamespace(words=[[v.vocabulary[i]] * 3 for i in v.word])
     said = v.label.copy()
     told = members.proxy(codes, v, text, found, said)
-    assert told["agreement"]["own"] == 1.0 and told["agreement"]["another"] < 0.7 and told["empty"] == 0
-    test = v.split == SPLITS["test"]                # what test texts say teaches the proxy nothing
-    lies = [[v.vocabulary[1 - i]] * 9 if t else words for words, t, i in zip(text.words, test, v.word)]
+    assert (
+        told["agreement"]["own"] == 1.0
+        and told["agreement"]["another"] < 0.7
+        and told["empty"] == 0
+    )
+    test = v.split == SPLITS["test"]  # what test texts say teaches the proxy nothing
+    lies = [
+        [v.vocabulary[1 - i]] * 9 if t else words for words, t, i in zip(text.words, test, v.word)
+    ]
     assert members.proxy(codes, v, SimpleNamespace(words=lies), found, said) == told
     blind = Codes("blind", 0, np.zeros(len(v.word), int), codes.centroids)
     assert members.proxy(blind, v, text, found, said)["agreement"]["own"] < 0.7

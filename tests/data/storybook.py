@@ -14,7 +14,9 @@ BYTES = load_tokenizer("bytes")
 
 def stories(count: int, words: int = 20) -> list[str]:
     """Different texts, some with bytes beyond ASCII."""
-    return [f"Story {i}: " + " ".join(f"wörd{i * k % 97}" for k in range(words)) for i in range(count)]
+    return [
+        f"Story {i}: " + " ".join(f"wörd{i * k % 97}" for k in range(words)) for i in range(count)
+    ]
 
 
 def write(folder: Path, texts: list[str], name: str = "corpus.txt") -> str:
@@ -40,8 +42,11 @@ def pieces(corpus, split: str, tok=BYTES) -> list[str]:
 
 def folder_bytes(cache: Path) -> dict:
     """What lies in a cache, the lock aside."""
-    return {path.relative_to(cache): path.read_bytes() for path in sorted(cache.rglob("*"))
-            if path.is_file() and path.suffix}
+    return {
+        path.relative_to(cache): path.read_bytes()
+        for path in sorted(cache.rglob("*"))
+        if path.is_file() and path.suffix
+    }
 
 
 @pytest.fixture

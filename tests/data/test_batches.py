@@ -27,6 +27,7 @@ small_parts = storybook.small_parts  # a fixture
 
 # ---- what is in the files
 
+
 @pytest.mark.parametrize("spec", ["bytes", "pydocs:500"])
 def test_the_tokens_are_the_documents_dealt_out_by_their_hash(tmp_path, small_parts, spec):
     texts, tok = stories(300), load_tokenizer(spec)
@@ -34,24 +35,36 @@ def test_the_tokens_are_the_documents_dealt_out_by_their_hash(tmp_path, small_pa
     train, val = pieces(corpus, "train", tok), pieces(corpus, "val", tok)
     assert sorted(train + val) == sorted(texts) and len(corpus._shards["train"]) > 5
     assert 10 < len(val) < 55
-    assert corpus.n_bytes == {"train": len("".join(train).encode()), "val": len("".join(val).encode())}
+    assert corpus.n_bytes == {
+        "train": len("".join(train).encode()),
+        "val": len("".join(val).encode()),
+    }
     assert corpus.meta["documents"] == 300 and corpus.meta["split"] == {"rule": "document hash"}
     assert corpus.meta["text_sha256"] == hashlib.sha256("".join(texts).encode()).hexdigest()
     assert json.loads(json.dumps(corpus.meta)) == corpus.meta
 
     # Order and neighbours do not matter: what is left of the documents stays where it was.
-    fewer = open_corpus(write(tmp_path, texts[:150:-1], "fewer.txt"), tok, tmp_path / "cache", log=quiet)
+    fewer = open_corpus(
+        write(tmp_path, texts[:150:-1], "fewer.txt"), tok, tmp_path / "cache", log=quiet
+    )
     assert set(pieces(fewer, "val", tok)) == set(val) & set(texts[:150:-1])
 
 
 @pytest.mark.parametrize("count, fraction", [(1, 0.1), (5, 0.25), (99, 0.5)])
 def test_few_documents_are_cut_at_the_end_instead(tmp_path, count, fraction):
     texts, told = stories(count, 200), []
-    corpus = open_corpus(write(tmp_path, texts), BYTES, tmp_path / "cache", fraction, log=told.append)
+    corpus = open_corpus(
+        write(tmp_path, texts), BYTES, tmp_path / "cache", fraction, log=told.append
+    )
     train, val = pieces(corpus, "train"), pieces(corpus, "val")
-    assert "".join(train + val) == "".join(texts)       # in order, nothing lost where a document was parted
-    assert train[:-1] == texts[:len(train) - 1] and val[1:] == texts[count - len(val) + 1:]
-    assert corpus.n_bytes == {"train": len("".join(train).encode()), "val": len("".join(val).encode())}
+    assert "".join(train + val) == "".join(
+        texts
+    )  # in order, nothing lost where a document was parted
+    assert train[:-1] == texts[: len(train) - 1] and val[1:] == texts[count - len(val) + 1 :]
+    assert corpus.n_bytes == {
+        "train": len("".join(train).encode()),
+        "val": len("".join(val).encode()),
+    }
     total = sum(corpus.n_bytes.values())
     assert abs(corpus.n_bytes["val"] - fraction * total) < 12 and train[-1][-1] in " 0123456789"
     assert f"only {count} documents" in told[1] and corpus.meta["split"]["rule"] == "cut"
@@ -59,12 +72,20 @@ def test_few_documents_are_cut_at_the_end_instead(tmp_path, count, fraction):
 
 def test_all_or_nothing_for_validation(tmp_path):
     source = write(tmp_path, ["one two three"])
-    assert open_corpus(source, BYTES, tmp_path / "cache", 0, log=quiet).n_bytes == {"train": 13, "val": 0}
-    assert open_corpus(source, BYTES, tmp_path / "cache", 1, log=quiet).n_bytes == {"train": 0, "val": 13}
+    assert open_corpus(source, BYTES, tmp_path / "cache", 0, log=quiet).n_bytes == {
+        "train": 13,
+        "val": 0,
+    }
+    assert open_corpus(source, BYTES, tmp_path / "cache", 1, log=quiet).n_bytes == {
+        "train": 0,
+        "val": 13,
+    }
 
 
 def test_wide_ids_take_four_bytes(tmp_path):
-    tokens = [bytes([i]) for i in range(256)] + [bytes([i, j]) for i in range(256) for j in range(256)]
+    tokens = [bytes([i]) for i in range(256)] + [
+        bytes([i, j]) for i in range(256) for j in range(256)
+    ]
     wide = data.Tokenizer("wide", {token: i for i, token in enumerate(tokens)})
     texts = stories(120)
     corpus = open_corpus(write(tmp_path, texts), wide, tmp_path / "cache", log=quiet)
@@ -73,6 +94,7 @@ def test_wide_ids_take_four_bytes(tmp_path):
 
 
 # ---- batches and blocks
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
@@ -91,8 +113,12 @@ def test_a_batch_is_a_function_of_its_arguments(corpus):
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     for different in (other, corpus.batch(8, "train", 3, 5, 64), corpus.batch(7, "val", 3, 5, 64)):
         assert not torch.equal(first[0], different[0])
-    assert torch.equal(corpus.batch(7, "train", 3, 2, 64)[0], first[0][:2])     # a row knows no other row
-    assert (np.random.get_state()[1] == states[0]).all() and torch.equal(torch.get_rng_state(), states[1])
+    assert torch.equal(
+        corpus.batch(7, "train", 3, 2, 64)[0], first[0][:2]
+    )  # a row knows no other row
+    assert (np.random.get_state()[1] == states[0]).all() and torch.equal(
+        torch.get_rng_state(), states[1]
+    )
 
 
 # The first token of each row; if these change, no older run can be repeated.
@@ -100,27 +126,27 @@ GOLDEN = [[79, 91, 123, 43], [52, 234, 161, 180], [21, 92, 68, 88]]
 
 
 def test_a_batch_is_the_same_in_every_process_and_version(tmp_path):
-    numbers = tmp_path / "numbers.bin"      # token i is i, so that x shows where its window starts
+    numbers = tmp_path / "numbers.bin"  # token i is i, so that x shows where its window starts
     numbers.write_bytes(np.arange(256, dtype="<u2").tobytes())
     counted = open_corpus(str(numbers), BYTES, tmp_path / "cache", 0, log=quiet)
-    found = [counted.batch(1337, "train", step, 4, 8)[0][:, 0].tolist() for step in (0, 1, 10 ** 9)]
+    found = [counted.batch(1337, "train", step, 4, 8)[0][:, 0].tolist() for step in (0, 1, 10**9)]
     assert found == GOLDEN
 
 
 def test_windows_lie_in_the_data_and_each_is_as_likely(corpus):
     whole = stream(corpus, "val")
-    size = corpus.n_tokens["val"] - 40                  # 40 possible starts
+    size = corpus.n_tokens["val"] - 40  # 40 possible starts
     counts = Counter()
     for step in range(20):
         x, y = corpus.batch(0, "val", step, 200, size)
         assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (200, size)
         assert torch.equal(x[:, 1:], y[:, :-1]) and x.is_contiguous() and y.is_contiguous()
         for row, last in zip(x.numpy(), y[:, -1].tolist()):
-            start = next(s for s in range(40) if (whole[s:s + size] == row).all())
+            start = next(s for s in range(40) if (whole[s : s + size] == row).all())
             assert whole[start + size] == last
             counts[start] += 1
     chi2 = sum((counts[s] - 100) ** 2 / 100 for s in range(40))
-    assert chi2 < 73.4                                  # 39 degrees of freedom: 0.1 % of fair draws are above
+    assert chi2 < 73.4  # 39 degrees of freedom: 0.1 % of fair draws are above
 
 
 @settings(max_examples=60, deadline=None)
@@ -130,9 +156,11 @@ def test_blocks_predict_every_token_once(corpus, rows, columns, limit):
     batches = list(corpus.blocks("val", rows, columns, limit))
     for number, (x, y) in enumerate(batches):
         assert x.shape == y.shape and x.dtype == y.dtype == torch.int64
-        assert len(x) <= rows and (x.shape[1] == columns or number == len(batches) - 1 and len(x) == 1)
-        assert (x.flatten().numpy() == whole[start:start + x.numel()]).all()
-        assert (y.flatten().numpy() == whole[start + 1:start + 1 + x.numel()]).all()
+        assert len(x) <= rows and (
+            x.shape[1] == columns or number == len(batches) - 1 and len(x) == 1
+        )
+        assert (x.flatten().numpy() == whole[start : start + x.numel()]).all()
+        assert (y.flatten().numpy() == whole[start + 1 : start + 1 + x.numel()]).all()
         start += x.numel()
     assert start == min(len(whole) - 1, len(whole) if limit is None else limit)
 
@@ -146,11 +174,20 @@ def test_too_long_a_context(corpus):
 
 # ---- bad input
 
-@pytest.mark.parametrize("content, fraction, words", [
-    ("", 0.1, "is empty"), (" \n\n \t\n", 0.1, "is empty"), (END * 5, 0.1, "is empty"),
-    ("x", 0.1, "split of"), ("x", 0, None), ("xy", 0.0001, "val split of"),
-    ("words and words", 1.5, "val_fraction is 1.5"), ("words and words", float("nan"), "val_fraction is nan"),
-])
+
+@pytest.mark.parametrize(
+    "content, fraction, words",
+    [
+        ("", 0.1, "is empty"),
+        (" \n\n \t\n", 0.1, "is empty"),
+        (END * 5, 0.1, "is empty"),
+        ("x", 0.1, "split of"),
+        ("x", 0, None),
+        ("xy", 0.0001, "val split of"),
+        ("words and words", 1.5, "val_fraction is 1.5"),
+        ("words and words", float("nan"), "val_fraction is nan"),
+    ],
+)
 def test_too_little_text(tmp_path, content, fraction, words):
     (tmp_path / "a.txt").write_text(content)
     if words is None:
@@ -168,14 +205,19 @@ def test_bytes_that_are_not_utf_8_are_pointed_at(tmp_path, before, mark, packed)
     path.write_bytes(gzip.compress(raw, 1) if packed else raw)
     with pytest.raises(UserError, match=f"latin.txt.* is not UTF-8 text at byte {place + 2:,} "):
         open_corpus(str(path), BYTES, tmp_path / "cache", log=quiet)
-    raw = raw[:place + 1]
+    raw = raw[: place + 1]
     path.write_bytes(gzip.compress(raw, 1) if packed else raw)
-    with pytest.raises(UserError, match=f" at byte {place:,} "):     # half a letter at the end
+    with pytest.raises(UserError, match=f" at byte {place:,} "):  # half a letter at the end
         open_corpus(str(path), BYTES, tmp_path / "cache", log=quiet)
 
 
-@pytest.mark.parametrize("source, words", [("nowhere.txt", "{}/nowhere.txt, and the named corpora are py"),
-                                           ("tinystorys", "did you mean tinystories[?].; there is no file")])
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("nowhere.txt", "{}/nowhere.txt, and the named corpora are py"),
+        ("tinystorys", "did you mean tinystories[?].; there is no file"),
+    ],
+)
 def test_a_missing_corpus_says_what_was_looked_for(tmp_path, monkeypatch, source, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words.format(re.escape(str(tmp_path)))):
@@ -188,13 +230,19 @@ def test_no_document_hashes_into_validation(tmp_path):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from([".txt", ".jsonl", ".txt.gz", ".jsonl.xz", ".bin", ""]), st.binary(max_size=200),
-       st.sampled_from([BYTES, load_tokenizer("pydocs:300")]), st.floats(0, 1))
+@given(
+    st.sampled_from([".txt", ".jsonl", ".txt.gz", ".jsonl.xz", ".bin", ""]),
+    st.binary(max_size=200),
+    st.sampled_from([BYTES, load_tokenizer("pydocs:300")]),
+    st.floats(0, 1),
+)
 def test_any_bytes_as_a_corpus(suffix, raw, tok, fraction):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, f"fuzz{suffix}").write_bytes(raw)
         try:
-            corpus = open_corpus(f"{folder}/fuzz{suffix}", tok, f"{folder}/cache", fraction, log=quiet)
+            corpus = open_corpus(
+                f"{folder}/fuzz{suffix}", tok, f"{folder}/cache", fraction, log=quiet
+            )
         except UserError as error:
             assert "\n" not in str(error)
             return
@@ -205,6 +253,7 @@ def test_any_bytes_as_a_corpus(suffix, raw, tok, fraction):
 
 # ---- token files as a source
 
+
 def test_token_files_are_checked_counted_and_cut(tmp_path, small_parts):
     text = " ".join(stories(100)) + END
     ids = np.array(BYTES.encode(text.removesuffix(END)) + [BYTES.eot], "<u2")
@@ -212,7 +261,9 @@ def test_token_files_are_checked_counted_and_cut(tmp_path, small_parts):
     header[:3] = 20240520, 1, len(ids) - 5000
     (tmp_path / "a.bin").write_bytes(ids[:5000].tobytes())
     (tmp_path / "b.bin").write_bytes(header.tobytes() + ids[5000:].tobytes())
-    corpus = open_corpus(str(tmp_path), BYTES, tmp_path.parent / f"{tmp_path.name}-cache", 0.2, log=quiet)
+    corpus = open_corpus(
+        str(tmp_path), BYTES, tmp_path.parent / f"{tmp_path.name}-cache", 0.2, log=quiet
+    )
     assert (np.concatenate([stream(corpus, "train"), stream(corpus, "val")]) == ids).all()
     assert corpus.n_tokens["train"] == round(0.8 * len(ids))
     assert sum(corpus.n_bytes.values()) == len(text.removesuffix(END).encode())

@@ -20,7 +20,12 @@ from crate_mini.data import sources as corpora
 from crate_mini.data.formats import END, Position
 from crate_mini.data.sources import describe, documents, token_files
 
-DOCS = ["First document.\nTwo lines.", "Zweites: äöü, 中文, 🙂.", "  indented, kept\n\n\nas it is", "x"]
+DOCS = [
+    "First document.\nTwo lines.",
+    "Zweites: äöü, 中文, 🙂.",
+    "  indented, kept\n\n\nas it is",
+    "x",
+]
 
 
 def write(path: Path, docs=DOCS) -> str:
@@ -33,7 +38,9 @@ def write(path: Path, docs=DOCS) -> str:
         parquet.write_table(table, path, row_group_size=2)
         return str(path)
     if ".jsonl" in kinds:
-        data = "".join(json.dumps({"meta": {"set": 1}, "text": doc}) + "\n" for doc in docs).encode()
+        data = "".join(
+            json.dumps({"meta": {"set": 1}, "text": doc}) + "\n" for doc in docs
+        ).encode()
     else:
         data = f"\n{END}\n".join(docs).encode()
     path.write_bytes(pack(data, path.suffix))
@@ -46,7 +53,9 @@ def pack(data: bytes, suffix: str) -> bytes:
     return {".gz": gzip.compress, ".xz": lzma.compress}.get(suffix, bytes)(data)
 
 
-FORMATS = [kind + packing for kind in (".txt", ".md", ".jsonl") for packing in ("", ".gz", ".xz", ".zst")]
+FORMATS = [
+    kind + packing for kind in (".txt", ".md", ".jsonl") for packing in ("", ".gz", ".xz", ".zst")
+]
 
 
 @pytest.mark.parametrize("suffix", FORMATS + [".parquet", ".unknown"])
@@ -71,19 +80,25 @@ def test_line_ends_byte_order_marks_and_empty_documents(tmp_path):
     path = tmp_path / "windows.txt"
     path.write_bytes(f"\ufeffone\r\ntwo\r\n{END}\r\n\ufeffthree\r\n{END} \r\n \n".encode())
     assert list(documents(str(path))) == ["one\ntwo", "three"]
-    (tmp_path / "windows.jsonl").write_bytes('\ufeff{"text": "one"}\r\n{"text": "two"}\r\n'.encode())
+    (tmp_path / "windows.jsonl").write_bytes(
+        '\ufeff{"text": "one"}\r\n{"text": "two"}\r\n'.encode()
+    )
     assert list(documents(str(tmp_path / "windows.jsonl"))) == ["one", "two"]
 
 
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=30)),
-       st.integers(1, 40))
+@given(
+    st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=30)),
+    st.integers(1, 40),
+)
 @example(["a" * 20, "b"], 3)
 def test_pieces_do_not_depend_on_where_chunks_end(texts, size):
     text = END.join(texts)
-    chunks = [text[i:i + size] for i in range(0, len(text), size)]
+    chunks = [text[i : i + size] for i in range(0, len(text), size)]
     assert list(formats.pieces(chunks, END)) == text.split(END)
     pieces = list(formats.pieces(chunks, END, longest=10))
-    assert "".join(pieces) == text.replace(END, "") and max(map(len, pieces)) <= 10 + len(END) + size
+    assert (
+        "".join(pieces) == text.replace(END, "") and max(map(len, pieces)) <= 10 + len(END) + size
+    )
 
 
 def test_long_running_text_is_cut_at_line_ends(tmp_path, monkeypatch):
@@ -109,23 +124,26 @@ def test_packed_streams_end_to_end_are_one_text_and_a_cut_one_is_refused(tmp_pat
     for keep in (0.999, 0.5, 0):
         path = tmp_path / f"cut.txt{suffix}"
         whole = pack(text.encode(), suffix)
-        path.write_bytes(whole[:int(keep * len(whole))])
+        path.write_bytes(whole[: int(keep * len(whole))])
         with pytest.raises(UserError, match="cut.txt.*cannot be read|cut.txt.*ends too early"):
             list(documents(str(path)))
 
 
-@pytest.mark.parametrize("name, data, words", [
-    ("zero.txt", b"abc\0def", "binary"),
-    ("latin.txt", "grün".encode("latin-1"), "UTF-8"),
-    ("half.txt", "grün".encode()[:3], "UTF-8"),
-    ("plain.jsonl", b'{"text": "fine"}\nnot json\n', "line 2 is not JSON"),
-    ("other.jsonl", b'\n{"text": "fine"}\n{"content": "x"}\n', 'line 3 has no field "text"'),
-    ("number.jsonl", b'{"text": 5}', 'line 1 has no field "text"'),
-    ("list.jsonl", b'["text"]', 'line 1 has no field "text"'),
-    ("deep.jsonl", b"[" * 100_000, "line 1 is not JSON"),
-    ("fake.txt.gz", b"this is not gzip", "cannot be read"),
-    ("fake.txt.xz", b"this is not xz", "cannot be read"),
-])
+@pytest.mark.parametrize(
+    "name, data, words",
+    [
+        ("zero.txt", b"abc\0def", "binary"),
+        ("latin.txt", "grün".encode("latin-1"), "UTF-8"),
+        ("half.txt", "grün".encode()[:3], "UTF-8"),
+        ("plain.jsonl", b'{"text": "fine"}\nnot json\n', "line 2 is not JSON"),
+        ("other.jsonl", b'\n{"text": "fine"}\n{"content": "x"}\n', 'line 3 has no field "text"'),
+        ("number.jsonl", b'{"text": 5}', 'line 1 has no field "text"'),
+        ("list.jsonl", b'["text"]', 'line 1 has no field "text"'),
+        ("deep.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("fake.txt.gz", b"this is not gzip", "cannot be read"),
+        ("fake.txt.xz", b"this is not xz", "cannot be read"),
+    ],
+)
 def test_a_bad_file_is_named_in_one_sentence(tmp_path, name, data, words):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError) as told:
@@ -133,8 +151,19 @@ def test_a_bad_file_is_named_in_one_sentence(tmp_path, name, data, words):
     assert name in str(told.value) and words in str(told.value) and "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("source", ["", "nowhere.txt", "no/such/folder", "a\0b", "x" * 5000, "pydoc",
-                                    "pile:many", "pile:" + "9" * 5000])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        "nowhere.txt",
+        "no/such/folder",
+        "a\0b",
+        "x" * 5000,
+        "pydoc",
+        "pile:many",
+        "pile:" + "9" * 5000,
+    ],
+)
 def test_what_does_not_exist(source):
     for call in (describe, token_files, lambda source: list(documents(source))):
         with pytest.raises(UserError):
@@ -159,8 +188,10 @@ def test_descriptions_tell_sources_apart(tmp_path):
     assert describe("pydocs")["python"] in sys.version
 
 
-@pytest.mark.parametrize("module, name", [("zstandard", "a.jsonl.zst"), ("pyarrow.parquet", "a.parquet"),
-                                          ("datasets", None)])
+@pytest.mark.parametrize(
+    "module, name",
+    [("zstandard", "a.jsonl.zst"), ("pyarrow.parquet", "a.parquet"), ("datasets", None)],
+)
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, module, name):
     monkeypatch.setitem(sys.modules, module, None)
     if name:
@@ -172,18 +203,22 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, module
 @pytest.mark.parametrize("content", [{"body": ["x"]}, {"text": [1, 2]}, {"text": ["x", None]}])
 def test_parquet_without_text(tmp_path, content):
     pyarrow = pytest.importorskip("pyarrow")
-    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table(content), tmp_path / "a.parquet")
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pyarrow.table(content), tmp_path / "a.parquet"
+    )
     with pytest.raises(UserError, match='a.parquet.*no (column|field) "text"'):
         list(documents(str(tmp_path / "a.parquet")))
 
 
 # ---- the hub, played by a folder of the same layout
 
-LAYOUT = {"tinystories": "TinyStoriesV2-GPT4-train.txt",
-          "pile": "val.jsonl.zst",
-          "pile-train": "train/00.jsonl.zst",
-          "fineweb-edu": "sample/10BT/000_00000.parquet",
-          "openwebtext": "plain_text/train-00000-of-00080.parquet"}
+LAYOUT = {
+    "tinystories": "TinyStoriesV2-GPT4-train.txt",
+    "pile": "val.jsonl.zst",
+    "pile-train": "train/00.jsonl.zst",
+    "fineweb-edu": "sample/10BT/000_00000.parquet",
+    "openwebtext": "plain_text/train-00000-of-00080.parquet",
+}
 
 
 @pytest.mark.parametrize("name", corpora.NAMED)
@@ -209,6 +244,7 @@ def test_a_hub_that_does_not_answer(tmp_path, monkeypatch):
 
 # ---- token files
 
+
 def header(magic=20240520, version=1, count=4) -> bytes:
     return b"".join(n.to_bytes(4, "little") for n in (magic, version, count)).ljust(1024, b"\0")
 
@@ -216,12 +252,17 @@ def header(magic=20240520, version=1, count=4) -> bytes:
 def test_token_files_bare_and_with_a_header(tmp_path):
     (tmp_path / "bare.bin").write_bytes(b"\1\0" * 6)
     (tmp_path / "head.bin").write_bytes(header() + b"\2\0" * 4)
-    assert token_files(str(tmp_path)) == [(tmp_path / "bare.bin", 0, 6), (tmp_path / "head.bin", 1024, 4)]
+    assert token_files(str(tmp_path)) == [
+        (tmp_path / "bare.bin", 0, 6),
+        (tmp_path / "head.bin", 1024, 4),
+    ]
     text = write(tmp_path / "below" / "a.txt")
     assert token_files("pydocs") == token_files("pile:3") == token_files(text) == []
 
 
-@pytest.mark.parametrize("data", [b"", b"odd", header(), header(count=5) + b"\2\0" * 4, header()[:12]])
+@pytest.mark.parametrize(
+    "data", [b"", b"odd", header(), header(count=5) + b"\2\0" * 4, header()[:12]]
+)
 def test_files_of_no_tokens(tmp_path, data):
     (tmp_path / "a.bin").write_bytes(data)
     with pytest.raises(UserError, match="a.bin .* no file of uint16 token ids"):
@@ -245,7 +286,7 @@ SUFFIXES = st.sampled_from(FORMATS + [".parquet", ".bin", "", ".json", ".tar.gz"
 def test_any_bytes_under_any_name(suffix, data, plausible, random):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"fuzz{suffix}"
-        if plausible:       # a good file with some bytes changed: gets past the first check
+        if plausible:  # a good file with some bytes changed: gets past the first check
             try:
                 write(path)
             except pytest.skip.Exception:
@@ -255,7 +296,11 @@ def test_any_bytes_under_any_name(suffix, data, plausible, random):
                 good[random.randrange(len(good))] = byte
             data = bytes(good)
         path.write_bytes(data)
-        for call in (describe, token_files, lambda source: [text.encode() for text in documents(source)]):
+        for call in (
+            describe,
+            token_files,
+            lambda source: [text.encode() for text in documents(source)],
+        ):
             try:
                 call(str(path))
             except UserError as error:
@@ -263,6 +308,7 @@ def test_any_bytes_under_any_name(suffix, data, plausible, random):
 
 
 # ---- pydocs
+
 
 @pytest.fixture(scope="module")
 def python_docs():
@@ -286,22 +332,40 @@ def test_pydocs_never_says_a_paragraph_twice(python_docs):
 
 
 def test_pydocs_is_the_same_in_every_process_and_imports_nothing_it_reads(python_docs):
-    code = ("import sys, hashlib; from crate_mini.data.sources import documents\n"
-            "text = '\\0'.join(documents('pydocs'))\n"
-            "print(hashlib.sha256(text.encode()).hexdigest(), 'smtplib' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "7"}, check=True,
-                          cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert done.stdout.split() == [hashlib.sha256("\0".join(python_docs).encode()).hexdigest(), "False"]
+    code = (
+        "import sys, hashlib; from crate_mini.data.sources import documents\n"
+        "text = '\\0'.join(documents('pydocs'))\n"
+        "print(hashlib.sha256(text.encode()).hexdigest(), 'smtplib' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        check=True,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == [
+        hashlib.sha256("\0".join(python_docs).encode()).hexdigest(),
+        "False",
+    ]
     assert done.stderr == ""
 
 
 def test_docstrings_in_source_order_and_those_of_c_functions(tmp_path):
     path = tmp_path / "module.py"
-    path.write_text('"""Module."""\nclass A:\n  """Class."""\n  def f(self):\n    """Method."""\n'
-                    'add_docstr(A.g, r"""\n    A function that is written in C, explained here.\n""")\n'
-                    'def h():\n  """Last \\d."""\nadd_newdoc("numpy", "short")\nx = """no docstring"""\n')
-    assert pydocs.docstrings(path) == ["Module.", "Class.", "Method.",
-                                       "A function that is written in C, explained here.", "Last \\d."]
+    path.write_text(
+        '"""Module."""\nclass A:\n  """Class."""\n  def f(self):\n    """Method."""\n'
+        'add_docstr(A.g, r"""\n    A function that is written in C, explained here.\n""")\n'
+        'def h():\n  """Last \\d."""\nadd_newdoc("numpy", "short")\nx = """no docstring"""\n'
+    )
+    assert pydocs.docstrings(path) == [
+        "Module.",
+        "Class.",
+        "Method.",
+        "A function that is written in C, explained here.",
+        "Last \\d.",
+    ]
     path.write_text("print 'Python 2'")
     assert pydocs.docstrings(path) == []
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 # ---- reuse, resume, repair
 
+
 def test_what_is_ready_is_reused_without_reading_the_text(tmp_path, monkeypatch):
     source = write(tmp_path, stories(120))
     first = open_corpus(source, BYTES, tmp_path / "cache", log=quiet)
@@ -42,9 +43,12 @@ def test_a_changed_source_is_noticed_and_others_are_left_alone(tmp_path, small_p
     texts = stories(130, 5)
     write(tmp_path, texts)
     again = open_corpus(source, BYTES, tmp_path / "cache", log=told.append)
-    assert sorted(pieces(again, "train") + pieces(again, "val")) == sorted(texts) and "has changed" in told[0]
+    assert (
+        sorted(pieces(again, "train") + pieces(again, "val")) == sorted(texts)
+        and "has changed" in told[0]
+    )
     fewest = min(len(list(folder.glob("*.bin"))) for folder in (tmp_path / "cache").iterdir())
-    assert fewest == 2 * len(again._shards["train"])        # nothing of the longer text is left
+    assert fewest == 2 * len(again._shards["train"])  # nothing of the longer text is left
 
 
 def flip(path):
@@ -53,8 +57,15 @@ def flip(path):
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("harm", [flip, lambda path: path.write_bytes(path.read_bytes()[:-2]), Path.unlink,
-                                  lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        flip,
+        lambda path: path.write_bytes(path.read_bytes()[:-2]),
+        Path.unlink,
+        lambda path: path.write_bytes(b""),
+    ],
+)
 @pytest.mark.parametrize("name", ["00000.train.bin", "00002.val.bin", "corpus.json"])
 def test_damage_is_noticed_and_mended(tmp_path, small_parts, harm, name):
     source, told = write(tmp_path, stories(250)), []
@@ -75,14 +86,17 @@ def test_a_count_changed_by_hand_is_not_believed(corpus_cache):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.binary(max_size=40), st.floats(0, 1),
-       st.sampled_from([b"", b"[]", b"{}", b"null", b'{"sha256": 1}', None]))
+@given(
+    st.binary(max_size=40),
+    st.floats(0, 1),
+    st.sampled_from([b"", b"[]", b"{}", b"null", b'{"sha256": 1}', None]),
+)
 def test_any_bytes_as_the_index(corpus_cache, junk, place, whole):
     source, cache, before = corpus_cache
     index = next(cache.rglob("corpus.json"))
     good = before[index.relative_to(cache)]
     at = int(place * len(good))
-    index.write_bytes(whole if whole is not None else good[:at] + junk + good[at + len(junk):])
+    index.write_bytes(whole if whole is not None else good[:at] + junk + good[at + len(junk) :])
     open_corpus(source, BYTES, cache, log=quiet)
     assert folder_bytes(cache) == before
 
@@ -122,8 +136,9 @@ cli.run(lambda: prepare.prepare(cache, identity, source, tok, 1, print) and None
 
 def child(source, cache, deadly, number=signal.SIGKILL, **options):
     words = [source, str(cache), str(deadly), str(int(number))]
-    return subprocess.run([sys.executable, "-c", CHILD, *words], cwd=ROOT, capture_output=True, text=True,
-                          **options)
+    return subprocess.run(
+        [sys.executable, "-c", CHILD, *words], cwd=ROOT, capture_output=True, text=True, **options
+    )
 
 
 def test_killed_at_any_file_operation_it_ends_with_the_same_bytes(tmp_path):
@@ -169,16 +184,21 @@ def test_two_processes_at_once(tmp_path):
         told.append(line)
         ready.set()
 
-    first = threading.Thread(target=open_corpus, args=(source, BYTES, tmp_path / "cache", 0.1, 1, slow))
+    first = threading.Thread(
+        target=open_corpus, args=(source, BYTES, tmp_path / "cache", 0.1, 1, slow)
+    )
     first.start()
     assert inside.wait(20)
     second = open_corpus(source, BYTES, tmp_path / "cache", log=wait)
     first.join()
     assert sum("waiting for another process" in line for line in told) == 1
-    assert sum("token files go to" in line for line in told) == 1 and second.meta["documents"] == 150
+    assert (
+        sum("token files go to" in line for line in told) == 1 and second.meta["documents"] == 150
+    )
 
 
 # ---- a disk that says no
+
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     source = write(tmp_path, stories(120))
@@ -188,10 +208,12 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):
-    def limit():    # the kernel refuses to let a file grow beyond this, as a full disk would
+    def limit():  # the kernel refuses to let a file grow beyond this, as a full disk would
         import resource
+
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+
     source = write(tmp_path, stories(150))
     full = child(source, tmp_path / "cache", 0, preexec_fn=limit)
     assert full.returncode == 2 and full.stderr.startswith("error: Cannot write")

@@ -33,14 +33,32 @@ def slow_bpe(text: str, ranks: dict) -> list[int]:
             i = found.index(min(found)) if found else 0
             if not found or found[i] == len(ranks):
                 break
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
         ids += [ranks[part] for part in parts]
     return ids
 
 
-TEXTS = st.one_of(st.text(st.characters(codec="utf-8"), max_size=60),
-                  st.lists(st.sampled_from(["return", " the", " docu", "ment's", "\n", "    ", "self", "__",
-                                            ".", "42", " é", "<|endoftext|>"])).map("".join))
+TEXTS = st.one_of(
+    st.text(st.characters(codec="utf-8"), max_size=60),
+    st.lists(
+        st.sampled_from(
+            [
+                "return",
+                " the",
+                " docu",
+                "ment's",
+                "\n",
+                "    ",
+                "self",
+                "__",
+                ".",
+                "42",
+                " é",
+                "<|endoftext|>",
+            ]
+        )
+    ).map("".join),
+)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -56,7 +74,10 @@ def test_ids_are_those_of_the_slow_bpe_and_decode_to_the_text(spec, text):
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("workers", [None, 1, 3])
 def test_a_batch_is_encoded_text_by_text(spec, workers):
-    tok, texts = load_tokenizer(spec), [f"Text {i}: {'so ' * i}<|endoftext|>" for i in range(37)] + [""]
+    tok, texts = (
+        load_tokenizer(spec),
+        [f"Text {i}: {'so ' * i}<|endoftext|>" for i in range(37)] + [""],
+    )
     found = tok.encode_batch(texts, workers)
     assert [ids.tolist() for ids in found] == [tok.encode(text) for text in texts]
     assert {ids.dtype for ids in found} == {np.dtype(np.uint16)}
@@ -67,7 +88,7 @@ def test_the_embedded_vocabulary():
     tok = load_tokenizer("pydocs")
     assert (tok.name, tok.vocab_size, tok.eot) == ("pydocs", 8192, 8191)
     assert tok.token_bytes(8191) == b"<|endoftext|>"
-    assert tok.hash == load_tokenizer(str(EMBEDDED)).hash       # known by content, whatever the path
+    assert tok.hash == load_tokenizer(str(EMBEDDED)).hash  # known by content, whatever the path
     # A change of this file makes every pydocs checkpoint unreadable: it must be meant.
     assert tok.hash == "2b27ce7f5c971e0e354734d27f2e9291248a27a66e3b27381ccd7bf349e3be2f"
     text = "Return the docstring of the given object, or None if it has no documentation."
@@ -76,21 +97,31 @@ def test_the_embedded_vocabulary():
 
 def test_the_first_ranks_are_a_bpe_of_their_own():
     whole, part = load_tokenizer("pydocs"), load_tokenizer("pydocs:4095")
-    assert (part.name, part.vocab_size, part.eot) == ("pydocs:4095", 4096, 4095) and part.hash != whole.hash
+    assert (part.name, part.vocab_size, part.eot) == (
+        "pydocs:4095",
+        4096,
+        4095,
+    ) and part.hash != whole.hash
     assert [part.token_bytes(i) for i in range(4095)] == [whole.token_bytes(i) for i in range(4095)]
     assert load_tokenizer("bytes").encode("aé") == [97, 195, 169]
 
 
 def test_half_a_character_and_ids_out_of_range():
     tok = load_tokenizer("bytes")
-    assert (tok.decode([97, 195]), tok.decode([tok.eot]), tok.decode([])) == ("a\ufffd", "<|endoftext|>", "")
+    assert (tok.decode([97, 195]), tok.decode([tok.eot]), tok.decode([])) == (
+        "a\ufffd",
+        "<|endoftext|>",
+        "",
+    )
     for bad in (-1, 257):
         with pytest.raises(UserError, match="its ids are 0 to 256"):
             tok.decode([bad])
 
 
 def test_wide_vocabularies_take_four_bytes():
-    tokens = [bytes([i]) for i in range(256)] + [bytes([i, j]) for i in range(256) for j in range(256)]
+    tokens = [bytes([i]) for i in range(256)] + [
+        bytes([i, j]) for i in range(256) for j in range(256)
+    ]
     for count, dtype in ((65535, np.uint16), (65536, np.uint32)):
         tok = Tokenizer("wide", {token: i for i, token in enumerate(tokens[:count])})
         assert tok.dtype == dtype and tok.encode_batch(["ab"])[0].tolist() == [tokens.index(b"ab")]
@@ -99,22 +130,29 @@ def test_wide_vocabularies_take_four_bytes():
 
 # ---- GPT-2
 
+
 def test_gpt2_is_tiktokens_pattern_over_its_ranks(monkeypatch):
     assert tokenizer.PATTERN == openai_public.r50k_pat_str
     ranks = {bytes([i]): i for i in range(256)} | {b"ab": 256}
     monkeypatch.setattr(openai_public, "gpt2", lambda: {"mergeable_ranks": ranks})
-    assert load_tokenizer("gpt2").encode("ab") == [256] and load_tokenizer("gpt2:256").name == "gpt2:256"
+    assert (
+        load_tokenizer("gpt2").encode("ab") == [256]
+        and load_tokenizer("gpt2:256").name == "gpt2:256"
+    )
 
 
 def test_gpt2_without_a_network(monkeypatch):
     def offline():
         raise ConnectionError("no route")
+
     monkeypatch.setattr(openai_public, "gpt2", offline)
     with pytest.raises(UserError, match="ConnectionError.*--tokenizer PATH"):
         load_tokenizer("gpt2")
 
 
-@pytest.mark.skipif("CRATE_GPT2_RANKS" not in os.environ, reason="CRATE_GPT2_RANKS names no ranks file")
+@pytest.mark.skipif(
+    "CRATE_GPT2_RANKS" not in os.environ, reason="CRATE_GPT2_RANKS names no ranks file"
+)
 def test_gpt2_from_a_ranks_file():
     tok = load_tokenizer(os.environ["CRATE_GPT2_RANKS"])
     assert (tok.vocab_size, tok.eot) == (50257, 50256)
@@ -124,6 +162,7 @@ def test_gpt2_from_a_ranks_file():
 
 # ---- malformed
 
+
 def lines(*tokens: bytes) -> bytes:
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
 
@@ -131,21 +170,44 @@ def lines(*tokens: bytes) -> bytes:
 BYTES = [bytes([i]) for i in range(256)]
 
 
-@pytest.mark.parametrize("data, words", [
-    (b"", "lacks some of the 256"), (lines(b"a", b"b"), "lacks some"), (b"not a ranks file", "no ranks file"),
-    (b"YQ== one\n", "is no ranks file"), (b"!! 0\n", "is no ranks file"),
-    (lines(*BYTES) + b"YWI= 300\n", "ranks are not"),
-    (lines(*BYTES) + b"YWI= 255\n", "ranks are not"), (lines(*BYTES, b"a"), "ranks are not"),
-    (lines(*BYTES, b""), "ranks are not|no ranks file"), (lines(*BYTES) + b"YWI= -1\n", "ranks are not"),
-])
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"", "lacks some of the 256"),
+        (lines(b"a", b"b"), "lacks some"),
+        (b"not a ranks file", "no ranks file"),
+        (b"YQ== one\n", "is no ranks file"),
+        (b"!! 0\n", "is no ranks file"),
+        (lines(*BYTES) + b"YWI= 300\n", "ranks are not"),
+        (lines(*BYTES) + b"YWI= 255\n", "ranks are not"),
+        (lines(*BYTES, b"a"), "ranks are not"),
+        (lines(*BYTES, b""), "ranks are not|no ranks file"),
+        (lines(*BYTES) + b"YWI= -1\n", "ranks are not"),
+    ],
+)
 def test_a_malformed_ranks_file(tmp_path, data, words):
     (tmp_path / "bad.tiktoken").write_bytes(data)
     with pytest.raises(UserError, match=words):
         load_tokenizer(str(tmp_path / "bad.tiktoken"))
 
 
-@pytest.mark.parametrize("spec", ["", "nowhere", "gpt-2", "a\0b", "pydocs:255", "pydocs:8192", "bytes:0",
-                                  "bytes:257", "pydocs:" + "9" * 5000, "x" * 5000, "pydocs:-1", ":300"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "",
+        "nowhere",
+        "gpt-2",
+        "a\0b",
+        "pydocs:255",
+        "pydocs:8192",
+        "bytes:0",
+        "bytes:257",
+        "pydocs:" + "9" * 5000,
+        "x" * 5000,
+        "pydocs:-1",
+        ":300",
+    ],
+)
 def test_specs_that_name_no_tokenizer(spec):
     with pytest.raises(UserError):
         load_tokenizer(spec)
@@ -156,7 +218,7 @@ def test_specs_that_name_no_tokenizer(spec):
 def test_any_bytes_as_a_ranks_file(data, place, plausible):
     if plausible:
         good = lines(*BYTES, b"ab", b"abc")
-        data = good[:place] + data[:4] + good[place + 4:]
+        data = good[:place] + data[:4] + good[place + 4 :]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "fuzz.tiktoken")
         path.write_bytes(data)
@@ -168,6 +230,7 @@ def test_any_bytes_as_a_ranks_file(data, place, plausible):
 
 
 # ---- training
+
 
 def test_training_a_vocabulary(tmp_path):
     pytest.importorskip("tokenizers")

@@ -33,22 +33,31 @@ def decode(ids):
 
 def excerpts(lines, fires, origin, width=7):
     """Excerpts of a planted neuron: fires(word) is its activation."""
-    tokens, acts = np.full((len(lines), width + 1), -1, np.int32), np.zeros((len(lines), width), np.float32)
+    tokens, acts = (
+        np.full((len(lines), width + 1), -1, np.int32),
+        np.zeros((len(lines), width), np.float32),
+    )
     for i, line in enumerate(lines):
         words = line.split()[:width]
-        tokens[i, 1:len(words) + 1] = [WORDS.index(f" {word}") for word in words]
-        acts[i, :len(words)] = [fires(word) for word in words]
+        tokens[i, 1 : len(words) + 1] = [WORDS.index(f" {word}") for word in words]
+        acts[i, : len(words)] = [fires(word) for word in words]
     return SimpleNamespace(tokens=tokens, acts=acts, origin=origin, doc=np.arange(len(lines)))
 
 
 def selected():
     """{neuron: {protocol: (fit, score)}} of two planted neurons: colours, and the word "the"."""
     found = {}
-    for j, fires in enumerate((lambda w: 2.5 * (w in COLOURS) + (w == "red"), lambda w: 0.7 * (w == "the"))):
+    for j, fires in enumerate(
+        (lambda w: 2.5 * (w in COLOURS) + (w == "red"), lambda w: 0.7 * (w == "the"))
+    ):
         top = [line for line in SENTENCES if any(fires(word) for word in line.split())]
         rest = [line for line in SENTENCES if line not in top[:5]]
-        found[j] = {"openai_tar": (excerpts(top[:5], fires, ["top"] * 5),
-                                   excerpts(rest[:8], fires, ["top"] * 4 + ["random"] * 4))}
+        found[j] = {
+            "openai_tar": (
+                excerpts(top[:5], fires, ["top"] * 5),
+                excerpts(rest[:8], fires, ["top"] * 4 + ["random"] * 4),
+            )
+        }
     return found
 
 
@@ -58,7 +67,9 @@ def settings(**more):
 
 def run(folder, work=None, **more):
     told = []
-    result = llm.run(selected() if work is None else work, decode, settings(**more), folder, told.append)
+    result = llm.run(
+        selected() if work is None else work, decode, settings(**more), folder, told.append
+    )
     return result, told
 
 

@@ -57,11 +57,17 @@ def server(*script):
 
 
 QUERY = {"ask": "text", "prompt": "say", "most": 3}
-FINE = 200, {}, {"choices": [{"text": "yes"}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+FINE = (
+    200,
+    {},
+    {"choices": [{"text": "yes"}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}},
+)
 
 
 def client(url, slept=None, **more):
-    return clients.Http("m", url, "CRATE_TEST_KEY", sleep=(slept if slept is not None else []).append, **more)
+    return clients.Http(
+        "m", url, "CRATE_TEST_KEY", sleep=(slept if slept is not None else []).append, **more
+    )
 
 
 def test_429_waits_as_long_as_it_is_told():
@@ -80,14 +86,20 @@ def test_the_wait_is_real():
 
 
 def test_a_wait_of_an_hour_ends_the_run():
-    with server((429, {"Retry-After": "3600"}, {})) as (url, seen), pytest.raises(UserError, match="3600 s"):
+    with (
+        server((429, {"Retry-After": "3600"}, {})) as (url, seen),
+        pytest.raises(UserError, match="3600 s"),
+    ):
         client(url).ask(QUERY)
     assert len(seen) == 1
 
 
 def test_500_is_tried_again_then_the_answer_is_missing():
     slept = []
-    with server((500, {}, b"oops")) as (url, seen), pytest.raises(clients.Failed, match="500: oops"):
+    with (
+        server((500, {}, b"oops")) as (url, seen),
+        pytest.raises(clients.Failed, match="500: oops"),
+    ):
         client(url, slept).ask(QUERY)
     assert len(seen) == 5 and slept == [1, 2, 4, 8]
     with server((503, {}, b""), FINE) as (url, _):
@@ -118,27 +130,59 @@ def test_a_server_that_is_not_there():
         client(f"http://127.0.0.1:{port}/v1", tries=2).ask(QUERY)
 
 
-@pytest.mark.parametrize("said", [b"<html>", [], {}, {"choices": []}, {"choices": [{}]}, {"choices": [None]},
-                                  {"choices": [{"text": None}]}, {"choices": [{"text": " \n"}]}])
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"<html>",
+        [],
+        {},
+        {"choices": []},
+        {"choices": [{}]},
+        {"choices": [None]},
+        {"choices": [{"text": None}]},
+        {"choices": [{"text": " \n"}]},
+    ],
+)
 def test_nonsense_is_missing(said):
-    with server((200, {}, said)) as (url, seen), pytest.raises(clients.Failed, match="not OpenAI's"):
+    with (
+        server((200, {}, said)) as (url, seen),
+        pytest.raises(clients.Failed, match="not OpenAI's"),
+    ):
         client(url).ask(QUERY)
-    assert len(seen) == 1       # asking again would say the same
+    assert len(seen) == 1  # asking again would say the same
 
 
-@pytest.mark.parametrize("said", [{"logprobs": None}, {"logprobs": {"tokens": [], "top_logprobs": []}},
-                                  {"logprobs": {"tokens": ["a", "\t", "?", "x"], "top_logprobs": [{}] * 4}}])
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"logprobs": None},
+        {"logprobs": {"tokens": [], "top_logprobs": []}},
+        {"logprobs": {"tokens": ["a", "\t", "?", "x"], "top_logprobs": [{}] * 4}},
+    ],
+)
 def test_prompt_logprobs_that_are_accepted_and_ignored(said):
-    with server((200, {}, {"choices": [{"text": "", **said}]})) as (url, _), pytest.raises(clients.Failed):
+    with (
+        server((200, {}, {"choices": [{"text": "", **said}]})) as (url, _),
+        pytest.raises(clients.Failed),
+    ):
         client(url).ask({"ask": "slots", "prompt": "a\t?", "at": [2]})
 
 
 def test_a_server_that_can_do_nothing_lacks_every_rung(tmp_path):
     with server((404, {}, {"error": "no such path"})) as (url, seen):
         for style in ("text", "chat"):
-            with pytest.raises(UserError, match="rung A: no prompt logprobs .*404.*rung D: no " + style):
-                run(tmp_path, simulator="http:m", explainer="template", rung="auto", style=style, url=url,
-                    despite_probe=True)
+            with pytest.raises(
+                UserError, match="rung A: no prompt logprobs .*404.*rung D: no " + style
+            ):
+                run(
+                    tmp_path,
+                    simulator="http:m",
+                    explainer="template",
+                    rung="auto",
+                    style=style,
+                    url=url,
+                    despite_probe=True,
+                )
     assert not list(tmp_path.iterdir())
 
 
@@ -146,9 +190,19 @@ def test_a_server_that_can_do_nothing_lacks_every_rung(tmp_path):
 def test_a_server_that_answers_but_wrongly_is_refused(tmp_path, pairs):
     """Wrong token counts: every simulation of the probe is missing, none is taken for zeros."""
     reply = 200, {}, {"choices": [{"message": {"content": pairs}}]}
-    with server(reply) as (url, _), pytest.raises(UserError, match="wins 0 of 3 puzzles, 27 of 27 sim"):
-        run(tmp_path, simulator="http:m", explainer="template", rung="C", style="chat", url=url,
-            despite_probe=True)
+    with (
+        server(reply) as (url, _),
+        pytest.raises(UserError, match="wins 0 of 3 puzzles, 27 of 27 sim"),
+    ):
+        run(
+            tmp_path,
+            simulator="http:m",
+            explainer="template",
+            rung="C",
+            style="chat",
+            url=url,
+            despite_probe=True,
+        )
 
 
 def test_the_key_is_in_no_file_and_no_message(tmp_path, monkeypatch, caplog, capsys):
@@ -158,7 +212,10 @@ def test_the_key_is_in_no_file_and_no_message(tmp_path, monkeypatch, caplog, cap
     told = []
     for status in (400, 401, 500):
         with server((status, {}, {"error": f"bad key {KEY}"})) as (url, seen):
-            for more in ({"rung": "auto"}, {"rung": "C", "style": "chat", "record": str(tmp_path / "tape")}):
+            for more in (
+                {"rung": "auto"},
+                {"rung": "C", "style": "chat", "record": str(tmp_path / "tape")},
+            ):
                 with pytest.raises(UserError) as error:
                     s = llm.Settings(simulator="http:m", key_env="CRATE_TEST_KEY", url=url, **more)
                     monkeypatch.setattr(clients.Http, "_post", short(clients.Http._post))
@@ -177,6 +234,7 @@ def short(post):
     def once(self, *args):
         self.tries = 1
         return post(self, *args)
+
     return once
 
 
@@ -193,6 +251,12 @@ def test_the_key_travels_to_one_host_only(monkeypatch):
     monkeypatch.delenv("CRATE_TEST_KEY")
     with pytest.raises(UserError, match="models.example.org needs a key: .*CRATE_TEST_KEY"):
         client("https://models.example.org/v1")
-    for url in ("file:///etc/hosts", "127.0.0.1:8080/v1", "ftp://127.0.0.1/v1", "http://me@127.0.0.1/v1", ""):
+    for url in (
+        "file:///etc/hosts",
+        "127.0.0.1:8080/v1",
+        "ftp://127.0.0.1/v1",
+        "http://me@127.0.0.1/v1",
+        "",
+    ):
         with pytest.raises(UserError, match="no base URL"):
             client(url)

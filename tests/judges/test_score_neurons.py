@@ -33,7 +33,9 @@ class Matching:
         if self.asked in self.fails:
             raise clients.Failed("status 500")
         last = query["prompt"].split("\n\n")[-1]
-        words, lines = re.fullmatch(r".*fires on: ([^\n]*)\nTokens:\n(.*)", last, re.DOTALL).groups()
+        words, lines = re.fullmatch(
+            r".*fires on: ([^\n]*)\nTokens:\n(.*)", last, re.DOTALL
+        ).groups()
         slots = [{"10": -0.1} if line[:-2] in words else {"0": -0.1} for line in lines.split("\n")]
         return {"slots": slots, "tokens": [100, 0]}
 
@@ -55,9 +57,15 @@ def ckpt(tmp_path_factory):
         tokenizer = data.load_tokenizer("bytes")
         corpus = data.open_corpus(str(text), tokenizer, val_fraction=0.5, log=lambda *_: None)
         settings = {"data": str(text), "val_fraction": 0.5}
-        checkpoint.save(place / "best", lm, tokenizer={"spec": "bytes", "hash": tokenizer.hash},
-                        training={"step": 0, "settings": settings, "corpus": corpus.meta})
-        patch.setattr(sys, "argv", ["interpret.py", "neurons", str(place / "best"), "--controls", "none"])
+        checkpoint.save(
+            place / "best",
+            lm,
+            tokenizer={"spec": "bytes", "hash": tokenizer.hash},
+            training={"step": 0, "settings": settings, "corpus": corpus.meta},
+        )
+        patch.setattr(
+            sys, "argv", ["interpret.py", "neurons", str(place / "best"), "--controls", "none"]
+        )
         interpret.main()
     return place / "best"
 
@@ -65,6 +73,7 @@ def ckpt(tmp_path_factory):
 @pytest.fixture
 def run(ckpt, monkeypatch, capsys):
     """Run `interpret.py llm` on the checkpoint; returns (what it prints, the back end)."""
+
     def go(*words, fails=(), code=None):
         back_end = Matching(fails)
         monkeypatch.setattr(llm.Model, "back_end", back_end)
@@ -78,6 +87,7 @@ def run(ckpt, monkeypatch, capsys):
         told = capsys.readouterr().err
         assert e.value.code == code and told.startswith("error: ") and told.count("\n") == 1, told
         return told, back_end
+
     return go
 
 
@@ -90,13 +100,25 @@ def test_scores_stand_beside_their_ceiling(run, ckpt):
     told, _ = run("--despite-probe")
     found, rows = results(ckpt)
     name = "llm:m@A"
-    assert "IT FAILED THE PROBE" in told and name in told and "[five excerpts]" in told and "[ngram]" in told
+    assert (
+        "IT FAILED THE PROBE" in told
+        and name in told
+        and "[five excerpts]" in told
+        and "[ngram]" in told
+    )
     assert "saw the explanation and the excerpt up to the token" in told
     assert len(rows) == 2 * N and found["llm"]["despite_probe"] and found["seed"] == 0
     for site in ("L0", "L1"):
         for metric in ("openai_tar", "openai_random"):
-            n, most = (found["sites"][site]["n"][f"{metric}[{sim}]"] for sim in (name, "five excerpts"))
-            assert n["total"] == N == n["live"] + n["dead"] + n["undefined"] + n["failed"] == most["total"]
+            n, most = (
+                found["sites"][site]["n"][f"{metric}[{sim}]"] for sim in (name, "five excerpts")
+            )
+            assert (
+                n["total"]
+                == N
+                == n["live"] + n["dead"] + n["undefined"] + n["failed"]
+                == most["total"]
+            )
     plain = score.read_rows(ckpt.parent / "interpret" / "scores.jsonl")
     plain = {(row["site"], row["neuron"]): row for row in plain}
     live = [row for row in rows if row["status"] == "live"]
@@ -108,8 +130,10 @@ def test_scores_stand_beside_their_ceiling(run, ckpt):
         r = row["scores"][f"openai_tar[{name}]"]
         assert r is None or -1 <= r <= 1
         sims = np.concatenate(row["llm"]["simulated"]["openai_tar"])
-        assert set(sims) <= {0, 10} and row["llm"]["explanations"]["openai_tar"].startswith("the tokens ")
-    assert max(row["scores"][f"openai_tar[{name}]"] or -1 for row in live) > 0.2       # tokens do tell
+        assert set(sims) <= {0, 10} and row["llm"]["explanations"]["openai_tar"].startswith(
+            "the tokens "
+        )
+    assert max(row["scores"][f"openai_tar[{name}]"] or -1 for row in live) > 0.2  # tokens do tell
 
 
 def test_a_model_that_fails_the_probe_is_refused(run):
@@ -127,27 +151,43 @@ def test_dry_run_and_budget(run, ckpt, tmp_path):
     total = sum(whole["llm"]["total"]["tokens"])
     cache.unlink()
     told, _ = run("--despite-probe", "--budget", str(total // 2))
-    assert "goes on from here" in told and f"of {2 * N} neurons" in told and len(results(ckpt)[1]) < 2 * N
+    assert (
+        "goes on from here" in told
+        and f"of {2 * N} neurons" in told
+        and len(results(ckpt)[1]) < 2 * N
+    )
     rounds = 0
     while "goes on from here" in told:
         told, back_end = run("--despite-probe", "--budget", str(total // 2))
         rounds += 1
         assert 0 < back_end.asked and rounds < 5
     again = results(ckpt)
-    assert again[1] == rows and again[0]["llm"] == whole["llm"] and again[0]["sites"] == whole["sites"]
+    assert (
+        again[1] == rows and again[0]["llm"] == whole["llm"] and again[0]["sites"] == whole["sites"]
+    )
 
 
 def test_neurons_are_drawn_by_the_seed(run, ckpt):
     def drawn(seed):
         run("--despite-probe", "--seed", seed)
         return [(row["site"], row["neuron"]) for row in results(ckpt)[1]]
+
     first = drawn("1")
-    assert first == drawn("1") != drawn("2") and all(drawn("2").count(neuron) == 1 for neuron in drawn("2"))
+    assert first == drawn("1") != drawn("2") and all(
+        drawn("2").count(neuron) == 1 for neuron in drawn("2")
+    )
 
 
-@pytest.mark.parametrize("words, said", [
-    (("--protocols", "uniform"), "openai_tar"), (("--n", "-1"), "0 (all)"), (("--seed", "-1"), "a seed of 0"),
-    (("--simulator", ""), "--simulator"), (("--budget", "x"), "budget")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("--protocols", "uniform"), "openai_tar"),
+        (("--n", "-1"), "0 (all)"),
+        (("--seed", "-1"), "a seed of 0"),
+        (("--simulator", ""), "--simulator"),
+        (("--budget", "x"), "budget"),
+    ],
+)
 def test_bad_settings(run, words, said):
     assert said in run(*words, code=2)[0]
 

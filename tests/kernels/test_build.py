@@ -22,8 +22,8 @@ SOURCES = {
     "kernels.h": "int twice(int);\nint device_error();\n",
     "twice_cpu.cpp": '#include "kernels.h"\nint twice(int x) { return 2 * x; }\n',
     "device_cuda.cu": '#include "kernels.h"\n'
-                      "__global__ void nothing() {}\n"
-                      "int device_error() { nothing<<<1, 1>>>(); return cudaGetLastError(); }\n",
+    "__global__ void nothing() {}\n"
+    "int device_error() { nothing<<<1, 1>>>(); return cudaGetLastError(); }\n",
     "bindings.cpp": r"""
         #include <Python.h>
         #include "kernels.h"
@@ -41,7 +41,8 @@ SOURCES = {
         static PyMethodDef methods[] = {{"f", f, METH_NOARGS, ""}, {}};
         static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "", -1, methods};
         PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
-        """}
+        """,
+}
 pytestmark = needs_compiler
 
 
@@ -71,7 +72,9 @@ def summary(said):
 def compiler_without(folder, flag):
     """A compiler that refuses a flag, as Apple's refuses -fopenmp."""
     script = folder / "cxx"
-    script.write_text(f'#!/bin/sh\nfor word; do [ "$word" = {flag} ] && exit 1; done\nexec c++ "$@"\n')
+    script.write_text(
+        f'#!/bin/sh\nfor word; do [ "$word" = {flag} ] && exit 1; done\nexec c++ "$@"\n'
+    )
     script.chmod(0o755)
     return shlex.quote(str(script))
 
@@ -130,7 +133,11 @@ def test_without_openmp_one_thread(toy):
 
 def test_without_nvcc_cpu_only(toy):
     module, said = build(toy, CRATE_CUDA_ARCHS="80", CUDA_HOME="/nowhere")
-    assert module and "no nvcc (/nowhere/bin/nvcc), therefore CPU only" in said and ask(toy)["cuda"] == -1
+    assert (
+        module
+        and "no nvcc (/nowhere/bin/nvcc), therefore CPU only" in said
+        and ask(toy)["cuda"] == -1
+    )
 
 
 @needs_nvcc
@@ -162,7 +169,9 @@ def test_torch_is_not_needed(toy):
 
 
 def test_a_source_archive_holds_the_sources(toy):
-    subprocess.check_output([sys.executable, "setup.py", "-q", "sdist"], cwd=toy, stderr=subprocess.STDOUT)
+    subprocess.check_output(
+        [sys.executable, "setup.py", "-q", "sdist"], cwd=toy, stderr=subprocess.STDOUT
+    )
     [path] = (toy / "dist").glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
@@ -171,12 +180,20 @@ def test_a_source_archive_holds_the_sources(toy):
 
 # ---- what the package says about the module it finds -----------------------------------------------------
 
+
 def backend(folder, **environment):
     """ops.backend() in a copy of the package, in a process that cannot fall back on an editable install."""
-    script = ("import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]\n"
-              "from crate_mini import ops; print(*ops.backend(), sep='|')")
-    done = subprocess.run([sys.executable, "-c", script], cwd=folder, text=True, capture_output=True,
-                          env={**os.environ, "CRATE_BACKEND": "auto", **environment})
+    script = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]\n"
+        "from crate_mini import ops; print(*ops.backend(), sep='|')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "CRATE_BACKEND": "auto", **environment},
+    )
     return (done.stdout + done.stderr).strip()
 
 
@@ -195,7 +212,11 @@ def test_a_stale_module_is_not_used(installed):
     with open(installed / "csrc" / "kernels.h", "a") as file:
         file.write("// edited after the build\n")
     told = backend(installed)
-    assert told.startswith("reference|") and "older than its sources" in told and "pip install -e ." in told
+    assert (
+        told.startswith("reference|")
+        and "older than its sources" in told
+        and "pip install -e ." in told
+    )
     assert "UserError" in backend(installed, CRATE_BACKEND="fused")
 
 
@@ -214,7 +235,11 @@ def test_a_module_that_cannot_be_imported(installed, how):
     else:
         module.unlink()
     told = backend(installed)
-    assert told.startswith("reference|") and "cannot be imported" in told and "pip install -e ." in told
+    assert (
+        told.startswith("reference|")
+        and "cannot be imported" in told
+        and "pip install -e ." in told
+    )
 
 
 def test_the_install_that_runs_these_tests(extension):
@@ -231,5 +256,7 @@ def test_extras_and_requirements_are_declared():
         requires = importlib.metadata.requires("crate_mini")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("crate_mini is imported from a folder, not installed")
-    plain = {r.split(";")[0].strip().split("<")[0].split(">")[0] for r in requires if "extra ==" not in r}
+    plain = {
+        r.split(";")[0].strip().split("<")[0].split(">")[0] for r in requires if "extra ==" not in r
+    }
     assert plain == {"torch", "numpy", "tiktoken", "matplotlib"}

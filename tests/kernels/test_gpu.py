@@ -27,7 +27,10 @@ SHAPES = [(8192, 128, 512), (4096, 384, 1536), (2048, 768, 3072), (3001, 100, 40
 def cuda_kernels():
     """All tests here run on kernels of ours, or fail: a build without CUDA must not pass by falling back."""
     from crate_mini import fused
-    assert fused._C and fused._C.build_info()["cuda"], "no CUDA kernels in this build: pip install -e ."
+
+    assert fused._C and fused._C.build_info()["cuda"], (
+        "no CUDA kernels in this build: pip install -e ."
+    )
     with ops.use_backend("fused"):
         yield
 
@@ -41,23 +44,45 @@ def normal(*shape, seed, dtype=torch.float32, scale=1.0):
 @pytest.mark.parametrize("N, d, h", SHAPES)
 def test_real_sizes(N, d, h, dtype):
     """The shapes of the bench, where large tiles and splits are chosen by the constants that ship."""
-    x, D = normal(N, d, seed=0, dtype=dtype), normal(d, h, seed=1, dtype=dtype, scale=d ** -0.5)
+    x, D = normal(N, d, seed=0, dtype=dtype), normal(d, h, seed=1, dtype=dtype, scale=d**-0.5)
     gy, ga = normal(N, d, seed=2, dtype=dtype), normal(N, h, seed=3, dtype=dtype)
     y, a, codes, residuals = torch.ops.crate_mini.ista(x, D, None, None, 0.5, 0.1, 2, True)
     assert_close((y, a), lambda x, D: reference.ista(x, D, 0.5, 0.1, 2), x, D, names=("y", "a"))
     got = torch.ops.crate_mini.ista_backward(gy, ga, x, D, None, a, codes, residuals, 0.5, 2, False)
-    assert_close(got[:2], lambda *t: ista_gradients(*t, 0.5, True), gy, ga, x, D, D, a, codes, residuals,
-                 names=("gx", "gD"))
+    assert_close(
+        got[:2],
+        lambda *t: ista_gradients(*t, 0.5, True),
+        gy,
+        ga,
+        x,
+        D,
+        D,
+        a,
+        codes,
+        residuals,
+        names=("gx", "gD"),
+    )
     z, weight, bias = normal(N, d, seed=4) + 1, 1 + normal(d, seed=5), normal(d, seed=6)
-    U, gu = normal(d, d, seed=7, dtype=dtype, scale=d ** -0.5), normal(N, d, seed=8, dtype=dtype)
-    assert_close((torch.ops.crate_mini.mssa_project(z, weight, bias, U, 1, 1e-5).flatten(-2),),
-                 lambda *t: (mssa_equation(*t),), z, weight, bias, U)
+    U, gu = normal(d, d, seed=7, dtype=dtype, scale=d**-0.5), normal(N, d, seed=8, dtype=dtype)
+    assert_close(
+        (torch.ops.crate_mini.mssa_project(z, weight, bias, U, 1, 1e-5).flatten(-2),),
+        lambda *t: (mssa_equation(*t),),
+        z,
+        weight,
+        bias,
+        U,
+    )
     got = torch.ops.crate_mini.mssa_project_backward(gu.unsqueeze(1), z, weight, bias, U, 1e-5)
-    assert_close(got, mssa_gradients, gu, z, weight, bias, U, names=("gz", "gweight", "gbias", "gU"))
+    assert_close(
+        got, mssa_gradients, gu, z, weight, bias, U, names=("gz", "gweight", "gbias", "gU")
+    )
 
 
 def test_runs_repeat_to_the_bit():
-    x, D = normal(5000, 128, seed=0, dtype=torch.bfloat16), normal(128, 512, seed=1, dtype=torch.bfloat16)
+    x, D = (
+        normal(5000, 128, seed=0, dtype=torch.bfloat16),
+        normal(128, 512, seed=1, dtype=torch.bfloat16),
+    )
     x.requires_grad_(), D.requires_grad_()
 
     def run():
@@ -71,16 +96,32 @@ def test_runs_repeat_to_the_bit():
 
 def test_more_elements_than_32_bits_count():
     """A code matrix of 2.2e9 values (4.4 GB): its last rows are as right as its first."""
-    N, d, h = 2 ** 22 + 3, 16, 520
+    N, d, h = 2**22 + 3, 16, 520
     from crate_mini import _C
+
     r, D = normal(N, d, seed=0, dtype=torch.bfloat16), normal(d, h, seed=1, dtype=torch.bfloat16)
     out = torch.full((N, h), torch.nan, dtype=torch.bfloat16, device="cuda")
     for version in (2, 3):
-        error = _C.ista_step_forward_cuda(1, N, d, h, 0.5, 0.1, None, r.data_ptr(), D.data_ptr(), None,
-                                          out.data_ptr(), version, torch.cuda.current_stream().cuda_stream)
+        error = _C.ista_step_forward_cuda(
+            1,
+            N,
+            d,
+            h,
+            0.5,
+            0.1,
+            None,
+            r.data_ptr(),
+            D.data_ptr(),
+            None,
+            out.data_ptr(),
+            version,
+            torch.cuda.current_stream().cuda_stream,
+        )
         assert error == 0
         for rows in (slice(0, 200), slice(N // 2, N // 2 + 200), slice(N - 200, N)):
-            assert_close((out[rows],), lambda r, D: (reference.ista_step(None, r, D, 0.5, 0.1),), r[rows], D)
+            assert_close(
+                (out[rows],), lambda r, D: (reference.ista_step(None, r, D, 0.5, 0.1),), r[rows], D
+            )
         out.fill_(torch.nan)
 
 
@@ -90,7 +131,7 @@ def test_another_stream():
     want, late = ops.ista(x, D, 0.1, 0.1, 2), torch.full_like(x, torch.nan)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)      # about a tenth of a second of the GPU's clock
+        torch.cuda._sleep(200_000_000)  # about a tenth of a second of the GPU's clock
         late.copy_(x)
         got = ops.ista(late, D, 0.1, 0.1, 2)
     torch.cuda.synchronize()

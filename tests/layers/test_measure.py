@@ -21,10 +21,14 @@ from crate_mini.layers import measure
 from crate_mini.training import checkpoint  # noqa: E402
 
 KINDS = {  # name: what makes this model of the paper's one
-    "crate": {}, "gpt2": model.KINDS["gpt2"], "crate+": {**model.KINDS["crate+"], "query_rank": 3},
-    "mssa-mlp": {"sparsifier": "mlp", "residual": True}, "mhsa-ista": {"attention": "mhsa"},
+    "crate": {},
+    "gpt2": model.KINDS["gpt2"],
+    "crate+": {**model.KINDS["crate+"], "query_rank": 3},
+    "mssa-mlp": {"sparsifier": "mlp", "residual": True},
+    "mhsa-ista": {"attention": "mhsa"},
     "gelu": {**model.KINDS["gpt2"], "bias": True, "activation": "gelu"},
-    "variants": {"unit_norm": True, "learned_lam": True, "ista_steps": 3, "expansion": 1}}
+    "variants": {"unit_norm": True, "learned_lam": True, "ista_steps": 3, "expansion": 1},
+}
 
 
 def tiny(seed=0, **changes):
@@ -41,6 +45,7 @@ def draw(*shape, seed=0):
 
 
 # ---- coding rate -----------------------------------------------------------------------------------------
+
 
 def rate_by_definition(u, eps2=0.01):
     """1/2 sum_k logdet(I_N + p/(N eps2) G_k), G_k the Gram matrix of the tokens, head by head."""
@@ -78,7 +83,7 @@ def test_rate_does_not_see_order_length_or_rotations_inside_a_head(shape):
 
 def test_rate_sees_what_mixes_heads_or_stretches_a_basis():
     u = draw(40, 2, 5)
-    u[:, 0] = u[:, 0, :1] * u[0, 0]                              # one direction in head 0, all in head 1
+    u[:, 0] = u[:, 0, :1] * u[0, 0]  # one direction in head 0, all in head 1
     mixed = (u.flatten(1) @ torch.linalg.qr(draw(10, 10, seed=1)).Q).view(40, 2, 5)
     stretched = u * torch.tensor([1.0, 1, 1, 1, 30])
     rate = measure.coding_rate(u)
@@ -90,9 +95,11 @@ def test_alike_and_evenly_spread_tokens_reach_the_bounds():
     alike = draw(1, K, p).expand(12, K, p)
     spread = torch.eye(p, dtype=torch.float64).repeat(3, 1)[:, None].expand(12, K, p)
     least, most = measure.bounds(12, K, p)
-    assert measure.coding_rate(alike).item() == pytest.approx(least) == K / 2 * math.log(1 + p / 0.01)
+    assert (
+        measure.coding_rate(alike).item() == pytest.approx(least) == K / 2 * math.log(1 + p / 0.01)
+    )
     assert measure.coding_rate(spread).item() == pytest.approx(most) == K * p / 2 * math.log(101)
-    few = torch.eye(p, dtype=torch.float64)[:2, None]           # fewer tokens than directions
+    few = torch.eye(p, dtype=torch.float64)[:2, None]  # fewer tokens than directions
     assert measure.coding_rate(few).item() == pytest.approx(measure.bounds(2, 1, p)[1])
 
 
@@ -106,7 +113,9 @@ def test_bases_are_the_models_own_and_orthonormal_ones_span_the_same(kind):
     else:
         own = attention.qkv(x).unflatten(-1, (3, 2, -1))[:, :, 2]
         own = own - (0 if attention.qkv.bias is None else attention.qkv.bias[24:].view(2, 6))
-    assert torch.allclose(torch.einsum("btd,dkp->btkp", x.double(), found["U"]), own.double(), atol=1e-6)
+    assert torch.allclose(
+        torch.einsum("btd,dkp->btkp", x.double(), found["U"]), own.double(), atol=1e-6
+    )
     for k in range(2):
         Q, U = found["orthonormal U"][:, k], found["U"][:, k]
         assert torch.allclose(Q.T @ Q, torch.eye(6, dtype=Q.dtype), atol=1e-12)
@@ -115,6 +124,7 @@ def test_bases_are_the_models_own_and_orthonormal_ones_span_the_same(kind):
 
 
 # ---- one layer against numpy -----------------------------------------------------------------------------
+
 
 def layer_norm(z, norm):
     z = z.double().numpy()
@@ -147,7 +157,9 @@ def test_numbers_of_a_layer_are_the_formulas(kind):
     assert found["lasso"] == pytest.approx(objective, rel=1e-5)
     error = np.square(x - a @ D.T).sum() / np.square(x).sum()
     assert found["reconstruction_error"] == pytest.approx(error, rel=1e-5)
-    assert found["density"] == pytest.approx(np.mean(a > 0), abs=2e-3)      # a code may lie on the threshold
+    assert found["density"] == pytest.approx(
+        np.mean(a > 0), abs=2e-3
+    )  # a code may lie on the threshold
     assert found["l0"]["mean"] == pytest.approx(found["density"] * found["neurons"])
     assert found["l0"]["std"] == pytest.approx(np.std((a > 0).sum(1)), abs=0.05)
 
@@ -166,36 +178,46 @@ def test_dictionary_is_its_definitions(d, expansion, seed):
     found = measure.dictionary(lm.blocks[0].sparsifier)
     D = lm.blocks[0].sparsifier.D.detach().double().numpy()
     h = D.shape[1]
-    cosines = [abs(D[:, i] @ D[:, j]) / np.linalg.norm(D[:, i]) / np.linalg.norm(D[:, j])
-               for i in range(h) for j in range(i)] or [0]
+    cosines = [
+        abs(D[:, i] @ D[:, j]) / np.linalg.norm(D[:, i]) / np.linalg.norm(D[:, j])
+        for i in range(h)
+        for j in range(i)
+    ] or [0]
     unit = D / np.linalg.norm(D, axis=0)
     assert found["norm2"] == pytest.approx(norm_by_power_iteration(D), rel=1e-3)
     assert found["eta_norm2"] == pytest.approx(0.1 * found["norm2"])
-    assert found["coherence"] == pytest.approx(max(cosines)) and found["mean_cosine"] == pytest.approx(
-        np.mean(cosines))
+    assert found["coherence"] == pytest.approx(max(cosines)) and found[
+        "mean_cosine"
+    ] == pytest.approx(np.mean(cosines))
     assert found["welch"] <= found["coherence"] + 1e-9
-    assert found["frame_distance"] == pytest.approx(np.sqrt(np.square(D @ D.T - h / d * np.eye(d)).sum()))
+    assert found["frame_distance"] == pytest.approx(
+        np.sqrt(np.square(D @ D.T - h / d * np.eye(d)).sum())
+    )
     assert found["frame_distance_unit"] == pytest.approx(
-        np.sqrt(np.square(unit @ unit.T - h / d * np.eye(d)).sum()), abs=1e-9)
+        np.sqrt(np.square(unit @ unit.T - h / d * np.eye(d)).sum()), abs=1e-9
+    )
 
 
 def test_dictionaries_known_by_heart():
     m = tiny().blocks[0].sparsifier
     with torch.no_grad():
-        m.D.copy_(3 * torch.eye(12).repeat(1, 4))                # a tight frame of four equal bases
+        m.D.copy_(3 * torch.eye(12).repeat(1, 4))  # a tight frame of four equal bases
     found = measure.dictionary(m)
     assert found["frame_distance_unit"] == pytest.approx(0, abs=1e-9) and found["coherence"] == 1
-    assert found["norm2"] == pytest.approx(36) and found["frame_distance"] == pytest.approx(32 * 12 ** 0.5)
+    assert found["norm2"] == pytest.approx(36) and found["frame_distance"] == pytest.approx(
+        32 * 12**0.5
+    )
     assert measure.dictionary(tiny(**KINDS["gpt2"]).blocks[0].sparsifier)["eta_norm2"] is None
 
 
 # ---- what steps do, planted codes ------------------------------------------------------------------------
 
+
 @given(st.floats(0.05, 1.0), st.integers(1, 6), st.integers(0, 99))
 def test_no_step_raises_the_objective_when_eta_norm2_is_at_most_1(size, steps, seed):
     lm = tiny(seed, unit_norm=True, eta=size, ista_steps=steps, lam=0.3)
     for _ in range(30):
-        lm.train()(ids())                                        # the parametrisation's own power iteration
+        lm.train()(ids())  # the parametrisation's own power iteration
     for n in measure.layers(lm.eval(), [ids(seed)]):
         if n["dictionary"]["eta_norm2"] <= 1:
             assert all(b <= a * (1 + 1e-6) for a, b in zip(n["lasso"], n["lasso"][1:]))
@@ -210,12 +232,14 @@ def test_a_step_far_beyond_the_limit_raises_it():
 def test_planted_codes_have_the_density_they_were_planted_with():
     lm = tiny()
     code = lm.blocks[1].sparsifier.code
-    on = torch.arange(48)[:, None] > torch.arange(48)            # neuron j is on for 47 - j of 48 tokens
+    on = torch.arange(48)[:, None] > torch.arange(48)  # neuron j is on for 47 - j of 48 tokens
     code.register_forward_hook(lambda m, i, a: on.float().view(3, 16, 48))
     n = measure.layers(lm, [ids()])[1]
     assert n["density_by_neuron"] == [round((47 - j) / 48, 6) for j in range(48)] and n["dead"] == 1
     assert n["density"] == pytest.approx(23.5 / 48) and n["l0"]["mean"] == pytest.approx(23.5)
-    assert n["density_deciles"] == pytest.approx(np.quantile(np.arange(48) / 48, np.arange(1, 10) / 10))
+    assert n["density_deciles"] == pytest.approx(
+        np.quantile(np.arange(48) / 48, np.arange(1, 10) / 10)
+    )
 
 
 def test_batches_add_up_and_measuring_leaves_no_trace():
@@ -227,13 +251,16 @@ def test_batches_add_up_and_measuring_leaves_no_trace():
     for a, b in zip(whole, parts):
         assert a["lasso"] == pytest.approx(b["lasso"])
         assert a["rate"]["after attention"]["U"]["mean"] == pytest.approx(
-            b["rate"]["after attention"]["U"]["mean"])
+            b["rate"]["after attention"]["U"]["mean"]
+        )
     assert torch.equal(lm(ids(rows=4)), before)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.modules())
 
 
 def test_untrained_is_where_training_starts_and_draws_from_no_one():
-    config = model.Config(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=12, unit_norm=True)
+    config = model.Config(
+        vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=12, unit_norm=True
+    )
     torch.manual_seed(7)
     start, _, state = model.LM(config).state_dict(), torch.rand(3), torch.get_rng_state()
     again = measure.untrained(config, 7).state_dict()
@@ -243,11 +270,14 @@ def test_untrained_is_where_training_starts_and_draws_from_no_one():
 
 # ---- the command -----------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("measure")
     path = folder / "text.txt"
-    path.write_text("".join(f"line {i * i} speaks of codes and rates number {i}\n" for i in range(400)))
+    path.write_text(
+        "".join(f"line {i * i} speaks of codes and rates number {i}\n" for i in range(400))
+    )
     return path
 
 
@@ -261,8 +291,12 @@ def make(folder, text, kind="crate", lm=None, **training):
     lm = lm or tiny(vocab_size=320, **KINDS[kind])
     corpus = data.open_corpus(str(text), tokenizer, log=lambda *_: None)
     settings = {"data": str(text), "val_fraction": 0.1, "seed": 5, **training}
-    checkpoint.save(folder / "best", lm, tokenizer={"spec": "bytes", "hash": tokenizer.hash},
-                    training={"settings": settings, "step": 1, "corpus": corpus.meta})
+    checkpoint.save(
+        folder / "best",
+        lm,
+        tokenizer={"spec": "bytes", "hash": tokenizer.hash},
+        training={"settings": settings, "step": 1, "corpus": corpus.meta},
+    )
     return str(folder / "best")
 
 
@@ -281,7 +315,11 @@ def test_command_on_every_kind_of_model(kind, text, tmp_path, monkeypatch, capsy
     code, out, err = call(monkeypatch, capsys, "layers", ckpt, "--tokens", 600)
     assert not code and not err, err
     found = json.loads((tmp_path / "interpret" / "layers.json").read_text())
-    assert found["tokens"] == 592 and found["seed"] == 5 and found["machine"]["torch"] == torch.__version__
+    assert (
+        found["tokens"] == 592
+        and found["seed"] == 5
+        and found["machine"]["torch"] == torch.__version__
+    )
     assert found["command"].startswith("python interpret.py layers")
     assert [len(found[name]) for name in ("trained", "untrained")] == [2, 2]
     config = model.Config(**found["checkpoint"]["config"])
@@ -296,7 +334,9 @@ def test_command_on_every_kind_of_model(kind, text, tmp_path, monkeypatch, capsy
             assert all(least <= rates[name]["mean"] <= most for rates in n["rate"].values())
     for name in ("layers.png", "l0.png"):
         assert (tmp_path / "interpret" / name).read_bytes().startswith(b"\x89PNG")
-    titles = re.findall(r"\S+ %|\S+", " ".join(line for line in out.splitlines() if "  layer  " in line))
+    titles = re.findall(
+        r"\S+ %|\S+", " ".join(line for line in out.splitlines() if "  layer  " in line)
+    )
     assert ("objective" in titles) == (config.sparsifier == "ista") and "coherence" in titles
     assert ("the value projection stands in" in out) == (config.attention == "mhsa")
     for title in set(titles) - {"layer"}:
@@ -304,7 +344,7 @@ def test_command_on_every_kind_of_model(kind, text, tmp_path, monkeypatch, capsy
 
 
 def test_equal_commands_equal_numbers_and_seeds_count(text, tmp_path, monkeypatch, capsys):
-    ckpt = make(tmp_path, text)                                  # weights of seed 0, but its record says 5
+    ckpt = make(tmp_path, text)  # weights of seed 0, but its record says 5
     results = []
     for out, more in (("a", []), ("b", []), ("c", ["--seed", 0])):
         words = ["layers", ckpt, "--tokens", 64, "--out", tmp_path / out, *more]
@@ -331,12 +371,24 @@ def spoil(ckpt):
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("words, reason", [
-    (["--tokens", "0"], "--tokens 0"), (["--tokens", "15"], "16"), (["--batch", "0"], "--batch 0"),
-    (["--seed", "-1"], "--seed -1"), (["--tokens", "many"], "many"), (["--token", "9"], "mean --token"),
-    (["--val-fraction", "7"], "val_fraction is 7"), (["--data", "missing.txt"], "missing.txt"),
-    (["--device", "abacus"], "abacus"), (["--tokenizer", "pydocs"], "Tokenizer pydocs")])
-def test_wrong_settings_are_told_in_one_sentence(words, reason, text, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (["--tokens", "0"], "--tokens 0"),
+        (["--tokens", "15"], "16"),
+        (["--batch", "0"], "--batch 0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--tokens", "many"], "many"),
+        (["--token", "9"], "mean --token"),
+        (["--val-fraction", "7"], "val_fraction is 7"),
+        (["--data", "missing.txt"], "missing.txt"),
+        (["--device", "abacus"], "abacus"),
+        (["--tokenizer", "pydocs"], "Tokenizer pydocs"),
+    ],
+)
+def test_wrong_settings_are_told_in_one_sentence(
+    words, reason, text, tmp_path, monkeypatch, capsys
+):
     code, _, err = call(monkeypatch, capsys, "layers", make(tmp_path, text), *words)
     assert code == 2 and reason in err and err.count("\n") == 1 and "Traceback" not in err
     assert not (tmp_path / "interpret").exists()
@@ -351,11 +403,15 @@ def test_wrong_checkpoints_and_texts_are_told_in_one_sentence(text, tmp_path, mo
     with torch.no_grad():
         sick.blocks[0].attention.out.weight.fill_(float("nan"))
     sick, ours = make(tmp_path / "sick", text, lm=sick), make(tmp_path / "ours", text)
-    for words, reason in (([broken], "damaged"), ([tmp_path / "nothing"], "No checkpoint"),
-                          ([sick], "not finite"), ([], "CKPT"),
-                          ([ours, "--data", short], "one window needs 17"),
-                          ([make(tmp_path / "mute", text, data=None)], "--data"),
-                          ([ours, "--out", taken], "taken")):
+    for words, reason in (
+        ([broken], "damaged"),
+        ([tmp_path / "nothing"], "No checkpoint"),
+        ([sick], "not finite"),
+        ([], "CKPT"),
+        ([ours, "--data", short], "one window needs 17"),
+        ([make(tmp_path / "mute", text, data=None)], "--data"),
+        ([ours, "--out", taken], "taken"),
+    ):
         code, _, err = call(monkeypatch, capsys, "layers", *words)
         assert code == 2 and reason in err and err.count("\n") == 1, (reason, err)
     assert "did you mean layers?" in call(monkeypatch, capsys, "layer", ours)[2]

@@ -14,18 +14,32 @@ T, V = 12, 37
 
 def tiny(kind, seed=0, **changes):
     torch.manual_seed(seed)
-    lm = model.LM(model.preset("2L", kind, vocab_size=V, block_size=T, n_embd=16, n_head=2,
-                               **({"query_rank": 3} if kind == "crate+" else {}), **changes)).eval()
-    lm.tokens.weight.data *= 8      # so that next tokens are not all alike
-    if kind == "crate+":            # B starts at zero: give the query correction something to do
+    lm = model.LM(
+        model.preset(
+            "2L",
+            kind,
+            vocab_size=V,
+            block_size=T,
+            n_embd=16,
+            n_head=2,
+            **({"query_rank": 3} if kind == "crate+" else {}),
+            **changes,
+        )
+    ).eval()
+    lm.tokens.weight.data *= 8  # so that next tokens are not all alike
+    if kind == "crate+":  # B starts at zero: give the query correction something to do
         for block in lm.blocks:
             torch.nn.init.normal_(block.attention.query[1])
     return lm
 
 
 @pytest.mark.parametrize("kind", model.KINDS)
-@given(cuts=st.lists(st.integers(1, T - 1), unique=True, max_size=4), rows=st.integers(1, 3),
-       backend=st.sampled_from(["reference", "auto"]), seed=st.integers(0, 9))
+@given(
+    cuts=st.lists(st.integers(1, T - 1), unique=True, max_size=4),
+    rows=st.integers(1, 3),
+    backend=st.sampled_from(["reference", "auto"]),
+    seed=st.integers(0, 9),
+)
 def test_cached_logits_are_those_of_the_whole_text(kind, cuts, rows, backend, seed):
     """However the text is cut into passes; held to the equation in float64 by the one tolerance policy."""
     lm = tiny(kind, seed)
@@ -38,6 +52,7 @@ def test_cached_logits_are_those_of_the_whole_text(kind, cuts, rows, backend, se
     def whole(*weights):
         with ops.use_backend("reference"), torch.no_grad():
             return [torch.func.functional_call(lm, dict(zip(names, weights)), (idx,))]
+
     assert_close([got], whole, *weights, names=["logits"])
 
 
@@ -45,8 +60,10 @@ def test_cached_logits_are_those_of_the_whole_text(kind, cuts, rows, backend, se
 @pytest.mark.parametrize("temperature", [0, 0.8])
 def test_text_is_the_same_with_and_without_also_beyond_the_window(kind, temperature):
     lm, idx = tiny(kind), torch.arange(10).view(2, 5)
-    texts = [lm.generate(idx, 2 * T, temperature, 9, torch.Generator().manual_seed(3), cache=cache)
-             for cache in (True, False)]
+    texts = [
+        lm.generate(idx, 2 * T, temperature, 9, torch.Generator().manual_seed(3), cache=cache)
+        for cache in (True, False)
+    ]
     assert texts[0].shape == (2, 5 + 2 * T) and torch.equal(*texts)
     assert lm.past is None and all(b.attention.past is None for b in lm.blocks)
 
@@ -80,6 +97,8 @@ def test_a_text_longer_than_the_context_is_refused_and_errors_leave_no_past():
 def test_single_tokens_go_the_way_that_was_measured_for_few_rows(monkeypatch):
     lm, rows = tiny("crate"), []
     decode = ops.ista_decode
-    monkeypatch.setattr(ops, "ista_decode", lambda x, *rest: rows.append(x.shape[1]) or decode(x, *rest))
+    monkeypatch.setattr(
+        ops, "ista_decode", lambda x, *rest: rows.append(x.shape[1]) or decode(x, *rest)
+    )
     lm.generate(torch.arange(5)[None], 4)
-    assert rows == [1] * 3 * 2                                  # three new tokens read, in two layers
+    assert rows == [1] * 3 * 2  # three new tokens read, in two layers

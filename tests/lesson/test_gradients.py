@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from crate_mini import ops, reference
 from crate_mini.model import LM, Config
 
-MARGIN = 1e-3       # finite differences must not step over the kink of a ReLU
+MARGIN = 1e-3  # finite differences must not step over the kink of a ReLU
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +21,19 @@ def fused(extension):
 def problem(seed, lead, d, h, n_head=1):
     """float64 leaves: x (*lead, d), D (d, h), decoder (d, h), lams (h,), and LayerNorm's and U's."""
     g = torch.Generator().manual_seed(seed)
+
     def leaf(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64)
-    leaves = dict(x=leaf(*lead, d), D=leaf(d, h) * d ** -0.5, decoder=leaf(d, h), lams=leaf(h).abs(),
-                  weight=leaf(d), bias=leaf(d), U=leaf(d, d))
+
+    leaves = dict(
+        x=leaf(*lead, d),
+        D=leaf(d, h) * d**-0.5,
+        decoder=leaf(d, h),
+        lams=leaf(h).abs(),
+        weight=leaf(d),
+        bias=leaf(d),
+        U=leaf(d, d),
+    )
     return {name: t.requires_grad_() for name, t in leaves.items()}
 
 
@@ -51,16 +60,18 @@ def test_gradcheck_ista(steps, tied):
 
     def f(x, D, lams, decoder):
         return ops.ista(x, D, 0.5, lams, steps, None if tied else decoder)
+
     assert torch.autograd.gradcheck(f, (p["x"], p["D"], p["lams"], p["decoder"]))
 
 
 @pytest.mark.parametrize("start", [True, False])
 def test_gradcheck_ista_step(start):
     p = away_from_kinks((4,), 3, 5, 0.5, 1)
-    a = torch.full((4, 5), 10.0, dtype=torch.float64, requires_grad=True)      # far from the kink too
+    a = torch.full((4, 5), 10.0, dtype=torch.float64, requires_grad=True)  # far from the kink too
 
     def f(a, r, D, lams):
         return ops.ista_step(a if start else None, r, D, 0.5, lams)
+
     assert torch.autograd.gradcheck(f, (a, p["x"], p["D"], p["lams"]))
 
 
@@ -70,14 +81,22 @@ def test_gradcheck_mssa_project(bias):
 
     def f(z, weight, b, U):
         return ops.mssa_project(z, weight, b if bias else None, U, 2)
+
     assert torch.autograd.gradcheck(f, (p["x"], p["weight"], p["bias"], p["U"]))
 
 
 @pytest.mark.fuzz
-@given(seed=st.integers(0, 2 ** 31), rows=st.sampled_from([0, 1, 5, 97, 800]),
-       d=st.sampled_from([1, 4, 31, 64]), h=st.sampled_from([1, 3, 33, 130]), steps=st.integers(1, 4),
-       tied=st.booleans(), number=st.booleans(), both=st.booleans(),
-       dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.sampled_from([0, 1, 5, 97, 800]),
+    d=st.sampled_from([1, 4, 31, 64]),
+    h=st.sampled_from([1, 3, 33, 130]),
+    steps=st.integers(1, 4),
+    tied=st.booleans(),
+    number=st.booleans(),
+    both=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
 def test_ops_against_autograd_of_the_reference(seed, rows, d, h, steps, tied, number, both, dtype):
     """Through the public ops, with the gradient of the codes absent or present, lam a number or a tensor.
 
@@ -90,20 +109,41 @@ def test_ops_against_autograd_of_the_reference(seed, rows, d, h, steps, tied, nu
     def gradients(ista, x, D, lams, decoder):
         leaves = [t.detach().requires_grad_() for t in (x, D, lams, decoder)]
         x, D, lams, decoder = leaves
-        y, a = ista(x, D, 0.3, 0.2 if number else lams.to(x.dtype) if ista is reference.ista else lams,
-                    1 if flat else steps, None if tied else decoder)
+        y, a = ista(
+            x,
+            D,
+            0.3,
+            0.2 if number else lams.to(x.dtype) if ista is reference.ista else lams,
+            1 if flat else steps,
+            None if tied else decoder,
+        )
         loss = a.square().sum() / 2 if flat else y.square().sum() + (a.sin().sum() if both else 0)
         return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-    inputs = [p["x"].to(dtype), p["D"].to(dtype), p["lams"].to(torch.promote_types(dtype, torch.float32)),
-              p["decoder"].to(dtype)]
+
+    inputs = [
+        p["x"].to(dtype),
+        p["D"].to(dtype),
+        p["lams"].to(torch.promote_types(dtype, torch.float32)),
+        p["decoder"].to(dtype),
+    ]
     assert_close(gradients(ops.ista, *inputs), lambda *t: gradients(reference.ista, *t), *inputs)
 
 
 # ---- a model that trains ----------------------------------------------------------------------------------
 
 SMALL = dict(vocab_size=61, block_size=17, n_layer=2, n_head=3, n_embd=36, expansion=3)
-VARIANTS = {"paper": {}, "all options": dict(residual=True, separate_decoder=True, learned_lam=True,
-                                             unit_norm=True, query_rank=4, bias=False, ista_steps=3)}
+VARIANTS = {
+    "paper": {},
+    "all options": dict(
+        residual=True,
+        separate_decoder=True,
+        learned_lam=True,
+        unit_norm=True,
+        query_rank=4,
+        bias=False,
+        ista_steps=3,
+    ),
+}
 
 
 def train(parameters, variant, steps, mixed):
@@ -116,7 +156,9 @@ def train(parameters, variant, steps, mixed):
             w.copy_(value)
     losses = []
     for _ in range(steps):
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed and parameters[0].dtype == torch.float32):
+        with torch.autocast(
+            "cpu", torch.bfloat16, enabled=mixed and parameters[0].dtype == torch.float32
+        ):
             loss = model(ids[:, :-1], ids[:, 1:])
         model.zero_grad()
         loss.backward()
@@ -142,6 +184,7 @@ def test_twenty_training_steps(variant, mixed):
         def equation(*parameters):
             with ops.use_backend("reference"):
                 return train(parameters, variant, 20, mixed)
+
         got = train(parameters, variant, 20, mixed)
         assert got[0][-1] < got[0][0], "nothing was learned, so nothing was compared"
         assert_close(got, equation, *parameters, draws=8)

@@ -16,7 +16,7 @@ TINY = dict(vocab_size=37, block_size=11, n_layer=2, n_head=2, n_embd=8)
 
 def layer_norm(v, w, b):
     centred = v - v.mean()
-    return centred / ((centred ** 2).mean() + 1e-5).sqrt() * w + (0 if b is None else b)
+    return centred / ((centred**2).mean() + 1e-5).sqrt() * w + (0 if b is None else b)
 
 
 def transcribed(lm, idx):
@@ -25,16 +25,21 @@ def transcribed(lm, idx):
     z = [s["tokens.weight"][t] + s["positions.weight"][i] for i, t in enumerate(idx.tolist())]
     d, p = c.n_embd, c.n_embd // c.n_head
     for n in range(c.n_layer):
+
         def w(name, n=n):
             return s.get(f"blocks.{n}.{name}")
+
         x = [layer_norm(v, w("attention.norm.weight"), w("attention.norm.bias")) for v in z]
         if c.attention == "mssa":
             k = v = [w("attention.U").T @ t for t in x]
             A, B = w("attention.query.0"), w("attention.query.1")
             q = k if A is None else [t + B.T @ (A.T @ t) for t in k]
         else:
-            qkv = [w("attention.qkv.weight") @ t + (w("attention.qkv.bias") if c.bias else 0) for t in x]
-            q, k, v = ([t[i * d:(i + 1) * d] for t in qkv] for i in range(3))
+            qkv = [
+                w("attention.qkv.weight") @ t + (w("attention.qkv.bias") if c.bias else 0)
+                for t in x
+            ]
+            q, k, v = ([t[i * d : (i + 1) * d] for t in qkv] for i in range(3))
         out = []
         for i in range(len(z)):
             heads = []
@@ -44,7 +49,9 @@ def transcribed(lm, idx):
                 weight = score.exp() / score.exp().sum()
                 heads.append(sum(weight[j] * v[j][cut] for j in range(i + 1)))
             bias = w("attention.out.bias")
-            out.append(z[i] + w("attention.out.weight") @ torch.cat(heads) + (0 if bias is None else bias))
+            out.append(
+                z[i] + w("attention.out.weight") @ torch.cat(heads) + (0 if bias is None else bias)
+            )
         z = out
         for i, t in enumerate(z):
             x = layer_norm(t, w("sparsifier.norm.weight"), w("sparsifier.norm.bias"))
@@ -57,7 +64,7 @@ def transcribed(lm, idx):
                 y = (W.T if w("sparsifier.decoder") is None else w("sparsifier.decoder")) @ a
             else:
                 a = w("sparsifier.fc.weight") @ x + (w("sparsifier.fc.bias") if c.bias else 0)
-                cubic = math.sqrt(2 / math.pi) * (a + 0.044715 * a ** 3)
+                cubic = math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)
                 a = 0.5 * a * (1 + cubic.tanh()) if c.activation == "gelu" else a.clamp(min=0)
                 y = w("sparsifier.proj.weight") @ a + (w("sparsifier.proj.bias") if c.bias else 0)
             z[i] = t + y if c.residual else y
@@ -66,11 +73,16 @@ def transcribed(lm, idx):
 
 
 VARIANTS = {
-    "crate": dict(model.KINDS["crate"]), "gpt2": dict(model.KINDS["gpt2"]),
+    "crate": dict(model.KINDS["crate"]),
+    "gpt2": dict(model.KINDS["gpt2"]),
     "crate+": {**model.KINDS["crate+"], "query_rank": 3},
-    "three steps, learned lam, expansion 2": dict(ista_steps=3, learned_lam=True, expansion=2, eta=0.05),
+    "three steps, learned lam, expansion 2": dict(
+        ista_steps=3, learned_lam=True, expansion=2, eta=0.05
+    ),
     "mlp with gelu and biases": dict(model.KINDS["gpt2"], bias=True, activation="gelu"),
-    "mhsa + ista": dict(attention="mhsa", bias=False), "mssa + mlp": dict(sparsifier="mlp", bias=False)}
+    "mhsa + ista": dict(attention="mhsa", bias=False),
+    "mssa + mlp": dict(sparsifier="mlp", bias=False),
+}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -78,7 +90,9 @@ def test_logits_loss_and_gradients_equal_the_transcription(name):
     torch.manual_seed(3)
     lm = model.LM(model.Config(**{**TINY, **VARIANTS[name]})).double()
     with torch.no_grad():
-        for w in lm.parameters():  # away from zero biases and unit norms, so that every parameter matters
+        for w in (
+            lm.parameters()
+        ):  # away from zero biases and unit norms, so that every parameter matters
             w.add_(0.1 * torch.randn_like(w))
     idx, targets = torch.randint(37, (2, 11)), torch.randint(37, (2, 11))
     loss = lm(idx, targets)
@@ -95,10 +109,17 @@ def test_logits_loss_and_gradients_equal_the_transcription(name):
 
 
 PAPER = {  # parameters as printed, in millions (positions excluded, 50,304 ids), and to the last one
-    ("1L", "crate"): (6.54, 6_538_112), ("2L", "crate"): (6.64, 6_637_056),
-    ("3L", "crate"): (6.74, 6_736_000), ("S", "crate"): (59.9, 59_891_712),  # printed: 55.9
-    ("B", "crate"): (81.2, 81_148_416), ("1L", "gpt2"): (6.64, 6_635_904), ("2L", "gpt2"): (6.83, 6_832_768),
-    ("3L", "gpt2"): (7.03, 7_029_632), ("S", "gpt2"): (81.1, 81_110_784), ("B", "gpt2"): (123.6, 123_587_328)}
+    ("1L", "crate"): (6.54, 6_538_112),
+    ("2L", "crate"): (6.64, 6_637_056),
+    ("3L", "crate"): (6.74, 6_736_000),
+    ("S", "crate"): (59.9, 59_891_712),  # printed: 55.9
+    ("B", "crate"): (81.2, 81_148_416),
+    ("1L", "gpt2"): (6.64, 6_635_904),
+    ("2L", "gpt2"): (6.83, 6_832_768),
+    ("3L", "gpt2"): (7.03, 7_029_632),
+    ("S", "gpt2"): (81.1, 81_110_784),
+    ("B", "gpt2"): (123.6, 123_587_328),
+}
 
 
 @pytest.mark.parametrize("size, kind", PAPER)
@@ -126,24 +147,31 @@ def test_initial_weights_are_the_released_ones():
                 assert w.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
             else:
                 small = name.endswith(("out.weight", "proj.weight", "decoder"))
-                assert w.std().item() == pytest.approx(0.02 / math.sqrt(4 if small else 1), rel=0.03), name
-                assert w.abs().max() > 3 * w.std()               # a normal has tails, a uniform has none
+                assert w.std().item() == pytest.approx(
+                    0.02 / math.sqrt(4 if small else 1), rel=0.03
+                ), name
+                assert w.abs().max() > 3 * w.std()  # a normal has tails, a uniform has none
 
 
 @pytest.mark.parametrize("kind, block", [("crate", 18), ("gpt2", 12), ("crate+", 18)])
 def test_flops_count_the_products_that_run(kind, block):
     """The documented projections per layer (18 d^2, 12 d^2), and PyTorch's own count of a forward pass."""
     from torch.utils.flop_counter import FlopCounterMode
+
     c = model.preset("3L", kind, vocab_size=64, block_size=7, n_layer=2)
     d, low_rank = c.n_embd, 2 * c.n_embd * c.query_rank
     products = c.n_layer * (block * d * d + low_rank + (c.block_size + 1) * d) + d * c.vocab_size
     assert model.flops_per_token(c) == 6 * products
     lm, idx = model.LM(c), torch.randint(64, (3, 7))
-    with FlopCounterMode(display=False) as counter, ops.use_backend("reference"):     # kernels hide products
+    with (
+        FlopCounterMode(display=False) as counter,
+        ops.use_backend("reference"),
+    ):  # kernels hide products
         lm(idx)
     # the counter skips attention on some backends: compare what it must see, the products with weights
     assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] + sum(
-        counter.get_flop_counts()["Global"].get(op, 0) for op in (torch.ops.aten.addmm, torch.ops.aten.bmm)
+        counter.get_flop_counts()["Global"].get(op, 0)
+        for op in (torch.ops.aten.addmm, torch.ops.aten.bmm)
     ) == 2 * 21 * (c.n_layer * (block * d * d + low_rank) + d * c.vocab_size)
 
 
@@ -175,8 +203,13 @@ def test_initial_loss_is_that_of_guessing_and_one_batch_can_be_learned(kind):
     assert lm(idx, targets).item() < 0.2
 
 
-@given(n=st.integers(1, 70), V=st.sampled_from([2, 33, 700]), chunk=st.sampled_from([1, 64, 2 ** 20]),
-       scale=st.sampled_from([0.1, 1.0, 60.0]), seed=st.integers(0, 99))
+@given(
+    n=st.integers(1, 70),
+    V=st.sampled_from([2, 33, 700]),
+    chunk=st.sampled_from([1, 64, 2**20]),
+    scale=st.sampled_from([0.1, 1.0, 60.0]),
+    seed=st.integers(0, 99),
+)
 def test_chunked_head_equals_cross_entropy(n, V, chunk, scale, seed):
     g = torch.Generator().manual_seed(seed)
     x, W = torch.randn(n, 8, generator=g) * scale, torch.randn(V, 8, generator=g)
@@ -240,7 +273,9 @@ def test_unit_norm_bounds_the_step():
     lm = model.LM(model.Config(**TINY, unit_norm=True, eta=1.0))
     for _ in range(400):
         lm(torch.randint(37, (1, 4)))
-    assert torch.linalg.matrix_norm(lm.blocks[0].sparsifier.D, 2).item() == pytest.approx(1, abs=1e-3)
+    assert torch.linalg.matrix_norm(lm.blocks[0].sparsifier.D, 2).item() == pytest.approx(
+        1, abs=1e-3
+    )
     assert set(lm.state_dict()) == set(model.LM(lm.config).state_dict())
 
 
@@ -251,12 +286,18 @@ def test_generate_is_greedy_seeded_and_bounded():
     out = lm.generate(idx, 12, temperature=0)
     assert out.shape == (2, 17) and torch.equal(out[:, :5], idx)
     assert torch.equal(out[:, 5], lm(idx)[:, -1].argmax(-1))
-    draws = [lm.generate(idx, 9, top_k=5, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    draws = [
+        lm.generate(idx, 9, top_k=5, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+    ]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
-@given(st.dictionaries(st.sampled_from(sorted(model.Config.__dataclass_fields__)),
-                       st.integers(-3, 9) | st.floats() | st.text(max_size=4) | st.none() | st.booleans()))
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(model.Config.__dataclass_fields__)),
+        st.integers(-3, 9) | st.floats() | st.text(max_size=4) | st.none() | st.booleans(),
+    )
+)
 def test_config_takes_sense_or_says_why(changes):
     try:
         c = model.Config(**changes)

@@ -28,24 +28,38 @@ def fused(extension):
 
 def tensors(dtype=torch.float32, N=6, d=8, h=12):
     g = torch.Generator().manual_seed(0)
+
     def normal(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
     wide = torch.promote_types(dtype, torch.float32)
-    return dict(z=normal(2, N // 2, d), weight=normal(d).to(wide), bias=normal(d).to(wide), U=normal(d, d),
-                x=normal(N, d), D=normal(d, h) / 4, decoder=normal(d, h), lams=normal(h).abs().to(wide),
-                a=normal(N, h).relu())
+    return dict(
+        z=normal(2, N // 2, d),
+        weight=normal(d).to(wide),
+        bias=normal(d).to(wide),
+        U=normal(d, d),
+        x=normal(N, d),
+        D=normal(d, h) / 4,
+        decoder=normal(d, h),
+        lams=normal(h).abs().to(wide),
+        a=normal(N, h).relu(),
+    )
 
 
 def calls(t, m=ops):
     """Each op on these tensors, by ops or by reference."""
-    return {"mssa_project": lambda: [m.mssa_project(t["z"], t["weight"], t["bias"], t["U"], 2)],
-            "ista": lambda: m.ista(t["x"], t["D"], 0.3, 0.1, 2, t["decoder"]),
-            "ista_step": lambda: [m.ista_step(t["a"], t["x"], t["D"], 0.3, 0.1)],
-            "ista_decode": lambda: (ops.ista_decode if m is ops else m.ista)(
-                t["x"], t["D"], 0.3, 0.1, 2, t["decoder"])}
+    return {
+        "mssa_project": lambda: [m.mssa_project(t["z"], t["weight"], t["bias"], t["U"], 2)],
+        "ista": lambda: m.ista(t["x"], t["D"], 0.3, 0.1, 2, t["decoder"]),
+        "ista_step": lambda: [m.ista_step(t["a"], t["x"], t["D"], 0.3, 0.1)],
+        "ista_decode": lambda: (ops.ista_decode if m is ops else m.ista)(
+            t["x"], t["D"], 0.3, 0.1, 2, t["decoder"]
+        ),
+    }
 
 
 # ---- layouts ----------------------------------------------------------------------------------------------
+
 
 def transposed(t):
     return t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t
@@ -92,12 +106,16 @@ def test_copies_live_while_a_kernel_reads_them(name, monkeypatch):
                 values = value if isinstance(value, (tuple, list)) else [value]
                 named |= {v.data_ptr() for v in values if type(v) is torch.Tensor}
             frame = frame.f_back
-        lost.append([g for g in given if isinstance(g, int) and g > 2 ** 32 and g not in named])
+        lost.append([g for g in given if isinstance(g, int) and g > 2**32 and g not in named])
         return getattr(real, kernel)(*given)
 
     class Watched:
         def __getattr__(self, kernel):
-            return functools.partial(watched, kernel) if kernel.endswith("_cpu") else getattr(real, kernel)
+            return (
+                functools.partial(watched, kernel)
+                if kernel.endswith("_cpu")
+                else getattr(real, kernel)
+            )
 
     views = {k: strided(t) for k, t in tensors().items()}
     monkeypatch.setattr(extension_ops, "_C", Watched())
@@ -115,10 +133,12 @@ def test_any_leading_shape(name, lead):
 
     def equation(*values):
         return calls(dict(zip(t, values)), reference)[name]()
+
     assert_close(calls(t)[name](), equation, *inputs)
 
 
 # ---- PyTorch's own contract -------------------------------------------------------------------------------
+
 
 def registered():
     """Each custom op with example arguments, with and without what is optional and needs a gradient."""
@@ -129,7 +149,9 @@ def registered():
             z, weight, bias, U, x, D, decoder, lams, a = t.values()
             plain = {k: v.detach() for k, v in t.items()}
             u = o.mssa_project(plain["z"], plain["weight"], None, plain["U"], 2, 1e-5)
-            y, codes, trail_a, trail_r = o.ista(plain["x"], plain["D"], None, None, 0.3, 0.1, 3, True)
+            y, codes, trail_a, trail_r = o.ista(
+                plain["x"], plain["D"], None, None, 0.3, 0.1, 3, True
+            )
             yield o.mssa_project, (z, weight, bias, U, 2, 1e-5)
             yield o.mssa_project, (transposed(z), weight, None, U, 4, 1e-5)
             yield o.ista, (x, D, None, None, 0.3, 0.1, 2, True)
@@ -153,7 +175,9 @@ def test_opcheck():
 def test_compile_takes_a_whole_block_as_one_graph():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        block = Block(Config(vocab_size=8, block_size=16, n_layer=1, n_head=2, n_embd=16, query_rank=2))
+        block = Block(
+            Config(vocab_size=8, block_size=16, n_layer=1, n_head=2, n_embd=16, query_rank=2)
+        )
         z = torch.randn(2, 16, 16)
         for w in block.parameters():
             torch.nn.init.normal_(w, std=0.3)
@@ -164,9 +188,12 @@ def test_compile_takes_a_whole_block_as_one_graph():
         out, codes = f(z)
         out.square().sum().backward()
         return [out, codes, *(w.grad for w in block.parameters())]
+
     try:
         got = run(torch.compile(block, fullgraph=True))
-    except RuntimeError as error:       # clang without OpenMP builds our kernels, but nothing of Inductor's
+    except (
+        RuntimeError
+    ) as error:  # clang without OpenMP builds our kernels, but nothing of Inductor's
         if "omp.h" not in str(error):
             raise
         got = run(torch.compile(block, fullgraph=True, backend="aot_eager"))
@@ -193,6 +220,7 @@ def test_the_gradient_of_codes_is_absent_not_zeros():
         def __torch_dispatch__(self, f, types, args=(), kwargs=None):
             seen.append((str(f), args))
             return f(*args, **(kwargs or {}))
+
     t = tensors()
     y, a = ops.ista(t["x"].requires_grad_(), t["D"], 0.3, 0.1, 2)
     with Watch():
@@ -207,7 +235,11 @@ def test_decoding_notices_that_a_weight_changed():
     t["D"] = torch.nn.Parameter(t["D"])
     optimizer = torch.optim.AdamW([t["D"]], lr=0.1, fused=True)
     t["D"].grad = torch.ones_like(t["D"])
-    for change in (lambda w: w.mul_(2), lambda w: optimizer.step(), lambda w: w.copy_(torch.ones_like(w))):
+    for change in (
+        lambda w: w.mul_(2),
+        lambda w: optimizer.step(),
+        lambda w: w.copy_(torch.ones_like(w)),
+    ):
         ops.ista_decode(t["x"], t["D"], 0.3, 0.1, 2)
         with torch.no_grad():
             change(t["D"])
@@ -217,23 +249,36 @@ def test_decoding_notices_that_a_weight_changed():
 
 # ---- backends ---------------------------------------------------------------------------------------------
 
+
 def test_the_backend_can_be_chosen_and_tells_why():
     assert ops.backend()[0] == "fused"
     with ops.use_backend("reference"):
         name, reason = ops.backend()
         assert name == "reference" and reason
-        with pytest.raises(UserError, match="fsued.*auto.*fused.*reference"), ops.use_backend("fsued"):
+        with (
+            pytest.raises(UserError, match="fsued.*auto.*fused.*reference"),
+            ops.use_backend("fsued"),
+        ):
             pass
         assert ops.backend()[0] == "reference"
     assert ops.backend()[0] == "fused"
 
 
-@pytest.mark.parametrize("wanted, told", [("reference",) * 2, ("fused",) * 2, ("fast", "UserError")])
+@pytest.mark.parametrize(
+    "wanted, told", [("reference",) * 2, ("fused",) * 2, ("fast", "UserError")]
+)
 def test_the_environment_chooses(wanted, told):
-    script = ("from crate_mini import UserError, ops\ntry: print(ops.backend()[0])\n"
-              "except UserError as e: print('UserError', e)")
-    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "CRATE_BACKEND": wanted},
-                          capture_output=True, text=True, cwd=os.path.dirname(os.path.dirname(ops.__file__)))
+    script = (
+        "from crate_mini import UserError, ops\ntry: print(ops.backend()[0])\n"
+        "except UserError as e: print('UserError', e)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "CRATE_BACKEND": wanted},
+        capture_output=True,
+        text=True,
+        cwd=os.path.dirname(os.path.dirname(ops.__file__)),
+    )
     assert done.stdout.startswith(told), done.stdout + done.stderr
 
 
@@ -262,7 +307,7 @@ WRONG = [  # op, arguments, what the sentence must name
     (ops.ista_step, (t["a"][:3], t["x"], t["D"], 0.1, 0.1), "a"),
     (ops.ista_step, (t["a"].double(), t["x"], t["D"], 0.1, 0.1), "a"),
     (ops.ista_decode, (t["x"], t["D"], 0.1, 0.1, 2, t["decoder"].T), "decoder"),
-    (ops.ista_decode, (torch.zeros(2 ** 17, 8), t["D"], 0.1, 0.1, 2), "rows"),
+    (ops.ista_decode, (torch.zeros(2**17, 8), t["D"], 0.1, 0.1, 2), "rows"),
     (ops.mssa_project, (t["z"], t["weight"], t["bias"], t["U"], 3), "n_head"),
     (ops.mssa_project, (t["z"], t["weight"], t["bias"], t["U"], 0), "n_head"),
     (ops.mssa_project, (t["z"], t["weight"][:3], t["bias"], t["U"], 2), "weight"),
@@ -279,24 +324,45 @@ def test_a_wrong_call_is_told_in_one_sentence(number):
     with pytest.raises(UserError) as told:
         op(*arguments)
     sentence = str(told.value)
-    assert named in sentence and op.__name__ in sentence and "\n" not in sentence and sentence.endswith(".")
+    assert (
+        named in sentence
+        and op.__name__ in sentence
+        and "\n" not in sentence
+        and sentence.endswith(".")
+    )
 
 
-ODD = [None, 0, 1, 2, -1, 0.1, float("nan"), float("inf"), 2 ** 31, 2 ** 63, 2 ** 70, "x", [], True]
-KINDS = {"dense": lambda t: t, "meta": lambda t: t.to("meta"), "sparse": lambda t: t.to_sparse(),
-         "strided": lambda t: t.T if t.dim() == 2 else t, "conj": lambda t: t.conj(),
-         "grad": lambda t: t.requires_grad_() if t.is_floating_point() else t,
-         "huge": lambda t: torch.zeros(1).expand(2 ** 20, 2 ** 20)}     # 2^40 elements, 4 bytes: do not walk
-DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int64, torch.bool, torch.cfloat]
+ODD = [None, 0, 1, 2, -1, 0.1, float("nan"), float("inf"), 2**31, 2**63, 2**70, "x", [], True]
+KINDS = {
+    "dense": lambda t: t,
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "strided": lambda t: t.T if t.dim() == 2 else t,
+    "conj": lambda t: t.conj(),
+    "grad": lambda t: t.requires_grad_() if t.is_floating_point() else t,
+    "huge": lambda t: torch.zeros(1).expand(2**20, 2**20),
+}  # 2^40 elements, 4 bytes: do not walk
+DTYPES = [
+    torch.float32,
+    torch.bfloat16,
+    torch.float64,
+    torch.float16,
+    torch.int64,
+    torch.bool,
+    torch.cfloat,
+]
 
 
 @functools.cache
 def right_calls():
-    return [(ops.ista, (t["x"], t["D"], 0.1, 0.1, 2, t["decoder"])),
-            (ops.ista, (t["x"], t["D"], 0.1, t["lams"], 2)),
-            (ops.ista_step, (t["a"], t["x"], t["D"], 0.1, 0.1)),
-            (ops.ista_decode, (t["x"], t["D"], 0.1, 0.1, 2, t["decoder"])),
-            (ops.mssa_project, (t["z"], t["weight"], t["bias"], t["U"], 2)), *registered()]
+    return [
+        (ops.ista, (t["x"], t["D"], 0.1, 0.1, 2, t["decoder"])),
+        (ops.ista, (t["x"], t["D"], 0.1, t["lams"], 2)),
+        (ops.ista_step, (t["a"], t["x"], t["D"], 0.1, 0.1)),
+        (ops.ista_decode, (t["x"], t["D"], 0.1, 0.1, 2, t["decoder"])),
+        (ops.mssa_project, (t["z"], t["weight"], t["bias"], t["U"], 2)),
+        *registered(),
+    ]
 
 
 def junk(draw):
@@ -304,7 +370,9 @@ def junk(draw):
     if draw(st.booleans()):
         return draw(st.sampled_from(ODD))
     shape = draw(st.lists(st.sampled_from([0, 1, 2, 3, 6, 8, 12]), max_size=4))
-    return KINDS[draw(st.sampled_from(list(KINDS)))](torch.ones(shape, dtype=draw(st.sampled_from(DTYPES))))
+    return KINDS[draw(st.sampled_from(list(KINDS)))](
+        torch.ones(shape, dtype=draw(st.sampled_from(DTYPES)))
+    )
 
 
 @pytest.mark.fuzz

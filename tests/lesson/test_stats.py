@@ -29,6 +29,7 @@ def brute_f1(fires, y):
 
 # ---- correlation -----------------------------------------------------------------------------------------
 
+
 @given(SEEDS, st.integers(2, 80), st.booleans())
 def test_pearson_equals_numpy(seed, n, sparse):
     x, y = pair(seed, n, 4, sparse)
@@ -54,7 +55,7 @@ def test_correlations_ignore_positive_affine_maps_and_the_sign_flips(seed, f, g)
 @given(SEEDS, st.lists(st.integers(0, 60), max_size=5))
 def test_pearson_ignores_how_its_tokens_are_split_and_ordered(seed, cuts):
     x, y = pair(seed)
-    x += 1e4                                                             # a shift that naive sums would feel
+    x += 1e4  # a shift that naive sums would feel
     whole = metrics.pearson(x, y)[0]
     stream = metrics.Pearson(3)
     for a, b in zip(np.split(x, sorted(cuts)), np.split(y, sorted(cuts))):
@@ -90,16 +91,20 @@ def test_shuffled_simulations_average_to_nothing():
 def test_a_reason_for_every_number_that_is_missing(statistic):
     x, y = pair(1, h=6)
     x[:, 1], y[:, 2], x[3, 3], y[3, 4] = 2.5, 0.1, np.nan, np.inf
-    x[:, 5] = 1e9 + 1e-7 * np.arange(len(x))                             # rounding, not variation
+    x[:, 5] = 1e9 + 1e-7 * np.arange(len(x))  # rounding, not variation
     got, why = statistic(x, y)
     assert np.isnan(got).tolist() == [False, True, True, True, True, statistic is metrics.pearson]
     assert why[0] == "" and why[1] == "true activations are constant"
     assert why[2] == "simulated activations are constant"
-    assert why[3] == "true activations are not finite" and why[4] == "simulated activations are not finite"
+    assert (
+        why[3] == "true activations are not finite"
+        and why[4] == "simulated activations are not finite"
+    )
     assert metrics.pearson(x[:1], y[:1])[1].tolist() == ["fewer than two tokens"] * 6
 
 
 # ---- firing ----------------------------------------------------------------------------------------------
+
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=2, max_size=40))
 def test_firing_equals_brute_force(pairs):
@@ -125,7 +130,10 @@ def test_firing_ignores_order_and_increasing_maps(seed, f):
 
 def test_detection():
     assert metrics.balanced_accuracy([1, 1, 0, 0], [1, 1, 0, 0]) == (1.0, None)
-    assert metrics.balanced_accuracy([1] * 2 + [0] * 8, [0] * 10) == (0.5, None)     # "none" gains nothing
+    assert metrics.balanced_accuracy([1] * 2 + [0] * 8, [0] * 10) == (
+        0.5,
+        None,
+    )  # "none" gains nothing
     value, why = metrics.balanced_accuracy([1, 1, 0, 0], [1, None, 0, 1])
     assert value == 0.75 and why == "1 of 4 answers missing and left out"
     assert metrics.balanced_accuracy([1, 0], [1, None])[0] is None
@@ -144,8 +152,8 @@ def test_quantiser(acts, power):
     assert got.dtype == np.int64 and got.min() >= 0 and got.max() <= 10
     if acts.max() > 0:
         assert (got[acts == acts.max()] == 10).all()
-        np.testing.assert_array_equal(got[np.argsort(acts)], np.sort(got))           # monotone
-        np.testing.assert_array_equal(metrics.quantise(acts * 2.0 ** power), got)
+        np.testing.assert_array_equal(got[np.argsort(acts)], np.sort(got))  # monotone
+        np.testing.assert_array_equal(metrics.quantise(acts * 2.0**power), got)
         assert (metrics.quantise(acts, highest=9) == np.minimum(metrics.quantise(acts), 9)).all()
     else:
         assert not got.any()
@@ -154,24 +162,37 @@ def test_quantiser(acts, power):
 def test_quantiser_rounds_down_and_reaches_ten():
     assert metrics.quantise([0, 0.05, 0.19, 0.2, 1]).tolist() == [0, 0, 1, 2, 10]
     assert metrics.quantise([1, 4], top=2).tolist() == [5, 10]
-    assert metrics.quantise([-3, 1]).tolist() == [0, 10] and metrics.quantise([-3, -1]).tolist() == [0, 0]
-    for value in np.random.default_rng(0).uniform(0, 100, 500):          # 10 * v / v is not always 10
+    assert metrics.quantise([-3, 1]).tolist() == [0, 10] and metrics.quantise(
+        [-3, -1]
+    ).tolist() == [0, 0]
+    for value in np.random.default_rng(0).uniform(0, 100, 500):  # 10 * v / v is not always 10
         assert metrics.quantise([value]).tolist() == [10]
 
 
-@given(st.dictionaries(st.sampled_from([*map(str, range(11)), "11", "x", "٣", " 4", "1 0"]),
-                       st.floats(-1000, 0), max_size=9), st.floats(-200, 200))
+@given(
+    st.dictionaries(
+        st.sampled_from([*map(str, range(11)), "11", "x", "٣", " 4", "1 0"]),
+        st.floats(-1000, 0),
+        max_size=9,
+    ),
+    st.floats(-200, 200),
+)
 def test_expected_activation(logprobs, shift):
     value = metrics.expected(logprobs)
     known = {t: p for t, p in logprobs.items() if t in metrics.NUMBERS}
     if not known:
         assert value is None
     else:
-        assert min(map(int, known)) - 1e-9 <= value <= max(map(int, known)) + 1e-9 and 0 <= value <= 10
-        assert metrics.expected({t: p + shift for t, p in known.items()}) == pytest.approx(value, abs=1e-6)
+        assert (
+            min(map(int, known)) - 1e-9 <= value <= max(map(int, known)) + 1e-9 and 0 <= value <= 10
+        )
+        assert metrics.expected({t: p + shift for t, p in known.items()}) == pytest.approx(
+            value, abs=1e-6
+        )
 
 
 # ---- intervals ------------------------------------------------------------------------------------------
+
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     rng, inside = np.random.default_rng(0), 0
@@ -193,9 +214,9 @@ def test_windows_redrawn_cover_the_truth():
     rng, inside = np.random.default_rng(0), 0
     shared, own = rng.normal(size=(2, 100, 60, 1)), rng.normal(size=(2, 100, 60, 16))
     x = shared[0] + own[0]
-    y = 0.5 * (shared[0] + own[0]) + shared[1] + own[1]                  # r = 0.5 / sqrt(1.25)
+    y = 0.5 * (shared[0] + own[0]) + shared[1] + own[1]  # r = 0.5 / sqrt(1.25)
     for i in range(100):
         low, high = metrics.excerpt_intervals(x[i, ..., None], y[i, ..., None], 200, i)[0]
-        inside += low < 0.5 / 1.25 ** 0.5 < high
+        inside += low < 0.5 / 1.25**0.5 < high
     assert inside >= 85
     assert np.isnan(metrics.excerpt_intervals(np.zeros((5, 4, 1)), np.ones((5, 4, 1)))).all()

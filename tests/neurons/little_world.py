@@ -15,25 +15,29 @@ from crate_mini.neurons.record import documents, record
 
 BYTES = data.load_tokenizer("bytes")
 META = {"tokenizer": {"spec": "bytes"}, "training": {"step": 7}, "sha256": "of a test"}
-T, H = 160, 64                  # chunks of two windows and a rest; neurons
+T, H = 160, 64  # chunks of two windows and a rest; neurons
 
 
 class Ids:
     """A corpus of given ids, with all that documents() asks of one."""
 
     def __init__(self, ids):
-        self.ids, self.n_tokens, self.meta = np.asarray(ids), {"val": len(ids)}, {"source": {"name": "ids"}}
+        self.ids, self.n_tokens, self.meta = (
+            np.asarray(ids),
+            {"val": len(ids)},
+            {"source": {"name": "ids"}},
+        )
 
     blocks, batch = data.Corpus.blocks, data.Corpus.batch
 
     def _read(self, split, start, count):
-        return self.ids[start:start + count].astype(np.int64)
+        return self.ids[start : start + count].astype(np.int64)
 
 
 def text(rng, n):
     """About n bytes in words of which some are frequent, so that bigrams repeat."""
     words = ["the", "cat", "sat", "on", "a", "mat", "<b>", "wörd", "12", "\n"]
-    return " ".join(rng.choice(words, n // 3 + 1))[:max(1, n)]
+    return " ".join(rng.choice(words, n // 3 + 1))[: max(1, n)]
 
 
 @cache
@@ -42,7 +46,7 @@ def world(kind="crate"):
     torch.manual_seed(0)
     config = preset("1L", kind, vocab_size=257, block_size=T, n_layer=2, n_head=2, n_embd=16)
     model, rng = LM(config).eval(), np.random.default_rng(0)
-    for p in model.parameters():                # livelier than at initialisation
+    for p in model.parameters():  # livelier than at initialisation
         p.data.mul_(1.5)
     texts = [text(rng, int(n)) for n in rng.integers(1, 900, 90)]
     ids = np.concatenate([[*t.encode(), BYTES.eot] for t in texts])
@@ -58,8 +62,9 @@ def recorded(**changes):
     """(Record, folder) of the world, made once for each set of arguments."""
     model, corpus = world()
     folder = Path(tempfile.mkdtemp())
-    return record(model, META, activations.sites(model), corpus, folder, dtype="float32", log=quiet,
-                  **changes)
+    return record(
+        model, META, activations.sites(model), corpus, folder, dtype="float32", log=quiet, **changes
+    )
 
 
 @cache
@@ -69,14 +74,23 @@ def truth(seed=0):
     found = {part: [] for part in PARTS}
     for number, ids in documents(corpus, "val", BYTES.eot):
         for start in range(0, len(ids), T):
-            chunk = torch.from_numpy(ids[start:start + T])
+            chunk = torch.from_numpy(ids[start : start + T])
             with torch.no_grad():
                 codes = model.trunk(chunk[None])[1]
-            found[part_of(number, seed)].append((number, chunk.numpy(), torch.stack(codes, 2)[0].numpy()))
+            found[part_of(number, seed)].append(
+                (number, chunk.numpy(), torch.stack(codes, 2)[0].numpy())
+            )
     return found
 
 
 def windows(part, layer, seed=0):
     """(document, 65 tokens, acts (64, 64)) of all windows of a part."""
-    return [(doc, np.append([-1] * (s == 0), ids[max(0, s - 1):s + WINDOW]), acts[s:s + WINDOW, layer])
-            for doc, ids, acts in truth(seed)[part] for s in range(0, len(ids) - WINDOW + 1, WINDOW)]
+    return [
+        (
+            doc,
+            np.append([-1] * (s == 0), ids[max(0, s - 1) : s + WINDOW]),
+            acts[s : s + WINDOW, layer],
+        )
+        for doc, ids, acts in truth(seed)[part]
+        for s in range(0, len(ids) - WINDOW + 1, WINDOW)
+    ]

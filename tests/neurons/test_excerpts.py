@@ -13,7 +13,12 @@ from crate_mini.neurons.documents import PARTS
 PROTOCOLS = list(excerpts.CHOOSE)
 
 
-@given(st.sampled_from(PROTOCOLS), st.sampled_from(["L0", "L1"]), st.integers(0, H - 1), st.integers(0, 99))
+@given(
+    st.sampled_from(PROTOCOLS),
+    st.sampled_from(["L0", "L1"]),
+    st.integers(0, H - 1),
+    st.integers(0, 99),
+)
 @settings(max_examples=60)
 def test_excerpts_are_honest(protocol, site, j, seed):
     """No document on both sides; every excerpt is text of its document with the activations it had there."""
@@ -30,23 +35,33 @@ def test_excerpts_are_honest(protocol, site, j, seed):
             chunks.setdefault(doc, []).append((ids, acts[:, int(site[1]), j]))
         for tokens, acts, doc, text in zip(e.tokens, e.acts, e.doc, real):
             m = text.sum()
-            assert any(np.allclose(acts[:m], there[s:s + m], rtol=1e-3, atol=1e-4)
-                       and (ids[s - 1] if s else -1) == tokens[0]
-                       for ids, there in chunks[doc] for s in range(len(ids) - m + 1)
-                       if np.array_equal(ids[s:s + m], tokens[1:1 + m]))
+            assert any(
+                np.allclose(acts[:m], there[s : s + m], rtol=1e-3, atol=1e-4)
+                and (ids[s - 1] if s else -1) == tokens[0]
+                for ids, there in chunks[doc]
+                for s in range(len(ids) - m + 1)
+                if np.array_equal(ids[s : s + m], tokens[1 : 1 + m])
+            )
         assert np.isfinite(e.acts[real]).all()
 
 
 def test_numbers_of_excerpts_are_those_of_the_protocols():
     r = recorded()
     dense = int(np.argmax(r.site("L0")["density"]))
-    sizes = {"uniform": None, "openai_tar": (5, 10), "openai_random": (5, 5), "anthropic_crate": (42, None)}
+    sizes = {
+        "uniform": None,
+        "openai_tar": (5, 10),
+        "openai_random": (5, 5),
+        "anthropic_crate": (42, None),
+    }
     for protocol, expected in sizes.items():
         fit, score = excerpts.select(r, "L0", protocol, dense)
         if expected:
             assert len(fit.acts) == expected[0] and expected[1] in (None, len(score.acts)), protocol
     fit, score = excerpts.select(r, "L0", "uniform", dense)
-    assert np.array_equal(score.acts, r.site("L0")["uniform_score_acts"][:, :, dense].astype(np.float32))
+    assert np.array_equal(
+        score.acts, r.site("L0")["uniform_score_acts"][:, :, dense].astype(np.float32)
+    )
     assert fit.acts.shape[1] == 64
     top = sum(o == "top" for o in excerpts.select(r, "L0", "openai_tar", dense)[1].origin)
     assert top == 5
@@ -59,12 +74,19 @@ def test_numbers_of_excerpts_are_those_of_the_protocols():
 @given(st.integers(0, H - 1), st.integers(0, 50))
 def test_openai_random_is_half_of_openai_tar_and_seeds_decide(j, seed):
     r = recorded()
-    tar, random = (excerpts.select(r, "L1", f"openai_{name}", j, seed)[1] for name in ("tar", "random"))
+    tar, random = (
+        excerpts.select(r, "L1", f"openai_{name}", j, seed)[1] for name in ("tar", "random")
+    )
     mine = [i for i, origin in enumerate(tar.origin) if origin == "random"]
-    assert np.array_equal(tar.tokens[mine], random.tokens) and np.array_equal(tar.acts[mine], random.acts)
+    assert np.array_equal(tar.tokens[mine], random.tokens) and np.array_equal(
+        tar.acts[mine], random.acts
+    )
     again = excerpts.select(r, "L1", "openai_tar", j, seed)[1]
     assert np.array_equal(again.tokens, tar.tokens) and again.origin == tar.origin
-    assert len({excerpts.select(r, "L1", "openai_random", j, s)[1].doc.tobytes() for s in range(9)}) > 1
+    assert (
+        len({excerpts.select(r, "L1", "openai_random", j, s)[1].doc.tobytes() for s in range(9)})
+        > 1
+    )
 
 
 class Planted:
@@ -75,14 +97,20 @@ class Planted:
         self.shared, self.arrays = {}, {"max": np.array([peak])}
         for i, part in enumerate(PARTS):
             self.shared[f"uniform_{part}"] = rng.integers(0, 20, (n, 65))
-            self.shared[f"uniform_{part}"][:n // 2] = 7     # drawn for all, they are top windows of this one
+            self.shared[f"uniform_{part}"][: n // 2] = (
+                7  # drawn for all, they are top windows of this one
+            )
             self.shared[f"uniform_{part}_doc"] = np.arange(n) + 1000 * i
             acts = np.zeros((1, 36, 64), np.float16)
             acts[0, :top, 10] = peak * (1 - np.arange(top) / 1000)
             doc = np.where(np.arange(36) < top, 500 + 1000 * i + np.arange(36), -1)
-            self.arrays |= {f"uniform_{part}_acts": uniform[..., None], f"top_{part}_acts": acts,
-                            f"top_{part}_tokens": np.full((1, 36, 65), 7), f"top_{part}_doc": doc[None],
-                            f"top_{part}_at": np.full((1, 36), 10)}
+            self.arrays |= {
+                f"uniform_{part}_acts": uniform[..., None],
+                f"top_{part}_acts": acts,
+                f"top_{part}_tokens": np.full((1, 36, 65), 7),
+                f"top_{part}_doc": doc[None],
+                f"top_{part}_at": np.full((1, 36), 10),
+            }
 
     def site(self, name):
         return self.arrays
@@ -91,7 +119,10 @@ class Planted:
 def test_intervals_hold_the_ranks_and_the_values_they_name():
     rng = np.random.default_rng(1)
     values = rng.permutation(np.linspace(0, 1, 30 * 64)).reshape(30, 64).astype(np.float32)
-    for protocol, steps, tops in (("anthropic_crate", 12, (15, 10)), ("anthropic_2023", 13, (10, 6))):
+    for protocol, steps, tops in (
+        ("anthropic_crate", 12, (15, 10)),
+        ("anthropic_2023", 13, (10, 6)),
+    ):
         pair = excerpts.select(Planted(values), "L0", protocol, 0)
         assert [len(e.acts) for e in pair] == ([42, 47] if steps == 12 else [49, 60])
         for e, top in zip(pair, tops):
@@ -109,7 +140,9 @@ def test_intervals_hold_the_ranks_and_the_values_they_name():
     np.testing.assert_allclose(score.acts[lonely, 1], 1 - np.arange(25, 35) / 1000, rtol=1e-3)
     fit, score = excerpts.select(Planted(values), "L0", "anthropic_2023", 0)
     elsewhere = [i for i, origin in enumerate(score.origin) if origin == "out of context"]
-    assert not (score.tokens[elsewhere] == 7).all(1).any(), "the context of the top windows themselves"
+    assert not (score.tokens[elsewhere] == 7).all(1).any(), (
+        "the context of the top windows themselves"
+    )
     assert (score.tokens[elsewhere, 1 + score.at[elsewhere]] == 7).all() and len(elsewhere) == 20
 
 
@@ -118,8 +151,13 @@ def test_sparse_and_dead_neurons_give_what_there_is_and_ties_fall_at_random():
     values[3, 40] = 0.5
     fit, score = excerpts.select(Planted(values, top=2), "L0", "anthropic_2023", 0)
     assert score.origin.count("top") == 2
-    assert [o for o in score.origin if o.startswith("interval")] == ["interval 6"]      # 0.5 of 1 in 13 steps
-    assert score.acts[score.origin.index("interval 6"), score.at[score.origin.index("interval 6")]] == 0.5
+    assert [o for o in score.origin if o.startswith("interval")] == [
+        "interval 6"
+    ]  # 0.5 of 1 in 13 steps
+    assert (
+        score.acts[score.origin.index("interval 6"), score.at[score.origin.index("interval 6")]]
+        == 0.5
+    )
     quiet_ones = [i for i, o in enumerate(score.origin) if o == "random"]
     assert len(quiet_ones) == 10 and score.acts[quiet_ones].max() in (0, 0.5)
     dead = Planted(np.zeros((30, 64), np.float32), top=0, peak=0.0)
@@ -128,7 +166,7 @@ def test_sparse_and_dead_neurons_give_what_there_is_and_ties_fall_at_random():
         assert "top" not in fit.origin + score.origin and not np.nan_to_num(score.acts).any()
     assert excerpts.select(dead, "L0", "openai_random", 0)[0].acts.shape == (0, 64)
     drawn = [excerpts.select(dead, "L0", "anthropic_crate", 0, seed)[0].doc for seed in range(40)]
-    first = np.concatenate([doc[:2] for doc in drawn])          # of the lowest ranks: all 30 windows alike
+    first = np.concatenate([doc[:2] for doc in drawn])  # of the lowest ranks: all 30 windows alike
     assert len(set(first)) > 15
 
 
@@ -142,7 +180,9 @@ def test_the_draw_of_one_part_does_not_depend_on_the_other():
         a, b = (excerpts.select(r, "L0", protocol, 0) for r in (one, two))
         assert np.array_equal(a[0].tokens, b[0].tokens) and np.array_equal(a[0].doc, b[0].doc)
         assert not np.array_equal(a[1].doc, b[1].doc)
-    fit, score = excerpts.select(one, "L0", "anthropic_crate", 0)       # as many intervals of equal values
+    fit, score = excerpts.select(
+        one, "L0", "anthropic_crate", 0
+    )  # as many intervals of equal values
     drawn = [e.doc[[o.startswith("interval") for o in e.origin]] % 1000 for e in (fit, score)]
     assert np.mean(drawn[0] == drawn[1]) < 0.5
 

@@ -15,14 +15,18 @@ from crate_mini.neurons import summary
 
 # ---- NeuronEval's two checks -----------------------------------------------------------------------------
 
+
 def printed_metrics(true, said, excerpts=slice(None), origin=None):
     """Every metric that summary prints for one neuron, by name; true, said (W, T)."""
     uniform = score.uniform(true[..., None], said[..., None], firing=True)
     found = {name: value[0] for name, (value, _) in uniform.items()}
     tokens = np.ones((len(true), true.shape[1] + 1), int)
-    chosen = SimpleNamespace(tokens=tokens[excerpts], acts=true[excerpts],
-                             origin=origin or ["random"] * len(true))
-    return found | {name: score.protocol(name, chosen, said[excerpts])[0] for name in score.PROTOCOLS}
+    chosen = SimpleNamespace(
+        tokens=tokens[excerpts], acts=true[excerpts], origin=origin or ["random"] * len(true)
+    )
+    return found | {
+        name: score.protocol(name, chosen, said[excerpts])[0] for name in score.PROTOCOLS
+    }
 
 
 @given(SEEDS, st.floats(0.02, 0.2))
@@ -58,11 +62,15 @@ def test_top_and_random_hardly_notices_invented_firings():
 
 # ---- protocols -------------------------------------------------------------------------------------------
 
+
 def excerpts(seed=0, n=10, w=8):
     rng = np.random.default_rng(seed)
     acts = np.maximum(rng.normal(size=(n, w)), 0).astype(np.float32)
-    return SimpleNamespace(tokens=rng.integers(0, 50, (n, w + 1)), acts=acts,
-                           origin=["top"] * (n // 2) + ["random"] * (n - n // 2))
+    return SimpleNamespace(
+        tokens=rng.integers(0, 50, (n, w + 1)),
+        acts=acts,
+        origin=["top"] * (n // 2) + ["random"] * (n - n // 2),
+    )
 
 
 def test_protocols_are_one_statistic_over_all_tokens():
@@ -81,9 +89,11 @@ def test_protocols_are_one_statistic_over_all_tokens():
 def test_protocols_ignore_the_order_of_excerpts_and_padding(seed):
     e, said = excerpts(seed), np.random.default_rng(seed + 1).random((10, 8))
     order = np.random.default_rng(seed).permutation(10)
-    moved = SimpleNamespace(tokens=np.pad(e.tokens[order], ((0, 0), (0, 3)), constant_values=-1),
-                            acts=np.pad(e.acts[order], ((0, 0), (0, 3)), constant_values=7),
-                            origin=[e.origin[i] for i in order])
+    moved = SimpleNamespace(
+        tokens=np.pad(e.tokens[order], ((0, 0), (0, 3)), constant_values=-1),
+        acts=np.pad(e.acts[order], ((0, 0), (0, 3)), constant_values=7),
+        origin=[e.origin[i] for i in order],
+    )
     for name in score.PROTOCOLS:
         got = score.protocol(name, moved, np.pad(said[order], ((0, 0), (0, 3))))
         assert got[0] == pytest.approx(score.protocol(name, e, said)[0], abs=1e-9)
@@ -99,7 +109,7 @@ def test_failed_answers_are_missing_not_zero():
     for answers in (None, [None] * 3 + list(said[3:]), np.full((10, 8), np.nan)):
         value, why = score.protocol("openai_tar", e, answers)
         assert value is None and why.startswith("failed")
-    said[1, 2] = np.nan                                                  # one number lost: no number at all
+    said[1, 2] = np.nan  # one number lost: no number at all
     assert score.protocol("openai_tar", e, said) == (None, "simulated activations are not finite")
     e.origin = ["top"] * 10
     assert score.protocol("openai_random", e, said)[0] is None
@@ -119,10 +129,11 @@ def test_uniform_is_the_same_for_any_number_of_neurons_and_float_type(h, kind):
 
 # ---- density matching ------------------------------------------------------------------------------------
 
+
 @given(SEEDS, st.integers(10, 200), st.floats(0.01, 0.6))
 def test_a_cut_keeps_exactly_the_share_and_is_monotone(seed, n, share):
     rng = np.random.default_rng(seed)
-    acts = rng.permuted(np.tile(np.arange(1.0, n + 1), (3, 1)), axis=1).T           # distinct, all firing
+    acts = rng.permuted(np.tile(np.arange(1.0, n + 1), (3, 1)), axis=1).T  # distinct, all firing
     kept = score.cut(acts, score.thresholds(acts, share))
     k = max(1, round(share * n))
     assert ((kept > 0).sum(0) == min(k, n - 1)).all()
@@ -132,7 +143,9 @@ def test_a_cut_keeps_exactly_the_share_and_is_monotone(seed, n, share):
     harder = score.cut(acts, score.thresholds(acts, share / 2))
     assert ((harder > 0) <= (kept > 0)).all()
     order = rng.permutation(n)
-    np.testing.assert_array_equal(score.thresholds(acts[order], share), score.thresholds(acts, share))
+    np.testing.assert_array_equal(
+        score.thresholds(acts[order], share), score.thresholds(acts, share)
+    )
 
 
 def test_a_cut_leaves_sparser_neurons_alone_and_drops_ties_together():
@@ -145,6 +158,7 @@ def test_a_cut_leaves_sparser_neurons_alone_and_drops_ties_together():
 
 # ---- the book --------------------------------------------------------------------------------------------
 
+
 def rows_of(seed=0, layers=3, h=30, shift=0.0, site="L{}"):
     """Rows of a made-up model; neuron 0 of a layer is dead, 1 undefined, 2 without an answer."""
     rng, rows = np.random.default_rng(seed), []
@@ -155,9 +169,18 @@ def rows_of(seed=0, layers=3, h=30, shift=0.0, site="L{}"):
                 value = (float("nan"), "true activations are constant")
             answer = (None, "failed: no answer") if j == 2 else value
             stats = {"density": 0.005 if j % 2 else 0.2, "max": float(j > 0), "mean": 0.1}
-            rows.append(score.row(site.format(layer), layer, j, stats, {"tokens": []}, {"ngram_r": value},
-                                  {"openai_tar[llm:x@A]": answer} if j < 10 else {},
-                                  {"ngram_r": (value[0] - 1, value[0] + 1)}))
+            rows.append(
+                score.row(
+                    site.format(layer),
+                    layer,
+                    j,
+                    stats,
+                    {"tokens": []},
+                    {"ngram_r": value},
+                    {"openai_tar[llm:x@A]": answer} if j < 10 else {},
+                    {"ngram_r": (value[0] - 1, value[0] + 1)},
+                )
+            )
     return rows
 
 
@@ -166,8 +189,11 @@ def test_counts_add_up_for_every_metric():
     assert list(found["sites"]) == ["L0", "L1", "L2"]
     for site in found["sites"].values():
         assert site["n"]["few_windows"] == 15
-        for name, counts in (("neurons", (30, 28, 1, 1, 0)), ("ngram_r", (30, 28, 1, 1, 0)),
-                             ("openai_tar[llm:x@A]", (10, 7, 1, 1, 1))):
+        for name, counts in (
+            ("neurons", (30, 28, 1, 1, 0)),
+            ("ngram_r", (30, 28, 1, 1, 0)),
+            ("openai_tar[llm:x@A]", (10, 7, 1, 1, 1)),
+        ):
             assert site["n"][name] == dict(zip(("total", *summary.STATUS), counts))
         for name in ("ngram_r", "openai_tar[llm:x@A]"):
             n = site["n"][name]
@@ -181,29 +207,37 @@ def test_statistics_of_a_site_equal_numpy():
     values = [r["scores"]["uniform"]["ngram_r"] for r in rows if r["layer"] == 1]
     live = [v for v in values if v is not None]
     site = summary.summarise(rows, {}, 3)["sites"]["L1"]["ngram_r"]
-    assert site["mean"] == pytest.approx(np.mean(live)) and site["median"] == pytest.approx(np.median(live))
+    assert site["mean"] == pytest.approx(np.mean(live)) and site["median"] == pytest.approx(
+        np.median(live)
+    )
     assert site["deciles"] == pytest.approx(np.quantile(live, np.arange(1, 10) / 10))
     assert site["mean_undefined_as_0"] == pytest.approx(np.sum(live) / 30)
     assert site["ci95"][0] < site["mean"] < site["ci95"][1]
     llm = summary.summarise(rows, {}, 3)["sites"]["L1"]["openai_tar[llm:x@A]"]
-    assert llm["mean_undefined_as_0"] == pytest.approx(llm["mean"] * 7 / 9)          # the failed one unknown
+    assert llm["mean_undefined_as_0"] == pytest.approx(
+        llm["mean"] * 7 / 9
+    )  # the failed one unknown
 
 
 def test_a_row_has_a_reason_wherever_it_has_no_number():
     for r in rows_of(layers=1):
         numbers = score.flat(r["scores"])
         assert {name for name, v in numbers.items() if v is None} == set(r["why"])
-        assert r["status"] == ("dead" if r["neuron"] == 0 else "undefined" if r["neuron"] == 1 else "live")
+        assert r["status"] == (
+            "dead" if r["neuron"] == 0 else "undefined" if r["neuron"] == 1 else "live"
+        )
         assert json.loads(json.dumps(r, allow_nan=False)) == r
 
 
 def test_rows_come_back_and_a_broken_file_is_told_of(tmp_path):
     rows, path = rows_of(), tmp_path / "scores.jsonl"
     score.write_rows(path, rows)
-    assert score.read_rows(path) == rows and [p.name for p in tmp_path.iterdir()] == ["scores.jsonl"]
+    assert score.read_rows(path) == rows and [p.name for p in tmp_path.iterdir()] == [
+        "scores.jsonl"
+    ]
     with pytest.raises(ValueError):
         score.write_rows(path, [{"x": float("nan")}])
-    assert score.read_rows(path) == rows                                 # what was there stays
+    assert score.read_rows(path) == rows  # what was there stays
     path.write_text("{")
     for place in (path, tmp_path / "none.jsonl"):
         with pytest.raises(UserError, match="--from score"):
@@ -211,6 +245,7 @@ def test_rows_come_back_and_a_broken_file_is_told_of(tmp_path):
 
 
 # ---- layers, models, seeds -------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("layers, kept", [(3, 3), (6, 5), (12, 11)])
 def test_the_papers_convention_leaves_the_last_layer_out_at_6_and_12(layers, kept):
@@ -225,12 +260,20 @@ def test_the_papers_convention_leaves_the_last_layer_out_at_6_and_12(layers, kep
 
 
 def test_a_layer_without_a_number_is_named():
-    silent = score.row("L3", 3, 0, {"density": 0, "max": 0, "mean": 0}, {}, {"ngram_r": (0.5, "")}, {})
+    silent = score.row(
+        "L3", 3, 0, {"density": 0, "max": 0, "mean": 0}, {}, {"ngram_r": (0.5, "")}, {}
+    )
     found = summary.summarise([*rows_of(), silent], {}, 4)
     o = found["overall"]["codes"]["ngram_r"]
     assert o["without"] == [3] and o["layers"] == [0, 1, 2] and o["mean"] is not None
-    assert found["sites"]["L3"]["ngram_r"] == {"n": 0, "mean": None, "ci95": None, "median": None,
-                                               "deciles": None, "mean_undefined_as_0": 0.0}
+    assert found["sites"]["L3"]["ngram_r"] == {
+        "n": 0,
+        "mean": None,
+        "ci95": None,
+        "median": None,
+        "deciles": None,
+        "mean_undefined_as_0": 0.0,
+    }
     summary.table(found)
 
 
@@ -246,7 +289,7 @@ def test_features_of_an_autoencoder_are_a_family_of_their_own():
 
 def test_two_models_differ_by_what_was_put_in():
     found = summary.compare(rows_of(1, shift=1.5, h=200), rows_of(2, h=200, layers=2))["ngram_r"]
-    assert set(found) == {"0", "1", "all"}                               # layers that both have
+    assert set(found) == {"0", "1", "all"}  # layers that both have
     for of in found.values():
         assert of["difference"] == pytest.approx(1.5, abs=0.3)
         assert of["ci95"][0] < 1.5 < of["ci95"][1] and of["ci95"][0] > 0

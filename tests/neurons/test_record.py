@@ -23,7 +23,10 @@ from crate_mini.neurons.record import documents, load, record
 
 # ---- documents and parts
 
-@given(st.lists(st.lists(st.integers(0, 9), max_size=30), max_size=12), st.booleans(), st.booleans())
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), max_size=30), max_size=12), st.booleans(), st.booleans()
+)
 def test_documents_are_what_lies_between_the_marks(texts, first, last):
     ids = [i for t in texts for i in [*t, 99]]
     corpus = Ids([99] * first + (ids if last else ids[:-1]))
@@ -41,24 +44,37 @@ def test_long_documents_are_cut_where_they_stand_whatever_the_blocks(length, bef
     found = [i for _, i in documents(corpus, "val", 99)]
     longest = max(4 * WINDOW, min(parts.LONG, len(corpus.ids) // 16))
     assert np.array_equal(np.concatenate(found[:-1]), ids) and found[-1].tolist() == [1, 2]
-    assert [len(i) for i in found[:-2]] == [longest] * (len(found) - 2) and len(found[-2]) <= longest
+    assert [len(i) for i in found[:-2]] == [longest] * (len(found) - 2) and len(
+        found[-2]
+    ) <= longest
 
 
 def test_documents_of_a_corpus_on_disk(tmp_path):
     texts = [f"{i}: " + text(np.random.default_rng(i), 200) for i in range(150)]
     (tmp_path / "t.txt").write_text(END.join(texts), encoding="utf-8")
     corpus = data.open_corpus(str(tmp_path / "t.txt"), BYTES, tmp_path / "cache", log=quiet)
-    found = [BYTES.decode(ids.tolist()) for split in ("train", "val")
-             for _, ids in documents(corpus, split, BYTES.eot)]
+    found = [
+        BYTES.decode(ids.tolist())
+        for split in ("train", "val")
+        for _, ids in documents(corpus, split, BYTES.eot)
+    ]
     assert sorted(found) == sorted(t.strip("\n") for t in texts)
     with pytest.raises(UserError):
-        record(world()[0], META, activations.sites(world()[0]), corpus, tmp_path / "out", tokens=0, log=quiet)
+        record(
+            world()[0],
+            META,
+            activations.sites(world()[0]),
+            corpus,
+            tmp_path / "out",
+            tokens=0,
+            log=quiet,
+        )
 
 
 def test_parts_are_halves_of_a_share_and_depend_on_the_seed():
     dealt = [part_of(i, 0, 0.5) for i in range(4000)]
     for part, expected in (("fit", 1000), ("score", 1000), (None, 2000)):
-        assert abs(dealt.count(part) - expected) < 4 * expected ** 0.5
+        assert abs(dealt.count(part) - expected) < 4 * expected**0.5
     assert dealt != [part_of(i, 1, 0.5) for i in range(4000)]
     whole = [part_of(i, 0) for i in range(4000)]
     assert set(whole) == set(PARTS)
@@ -90,14 +106,23 @@ def test_a_limit_of_tokens_is_met_by_documents_from_everywhere():
 
 # ---- numbers of all tokens
 
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_moments_density_and_maximum_are_those_of_float64(layer):
     a = recorded().site(f"L{layer}")
-    x = np.concatenate([acts[:, layer] for part in PARTS for _, _, acts in truth()[part]]).astype(np.float64)
+    x = np.concatenate([acts[:, layer] for part in PARTS for _, _, acts in truth()[part]]).astype(
+        np.float64
+    )
     y = x - x.mean(0)
     with np.errstate(invalid="ignore"):
-        expected = {"mean": x.mean(0), "var": x.var(0), "skew": (y ** 3).mean(0) / x.std(0) ** 3,
-                    "kurtosis": (y ** 4).mean(0) / x.var(0) ** 2, "density": (x > 0).mean(0), "max": x.max(0)}
+        expected = {
+            "mean": x.mean(0),
+            "var": x.var(0),
+            "skew": (y**3).mean(0) / x.std(0) ** 3,
+            "kurtosis": (y**4).mean(0) / x.var(0) ** 2,
+            "density": (x > 0).mean(0),
+            "max": x.max(0),
+        }
     for name, value in expected.items():
         np.testing.assert_allclose(a[name], value, rtol=2e-4, atol=1e-6, err_msg=name)
     for j in range(0, H, 7):
@@ -106,7 +131,9 @@ def test_moments_density_and_maximum_are_those_of_float64(layer):
         assert off.max() <= 2 + 0.02 * counts.sum(), "an edge lies inside a bin at most 1.6 % wide"
 
 
-@given(st.integers(1, 2 ** 31), st.floats(-30, 30), st.lists(st.integers(1, 40), min_size=1, max_size=8))
+@given(
+    st.integers(1, 2**31), st.floats(-30, 30), st.lists(st.integers(1, 40), min_size=1, max_size=8)
+)
 def test_moments_do_not_depend_on_how_the_tokens_are_split(seed, mean, sizes):
     x = torch.randn(sum(sizes), 5, generator=torch.Generator().manual_seed(seed)) * 0.5 + mean
     x[:, 0], x[:, 1] = 0, 3.7
@@ -122,8 +149,10 @@ def test_moments_do_not_depend_on_how_the_tokens_are_split(seed, mean, sizes):
     assert np.isnan(b["skew"][:2]).all() and (b["var"][:2] == 0).all()
     z = (x.double() - x.double().mean(0)).numpy()[:, 2:]
     if len(x) > 1:
-        np.testing.assert_allclose(b["var"][2:], (z ** 2).mean(0), rtol=1e-4)
-        np.testing.assert_allclose(b["kurtosis"][2:], (z ** 4).mean(0) / (z ** 2).mean(0) ** 2, rtol=1e-3)
+        np.testing.assert_allclose(b["var"][2:], (z**2).mean(0), rtol=1e-4)
+        np.testing.assert_allclose(
+            b["kurtosis"][2:], (z**4).mean(0) / (z**2).mean(0) ** 2, rtol=1e-3
+        )
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -141,27 +170,36 @@ def test_sums_by_token_and_by_bigram(layer):
     np.testing.assert_allclose(a["token_sum"], tokens, rtol=1e-4, atol=1e-4)
     pairs = [tuple(p) for p in shared["pairs"]]
     assert set(pairs) == {p for p, c in count.items() if c >= 3} and len(pairs) > 20
-    assert shared["pair_counts"].tolist() == [count[p] for p in pairs] == sorted(shared["pair_counts"])[::-1]
-    np.testing.assert_allclose(a["pair_sum"], np.stack([sums[p] for p in pairs]), rtol=1e-4, atol=1e-4)
+    assert (
+        shared["pair_counts"].tolist()
+        == [count[p] for p in pairs]
+        == sorted(shared["pair_counts"])[::-1]
+    )
+    np.testing.assert_allclose(
+        a["pair_sum"], np.stack([sums[p] for p in pairs]), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_bigrams_are_the_most_frequent_ones_where_not_all_fit(monkeypatch):
     monkeypatch.setattr(activations, "PAIR_BYTES", 40 * 4 * 2 * H)
     model, corpus = world()
     with tempfile.TemporaryDirectory() as folder:
-        few = record(model, META, activations.sites(model), corpus, folder, dtype="float32", log=quiet).shared
+        few = record(
+            model, META, activations.sites(model), corpus, folder, dtype="float32", log=quiet
+        ).shared
         assert np.array_equal(few["pairs"], recorded().shared["pairs"][:40])
         assert np.array_equal(few["pair_counts"], recorded().shared["pair_counts"][:40])
 
 
 # ---- windows
 
+
 @pytest.mark.parametrize("dedup", [True, False])
 @pytest.mark.parametrize("part", PARTS)
 def test_top_windows_are_those_of_brute_force(part, dedup):
     for layer in (0, 1):
         a, found = recorded(dedup=dedup).site(f"L{layer}"), windows(part, layer)
-        peaks = np.stack([acts.max(0) for _, _, acts in found])                         # (W, h)
+        peaks = np.stack([acts.max(0) for _, _, acts in found])  # (W, h)
         for j in range(H):
             order, docs = [], set()
             for i in np.argsort(-peaks[:, j], kind="stable"):
@@ -169,33 +207,51 @@ def test_top_windows_are_those_of_brute_force(part, dedup):
                     order.append(i)
                     docs.add(found[i][0])
             got = a[f"top_{part}_acts"][j].max(1)
-            np.testing.assert_allclose(got[:len(order)], peaks[order, j], rtol=1e-3, atol=1e-6)
-            assert (np.diff(got) <= 0).all() and (a[f"top_{part}_doc"][j, len(order):] == -1).all()
+            np.testing.assert_allclose(got[: len(order)], peaks[order, j], rtol=1e-3, atol=1e-6)
+            assert (np.diff(got) <= 0).all() and (a[f"top_{part}_doc"][j, len(order) :] == -1).all()
             for k, i in enumerate(order):
-                if np.isclose(peaks[:, j], peaks[i, j], rtol=1e-4).sum() == 1:          # no near tie
+                if np.isclose(peaks[:, j], peaks[i, j], rtol=1e-4).sum() == 1:  # no near tie
                     doc, tokens, acts = found[i]
                     assert a[f"top_{part}_doc"][j, k] == doc
                     assert np.array_equal(a[f"top_{part}_tokens"][j, k], tokens)
-                    np.testing.assert_allclose(a[f"top_{part}_acts"][j, k], acts[:, j], rtol=1e-3, atol=1e-4)
+                    np.testing.assert_allclose(
+                        a[f"top_{part}_acts"][j, k], acts[:, j], rtol=1e-3, atol=1e-4
+                    )
                     assert acts[a[f"top_{part}_at"][j, k], j] >= acts[:, j].max() * (1 - 1e-4)
 
 
-@given(st.integers(0, 2 ** 31), st.integers(1, 5), st.booleans(), st.integers(1, 6))
+@given(st.integers(0, 2**31), st.integers(1, 5), st.booleans(), st.integers(1, 6))
 def test_top_does_not_depend_on_batches_nor_on_the_order_of_documents(seed, k, dedup, per_batch):
     rng = np.random.default_rng(seed)
     docs = rng.integers(0, 6, 17)
-    x = torch.from_numpy(np.maximum(rng.normal(-1.5, 1, (17, WINDOW, 3)), 0).astype(np.float16)).float()
+    x = torch.from_numpy(
+        np.maximum(rng.normal(-1.5, 1, (17, WINDOW, 3)), 0).astype(np.float16)
+    ).float()
     top = tally.Top(3, k, dedup, torch.device("cpu"))
     for rows in torch.arange(17).split(per_batch):
         zero = torch.zeros(len(rows), dtype=torch.int64)
         tokens = torch.zeros(len(rows), WINDOW + 1, dtype=torch.int32)
-        top.offer(x[rows], tally.Batch(None, None, None, None, torch.arange(len(rows)), zero,
-                                       torch.from_numpy(docs[rows.numpy()]), tokens, []))
+        top.offer(
+            x[rows],
+            tally.Batch(
+                None,
+                None,
+                None,
+                None,
+                torch.arange(len(rows)),
+                zero,
+                torch.from_numpy(docs[rows.numpy()]),
+                tokens,
+                [],
+            ),
+        )
     got, peaks = top.results("fit"), x.amax(1).numpy()
     for j in range(3):
         best = sorted((peaks[i, j] for i in range(17) if peaks[i, j] > 0), reverse=True)
         if dedup:
-            best = sorted((v for d in set(docs) if (v := peaks[docs == d, j].max()) > 0), reverse=True)
+            best = sorted(
+                (v for d in set(docs) if (v := peaks[docs == d, j].max()) > 0), reverse=True
+            )
         acts = got["top_fit_acts"][j].astype(np.float32).max(1)
         assert acts[acts > 0].tolist() == best[:k]
         known = got["top_fit_doc"][j][got["top_fit_doc"][j] >= 0]
@@ -212,15 +268,18 @@ def test_windows_stay_in_their_document_and_activations_are_those_of_their_token
             assert len(drawn) == min(activations.UNIFORM[part], len(known))
             for doc, tokens, acts in drawn:
                 np.testing.assert_allclose(acts, known[doc, tuple(tokens)], rtol=1e-3, atol=1e-4)
-            assert len({(doc, tuple(tokens)) for doc, tokens, _ in drawn}) == len(drawn), "without repetition"
+            assert len({(doc, tuple(tokens)) for doc, tokens, _ in drawn}) == len(drawn), (
+                "without repetition"
+            )
 
 
 def test_uniform_windows_are_drawn_uniformly():
     """Chi-square of how often each of 40 windows is among 10 drawn, 600 seeds; and parts draw apart."""
     pairs, times, both = np.empty((0, 2), np.int64), np.zeros(40), 0
     for seed in range(600):
-        shared = tally.Shared(np.zeros(9), pairs, 9, {"fit": (10, 40), "score": (10, 40)}, seed,
-                              torch.device("cpu"))
+        shared = tally.Shared(
+            np.zeros(9), pairs, 9, {"fit": (10, 40), "score": (10, 40)}, seed, torch.device("cpu")
+        )
         times += np.isin(np.arange(40), shared.ordinals["fit"])
         both += len(np.intersect1d(shared.ordinals["fit"], shared.ordinals["score"]))
     chi = ((times - 150) ** 2 / (150 * 30 / 40)).sum()
@@ -233,16 +292,20 @@ def test_another_drawing_for_one_part_leaves_the_other():
         windows = {"fit": (10, 40), "score": score}
         pairs = np.empty((0, 2), np.int64)
         return tally.Shared(np.zeros(9), pairs, 9, windows, 3, torch.device("cpu")).ordinals
+
     assert np.array_equal(ordinals((10, 40))["fit"], ordinals((30, 900))["fit"])
 
 
 # ---- sites, other models
 
+
 def test_sites_of_features_and_of_other_kinds_of_models(tmp_path):
     for kind in ("gpt2", "crate+"):
         model, corpus = world(kind)
         ours = activations.sites(model, "1")
-        twice = activations.Site("L1.sae-twice", 1, 2 * H, lambda x: torch.cat((x, x - 0.1), 1), "a.pt")
+        twice = activations.Site(
+            "L1.sae-twice", 1, 2 * H, lambda x: torch.cat((x, x - 0.1), 1), "a.pt"
+        )
         r = record(model, META, [*ours, twice], corpus, tmp_path / kind, dtype="float32", log=quiet)
         codes, features = r.site("L1"), r.site("L1.sae-twice")
         for name in ("mean", "max", "density", "top_fit_acts", "uniform_score_acts", "hist"):
@@ -251,7 +314,12 @@ def test_sites_of_features_and_of_other_kinds_of_models(tmp_path):
             assert np.array_equal(same, codes[name]), name
             assert not np.array_equal(shifted, codes[name])
         assert r.header["checkpoint"]["kind"] == kind
-        assert r.header["sites"][1] == {"name": "L1.sae-twice", "layer": 1, "width": 2 * H, "sae": "a.pt"}
+        assert r.header["sites"][1] == {
+            "name": "L1.sae-twice",
+            "layer": 1,
+            "width": 2 * H,
+            "sae": "a.pt",
+        }
 
 
 def test_an_untrained_model_sees_the_same_documents_and_windows(tmp_path):
@@ -262,13 +330,23 @@ def test_an_untrained_model_sees_the_same_documents_and_windows(tmp_path):
     again = activations.untrained(model, META)[0]
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), again.parameters()))
     r = record(fresh, meta, activations.sites(fresh), corpus, tmp_path, dtype="float32", log=quiet)
-    for name in ("counts", "pairs", "pair_counts", "uniform_fit", "uniform_score", "uniform_score_doc"):
+    for name in (
+        "counts",
+        "pairs",
+        "pair_counts",
+        "uniform_fit",
+        "uniform_score",
+        "uniform_score_doc",
+    ):
         assert np.array_equal(r.shared[name], recorded().shared[name]), name
     assert not np.allclose(r.site("L0")["mean"], recorded().site("L0")["mean"])
-    assert r.header["checkpoint"]["sha256"] is None and r.header["checkpoint"]["training"]["step"] == 0
+    assert (
+        r.header["checkpoint"]["sha256"] is None and r.header["checkpoint"]["training"]["step"] == 0
+    )
 
 
 # ---- files
+
 
 def files(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
@@ -277,8 +355,16 @@ def files(folder):
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
     model, corpus = world()
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        record(model, META, activations.sites(model, "0"), corpus, tmp_path / name, seed=seed,
-               dtype="float32", log=quiet)
+        record(
+            model,
+            META,
+            activations.sites(model, "0"),
+            corpus,
+            tmp_path / name,
+            seed=seed,
+            dtype="float32",
+            log=quiet,
+        )
     a, b, c = (files(tmp_path / name) for name in "abc")
     assert list(a) == ["record-L0.npz", "record-shared.npz", "record.json"]
     header, again = (json.loads(f.pop("record.json")) for f in (a, b))
@@ -296,6 +382,7 @@ def test_a_record_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkey
         if array.ndim == 3:
             raise OSError(28, "No space left on device")
         write(file, array, **kwargs)
+
     monkeypatch.setattr(np.lib.format, "write_array", full)
     with pytest.raises(UserError, match="No space left"):
         record(*args, seed=1, dtype="float32", log=quiet)
@@ -309,8 +396,16 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="holds no record"):
         load(tmp_path)
     for name, seed in (("a", 0), ("b", 1)):
-        record(model, META, activations.sites(model, "0"), corpus, tmp_path / name, seed=seed,
-               dtype="float32", log=quiet)
+        record(
+            model,
+            META,
+            activations.sites(model, "0"),
+            corpus,
+            tmp_path / name,
+            seed=seed,
+            dtype="float32",
+            log=quiet,
+        )
     with pytest.raises(UserError, match="no record of 'L7', only of L0"):
         load(tmp_path / "a").site("L7")
     (tmp_path / "a" / "record-L0.npz").write_bytes((tmp_path / "b" / "record-L0.npz").read_bytes())
@@ -336,8 +431,17 @@ def test_what_cannot_be_recorded_is_told_in_one_sentence(tmp_path, monkeypatch):
     assert [s.name for s in activations.sites(model, "1, 0")] == ["L0", "L1"]
 
     def attempt(corpus, model=model, **changes):
-        record(model, META, activations.sites(model), corpus, tmp_path / "none", dtype="float32", log=quiet,
-               **changes)
+        record(
+            model,
+            META,
+            activations.sites(model),
+            corpus,
+            tmp_path / "none",
+            dtype="float32",
+            log=quiet,
+            **changes,
+        )
+
     short = Ids(np.tile([*range(60), BYTES.eot], 50))
     for bad in (short, Ids(np.arange(50)), Ids(np.zeros(1, int)), Ids(np.zeros(0, int))):
         with pytest.raises(UserError, match="none of which has 64 tokens"):
@@ -347,7 +451,15 @@ def test_what_cannot_be_recorded_is_told_in_one_sentence(tmp_path, monkeypatch):
         attempt(corpus, narrow)
     with pytest.raises(UserError, match="no folder|Cannot make|Not a directory|exists"):
         (tmp_path / "file").write_text("")
-        record(model, META, activations.sites(model), corpus, tmp_path / "file", dtype="float32", log=quiet)
+        record(
+            model,
+            META,
+            activations.sites(model),
+            corpus,
+            tmp_path / "file",
+            dtype="float32",
+            log=quiet,
+        )
     monkeypatch.setattr(activations.machine, "total_memory", lambda device: 1 << 20)
     with pytest.raises(UserError, match="GB of memory"):
         attempt(corpus)
@@ -369,6 +481,7 @@ def test_memory_does_not_grow_with_the_corpus(monkeypatch):
         out = merge(known, times, fresh)
         keys.append(len(out[0]) + sum(len(ids) for ids in fresh))
         return out
+
     monkeypatch.setattr(parts, "_even", watch_even)
     monkeypatch.setattr(parts, "_merge", watch_merge)
     peaks = []

@@ -29,7 +29,7 @@ def test_alike_is_the_cosine(n, width, block, monkeypatch):
 
 
 def test_a_column_of_zeros_is_like_nothing():
-    found = relatives.alike(np.array([[1., 0, 1], [0, 0, 1]]), np.arange(3))
+    found = relatives.alike(np.array([[1.0, 0, 1], [0, 0, 1]]), np.arange(3))
     assert found == [[[2, 0.707]], [], [[0, 0.707]]]
 
 
@@ -46,10 +46,12 @@ def test_relatives_of_a_model(feature):
     cosine = torch.nn.functional.cosine_similarity(written.T[:, None], written.T[None], -1).numpy()
     with np.errstate(invalid="ignore"):
         r = np.nan_to_num(np.corrcoef(acts.reshape(-1, width).astype(np.float64).T))
-    r[4] = r[:, 4] = 0                                  # constant: rounding only
+    r[4] = r[:, 4] = 0  # constant: rounding only
     for j, one in enumerate(found):
         assert one["atoms"] == brute(cosine, j, 3) and one["together"] == brute(r, j, 3)
-    assert found[5]["together"][0] == [6, 1.0] and found[4]["together"] == found[7]["together"] == []
+    assert (
+        found[5]["together"][0] == [6, 1.0] and found[4]["together"] == found[7]["together"] == []
+    )
 
 
 def test_two_constants_do_not_fire_together():

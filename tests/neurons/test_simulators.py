@@ -25,8 +25,8 @@ def windows(seed, n, size=64):
         doc = list(text.encode())
         codes = model.trunk(torch.tensor([doc]))[1][0][0].numpy()
         start = (len(rows) * 37) % (len(doc) - size + 1) * (len(rows) % 3 > 0)
-        rows.append([doc[start - 1] if start else -1, *doc[start:start + size]])
-        acts.append(codes[start:start + size])
+        rows.append([doc[start - 1] if start else -1, *doc[start : start + size]])
+        acts.append(codes[start : start + size])
     return np.array(rows), np.array(acts)
 
 
@@ -42,8 +42,13 @@ def sums(tokens, acts, pairs=200):
                 n, total = found.get((row[t - 1], row[t]), (0, np.zeros(h)))
                 found[row[t - 1], row[t]] = n + 1, total + a[t - 1]
     some = sorted((k for k in found if found[k][0] >= 3), key=lambda k: -found[k][0])[:pairs]
-    return (counts, token_sum, np.array(some).reshape(-1, 2), np.array([found[k][0] for k in some]),
-            np.array([found[k][1] for k in some]).reshape(-1, h))
+    return (
+        counts,
+        token_sum,
+        np.array(some).reshape(-1, 2),
+        np.array([found[k][0] for k in some]),
+        np.array([found[k][1] for k in some]).reshape(-1, h),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +64,7 @@ def r(x, y):
 
 # ---- tables ----------------------------------------------------------------------------------------------
 
+
 def test_shrinkage_is_the_closed_form():
     counts, token_sum = np.array([3, 1, 0]), np.array([[6.0], [0.0], [0.0]])
     pair = np.array([[1, 0]]), np.array([2]), np.array([[5.0]])
@@ -70,7 +76,7 @@ def test_shrinkage_is_the_closed_form():
     assert np.allclose(out, [(5 + 3 * token) / 5, token, mean, mean])
 
 
-@given(st.integers(0, 2 ** 32 - 1))
+@given(st.integers(0, 2**32 - 1))
 def test_all_neurons_at_once_equal_brute_force(seed):
     rng = np.random.default_rng(seed)
     n_v, h, n_p = rng.integers(2, 8), rng.integers(1, 4), rng.integers(0, 12)
@@ -92,7 +98,9 @@ def test_all_neurons_at_once_equal_brute_force(seed):
     assert np.array_equal(b(each, own), np.stack([b(each[j], j) for j in range(h)]))
     for j in range(h):
         assert np.array_equal(b(tokens, j), b(tokens)[..., j])
-        assert np.array_equal(explain.Table(b.values)(tokens, j), explain.Table(b.values)(tokens)[..., j])
+        assert np.array_equal(
+            explain.Table(b.values)(tokens, j), explain.Table(b.values)(tokens)[..., j]
+        )
 
 
 def test_planted_neurons_are_recovered(planted):
@@ -109,15 +117,22 @@ def test_planted_neurons_are_recovered(planted):
     assert both("always on") == both("dead") == (None, None)
     assert min(both("negative only")) > 0.999
     rng, j = np.random.default_rng(0), NEURON["noise"]
-    low, high = np.quantile([r(acts[i, :, j], ngram[i, :, j]) for i in
-                             (rng.integers(len(acts), size=len(acts)) for _ in range(200))], (0.0015, 0.9985))
+    low, high = np.quantile(
+        [
+            r(acts[i, :, j], ngram[i, :, j])
+            for i in (rng.integers(len(acts), size=len(acts)) for _ in range(200))
+        ],
+        (0.0015, 0.9985),
+    )
     assert low < 0 < high
 
 
 def test_five_excerpts_know_only_what_they_show():
     tokens = np.array([[7, 1, 2], [-1, 1, -1]])
     t = explain.five_table(tokens, np.array([[3.0, 0.0], [1.0, 9.0]]), shrink=0)
-    assert np.allclose(t(np.array([[1, 1, 2, 5]])), [[2, 0, 4 / 3]])     # the 9 stands at a padded place
+    assert np.allclose(
+        t(np.array([[1, 1, 2, 5]])), [[2, 0, 4 / 3]]
+    )  # the 9 stands at a padded place
 
 
 def test_five_excerpts_recover_a_token_set(planted):
@@ -128,6 +143,7 @@ def test_five_excerpts_recover_a_token_set(planted):
 
 
 # ---- labels ----------------------------------------------------------------------------------------------
+
 
 def test_labels_say_what_was_planted(planted):
     b, tokens, acts = planted
@@ -160,9 +176,18 @@ def test_class_of_digits_and_of_position(planted):
 
 def test_fixed_tests_of_tokens():
     tokens = [b"12", b" 7", b",", b" The", b" the", b"ing", b"\n", b"  ", b"\xff", b"Ab"]
-    in_class = {name: [tokens[i] for i in np.flatnonzero(m)] for name, m in explain.classes(tokens).items()}
-    assert in_class == {"newline": [b"\n"], "blank": [b"  "], "digit": [b"12", b" 7"], "punctuation": [b","],
-                        "capital": [b" The", b"Ab"], "word start": [b" The", b" the"], "suffix": [b"ing"]}
+    in_class = {
+        name: [tokens[i] for i in np.flatnonzero(m)] for name, m in explain.classes(tokens).items()
+    }
+    assert in_class == {
+        "newline": [b"\n"],
+        "blank": [b"  "],
+        "digit": [b"12", b" 7"],
+        "punctuation": [b","],
+        "capital": [b" The", b"Ab"],
+        "word start": [b" The", b" the"],
+        "suffix": [b"ing"],
+    }
 
 
 def test_label_sees_only_the_label():
@@ -200,12 +225,14 @@ def test_effects_are_those_of_steering_one_by_one(layer, autoencoder):
         for name, sign in (("raised", 1), ("lowered", -1)):
             assert [id for id, _ in effect[name]] == (sign * mean).topk(3).indices.tolist()
             assert [v for _, v in effect[name]] == pytest.approx(
-                (sign * (sign * mean).topk(3).values).tolist(), rel=2e-2, abs=1e-5)
+                (sign * (sign * mean).topk(3).values).tolist(), rel=2e-2, abs=1e-5
+            )
         assert effect["clamp"] == pytest.approx(level, rel=1e-3) and effect["positions"] == 3
         kl = -(before.exp() * moved).sum(-1).mean().item()
         assert effect["kl"] == pytest.approx(kl, rel=2e-2, abs=1e-6)
-        assert effect["loss"] == pytest.approx(-moved[range(3), contexts[:, -1]].mean().item(), rel=2e-2,
-                                               abs=1e-5)
+        assert effect["loss"] == pytest.approx(
+            -moved[range(3), contexts[:, -1]].mean().item(), rel=2e-2, abs=1e-5
+        )
     assert not model.blocks[layer].sparsifier.code._forward_hooks
 
 
@@ -213,11 +240,12 @@ def test_effects_name_no_id_that_only_pads_the_vocabulary():
     torch.manual_seed(0)
     model = LM(preset("1L", vocab_size=64, block_size=8, n_embd=32)).eval()
     with torch.no_grad():
-        model.tokens.weight[40:] *= 30          # so that the padded ids are moved most
+        model.tokens.weight[40:] *= 30  # so that the padded ids are moved most
     contexts = torch.randint(40, (2, 5))
     for vocab, most in ((40, 10), (64, 10), (3, 10)):
-        for effect in explain.effects(model, 0, np.arange(6), np.full(6, 9.0), contexts % vocab, vocab,
-                                      most=most):
+        for effect in explain.effects(
+            model, 0, np.arange(6), np.full(6, 9.0), contexts % vocab, vocab, most=most
+        ):
             ids = [id for name in ("raised", "lowered") for id, _ in effect[name]]
             assert ids and max(ids) < vocab and (vocab < 64 or max(ids) >= 40)
 
@@ -225,11 +253,14 @@ def test_effects_name_no_id_that_only_pads_the_vocabulary():
 def test_a_level_that_is_reached_already_changes_nothing():
     torch.manual_seed(0)
     model = LM(preset("1L", vocab_size=64, block_size=8, n_embd=32)).eval()
-    effect, = explain.effects(model, 0, np.array([3]), np.array([-1.0]), torch.randint(64, (2, 5)), 64)
+    (effect,) = explain.effects(
+        model, 0, np.array([3]), np.array([-1.0]), torch.randint(64, (2, 5)), 64
+    )
     assert (effect["raised"], effect["lowered"], effect["kl"], effect["loss"]) == ([], [], 0, 0)
 
 
 # ---- the trie --------------------------------------------------------------------------------------------
+
 
 def test_trie_walks_backwards_and_the_shortest_match_wins():
     t = explain.Trie()
@@ -248,17 +279,28 @@ def test_trie_of_equal_patterns_keeps_the_largest():
     assert t(np.array([[0, 5, 6]])).tolist() == [[3, 0]]
 
 
-@pytest.mark.parametrize("name, pattern", [
-    ("token set", None), ("bigram", [["u", "q"]]), ("third token back", [[None, None, None, ";"]])])
+@pytest.mark.parametrize(
+    "name, pattern",
+    [
+        ("token set", None),
+        ("bigram", [["u", "q"]]),
+        ("third token back", [[None, None, None, ";"]]),
+    ],
+)
 def test_trie_finds_the_planted_pattern(planted, name, pattern):
     _, tokens, acts = planted
     j = NEURON[name]
     activate = explain.at_last(puzzles.Planted(), 0, j)
     fires = [(i, t) for i, t in zip(*np.nonzero(acts[..., j])) if t > 5][:10]
-    trie = explain.fit_trie(activate, [([k for k in tokens[i, :t + 2].tolist() if k >= 0], 1.0)
-                                       for i, t in fires], puzzles.EOT)
-    said = {tuple(None if k == explain.ANY else TOKENS[k].decode() for k in ids)
-            for ids, _, _ in trie.patterns}
+    trie = explain.fit_trie(
+        activate,
+        [([k for k in tokens[i, : t + 2].tolist() if k >= 0], 1.0) for i, t in fires],
+        puzzles.EOT,
+    )
+    said = {
+        tuple(None if k == explain.ANY else TOKENS[k].decode() for k in ids)
+        for ids, _, _ in trie.patterns
+    }
     assert said == (set(map(tuple, pattern)) if pattern else {("a",), ("i",), ("o",)})
     assert r(acts[..., j], trie(tokens)) > 0.98
     found = explain.precision_recall(acts[..., j], trie(tokens), 0.5)
@@ -268,6 +310,7 @@ def test_trie_finds_the_planted_pattern(planted, name, pattern):
 def test_trie_knows_what_only_begins_a_context():
     def activate(rows):
         return [float(row == [8]) for row in rows]
+
     trie = explain.fit_trie(activate, [([8], 1.0)], pad=0)
     assert trie.patterns == [[[8], 1.0, True]]
     assert trie(np.array([[-1, 8, 8]])).tolist() == [[1, 0]]

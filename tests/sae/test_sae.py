@@ -36,9 +36,15 @@ def ckpt(tmp_path, monkeypatch):
 
 def saved(path, model, corpus_meta):
     text = str(path.parents[1] / "text.txt")
-    checkpoint.save(path, model, tokenizer={"spec": "bytes", "hash": data.load_tokenizer("bytes").hash},
-                    training={"settings": {"data": text, "seed": 1, "val_fraction": 0.1},
-                              "corpus": corpus_meta})
+    checkpoint.save(
+        path,
+        model,
+        tokenizer={"spec": "bytes", "hash": data.load_tokenizer("bytes").hash},
+        training={
+            "settings": {"data": text, "seed": 1, "val_fraction": 0.1},
+            "corpus": corpus_meta,
+        },
+    )
     return str(path)
 
 
@@ -47,6 +53,7 @@ def tokens(seed=0, B=3, T=40):
 
 
 # ---- the autoencoder -------------------------------------------------------------------------------------
+
 
 @given(st.integers(1, 9), st.integers(1, 20), st.data())
 def test_topk_keeps_the_k_largest_that_are_positive(n, width, draw):
@@ -95,6 +102,7 @@ def test_name_tells_what_was_asked_for():
 
 
 # ---- splices ---------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layer", [0, 1])
@@ -147,13 +155,18 @@ def test_splice_under_autocast_keeps_the_codes_dtype():
 
 def test_splices_that_cannot_be_are_refused():
     model = tiny()
-    for layer, one, words in ((2, SAE(128, 8), "layer 2 is not there"), (-1, SAE(128, 8), "layer -1"),
-                              (0, SAE(64, 8), "for the 64 codes"), (0, SAE(128, 8, layer=1), "of layer 1")):
+    for layer, one, words in (
+        (2, SAE(128, 8), "layer 2 is not there"),
+        (-1, SAE(128, 8), "layer -1"),
+        (0, SAE(64, 8), "for the 64 codes"),
+        (0, SAE(128, 8, layer=1), "of layer 1"),
+    ):
         with pytest.raises(UserError, match=words), sae.splice(model, layer, one):
             pass
 
 
 # ---- files -----------------------------------------------------------------------------------------------
+
 
 def test_saved_and_loaded_are_the_same_bit_for_bit(tmp_path):
     model, one = tiny(), SAE(128, 140, 1, k=5)
@@ -167,15 +180,28 @@ def test_saved_and_loaded_are_the_same_bit_for_bit(tmp_path):
         assert loaded.layer == 1 and loaded.name == one.name
 
 
-@pytest.mark.parametrize("harm, words", [
-    (lambda p: p.with_suffix(".pt").unlink(), "No such file"),
-    (lambda p: p.with_suffix(".pt").write_bytes(b"x"), "damaged"),
-    (lambda p: p.unlink(), "cannot be read as JSON: No such file or directory; expected what `python inter"),
-    (lambda p: p.write_text("{"), "cannot be read as JSON: Expecting .*; expected what `python interpret.py"),
-    (lambda p: p.write_text("[]"), "no JSON object"),
-    (lambda p: p.write_text("{}"), "holds no sparse autoencoder"),
-    (lambda p: p.write_text(p.read_text().replace('"width": 140', '"width": 141')), "holds no sparse"),
-    (lambda p: p.write_text(p.read_text().replace('"h": 128', '"h": "x"')), "holds no sparse")])
+@pytest.mark.parametrize(
+    "harm, words",
+    [
+        (lambda p: p.with_suffix(".pt").unlink(), "No such file"),
+        (lambda p: p.with_suffix(".pt").write_bytes(b"x"), "damaged"),
+        (
+            lambda p: p.unlink(),
+            "cannot be read as JSON: No such file or directory; expected what `python inter",
+        ),
+        (
+            lambda p: p.write_text("{"),
+            "cannot be read as JSON: Expecting .*; expected what `python interpret.py",
+        ),
+        (lambda p: p.write_text("[]"), "no JSON object"),
+        (lambda p: p.write_text("{}"), "holds no sparse autoencoder"),
+        (
+            lambda p: p.write_text(p.read_text().replace('"width": 140', '"width": 141')),
+            "holds no sparse",
+        ),
+        (lambda p: p.write_text(p.read_text().replace('"h": 128', '"h": "x"')), "holds no sparse"),
+    ],
+)
 def test_damaged_files_are_told_in_one_sentence(harm, words, tmp_path):
     model = tiny()
     sae.save(tmp_path, SAE(128, 140, 0, l1=1e-3), model, {})
@@ -207,31 +233,57 @@ def test_command_writes_results_figure_and_all_of_the_folder(ckpt, monkeypatch, 
     command(ckpt, *FLAGS, monkeypatch=monkeypatch)
     out = Path(ckpt).parent / "interpret"
     first = json.loads((out / "sae-L1.json").read_text())
-    assert len(first["saes"]) == 3 and first["formulas"] == sae_fit.FORMULAS and first["seed"] == 1337
+    assert (
+        len(first["saes"]) == 3 and first["formulas"] == sae_fit.FORMULAS and first["seed"] == 1337
+    )
     assert "recovered" in capsys.readouterr().out
     assert (out / "sae-L1.png").read_bytes().startswith(b"\x89PNG")
     bytes_of = {p.name: p.read_bytes() for p in out.glob("*.pt")}
     command(ckpt, *FLAGS, "--k", "4,8", monkeypatch=monkeypatch)
     both = json.loads((out / "sae-L1.json").read_text())
-    assert sorted(one["name"] for one in both["saes"]) == \
-        ["x2-k4", "x2-k8", "x2-l1-0.0001", "x2-l1-0.0002", "x2-l1-5e-05"]
+    assert sorted(one["name"] for one in both["saes"]) == [
+        "x2-k4",
+        "x2-k8",
+        "x2-l1-0.0001",
+        "x2-l1-0.0002",
+        "x2-l1-5e-05",
+    ]
     l0 = [one["held_out"]["L0"] for one in both["saes"]]
     assert l0 == sorted(l0)
-    command(ckpt, *FLAGS, monkeypatch=monkeypatch)              # the same seed: the same bytes
+    command(ckpt, *FLAGS, monkeypatch=monkeypatch)  # the same seed: the same bytes
     assert all((out / name).read_bytes() == content for name, content in bytes_of.items())
     model, _ = checkpoint.load(ckpt)
     assert sae.load(out / "sae-L1-x2-k4.json", model)[1]["checkpoint"]["sha256"]
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--layer 2", "layer 2 is not there"), ("--layer -1", "layer -1 is not there"),
-    ("--l1 nan", "--l1 'nan' is no list"), ("--l1 1e-4,", "is no list"), ("--l1 -1", "must not be below 0"),
-    ("--k 0", "--k 0 must lie in 1 to 256"), ("--k 257", "must lie"), ("--k 2.5", "no list"),
-    ("--k many", "no list"), ("--lr nan", "--lr nan must be above 0"), ("--steps 0", "--steps 0"),
-    ("--expansion -3", "--expansion"), ("--batch 9999999", "--batch"), ("--lyer 1", "did you mean --layer"),
-    ("--data nowhere.txt", "No corpus"), ("--device cuda:77", "not available")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--layer 2", "layer 2 is not there"),
+        ("--layer -1", "layer -1 is not there"),
+        ("--l1 nan", "--l1 'nan' is no list"),
+        ("--l1 1e-4,", "is no list"),
+        ("--l1 -1", "must not be below 0"),
+        ("--k 0", "--k 0 must lie in 1 to 256"),
+        ("--k 257", "must lie"),
+        ("--k 2.5", "no list"),
+        ("--k many", "no list"),
+        ("--lr nan", "--lr nan must be above 0"),
+        ("--steps 0", "--steps 0"),
+        ("--expansion -3", "--expansion"),
+        ("--batch 9999999", "--batch"),
+        ("--lyer 1", "did you mean --layer"),
+        ("--data nowhere.txt", "No corpus"),
+        ("--device cuda:77", "not available"),
+    ],
+)
 def test_bad_input_is_one_sentence_and_exit_code_2(flags, words, ckpt, monkeypatch, capsys):
     with pytest.raises(SystemExit) as left:
         cli.run(lambda: command(ckpt, *FLAGS, *flags.split(), monkeypatch=monkeypatch))
     told = capsys.readouterr().err
-    assert left.value.code == 2 and words in told and told.count("\n") == 1 and told.startswith("error: ")
+    assert (
+        left.value.code == 2
+        and words in told
+        and told.count("\n") == 1
+        and told.startswith("error: ")
+    )

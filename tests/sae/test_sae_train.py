@@ -21,11 +21,16 @@ from crate_mini.sae.autoencoder import SAE
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "text.txt").write_text(TEXT)
-    return data.open_corpus(str(folder / "text.txt"), data.load_tokenizer("bytes"), folder / "cache",
-                            log=lambda *words: None)
+    return data.open_corpus(
+        str(folder / "text.txt"),
+        data.load_tokenizer("bytes"),
+        folder / "cache",
+        log=lambda *words: None,
+    )
 
 
 # ---- training --------------------------------------------------------------------------------------------
+
 
 def planted(seed=0, h=24, width=32, active=2):
     """Endless batches of sparse non-negative mixtures of unit rows, and the rows."""
@@ -37,6 +42,7 @@ def planted(seed=0, h=24, width=32, active=2):
             f = torch.rand(256, width, generator=draw) + 0.5
             keep = torch.rand(256, width, generator=draw).topk(active, 1).indices
             yield torch.zeros_like(f).scatter(1, keep, f.gather(1, keep)) @ rows
+
     return batches(), rows
 
 
@@ -84,10 +90,16 @@ def test_resampling_revives_dead_features_and_only_them():
         one.c[dead] = -100.0
     assert not (one.encode(x)[:, dead] > 0).any()
     old = {name: w.detach().clone() for name, w in one.state_dict().items()}
-    assert sae_fit.resample(one, optimizer, x, dead, torch.Generator().manual_seed(0)) == int(dead.sum())
-    assert (one.encode(x)[:, dead] > 0).any(0).all() and torch.allclose(one.W.norm(dim=1), torch.ones(40))
+    assert sae_fit.resample(one, optimizer, x, dead, torch.Generator().manual_seed(0)) == int(
+        dead.sum()
+    )
+    assert (one.encode(x)[:, dead] > 0).any(0).all() and torch.allclose(
+        one.W.norm(dim=1), torch.ones(40)
+    )
     assert torch.equal(one.b, old["b"]) and torch.equal(one.c[~dead], old["c"][~dead])
-    assert torch.equal(one.W[~dead], old["W"][~dead]) and torch.equal(one.E[:, ~dead], old["E"][:, ~dead])
+    assert torch.equal(one.W[~dead], old["W"][~dead]) and torch.equal(
+        one.E[:, ~dead], old["E"][:, ~dead]
+    )
     moments = optimizer.state[one.W]["exp_avg"], optimizer.state[one.E]["exp_avg_sq"].T
     assert all((m[dead] == 0).all() and (m[~dead] != 0).any() for m in moments)
 
@@ -96,7 +108,7 @@ def test_resampling_prefers_what_is_badly_explained_and_stops_at_the_number_of_i
     one = SAE(6, 30, l1=1e-3).requires_grad_(False)
     optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
     one.E.zero_()
-    x = torch.zeros(10, 6)                                       # nothing fires, x' = 0
+    x = torch.zeros(10, 6)  # nothing fires, x' = 0
     x[3] = torch.tensor([0.0, 0, 5, 0, 0, 0])
     dead = torch.ones(30, dtype=torch.bool)
     assert sae_fit.resample(one, optimizer, x, dead, torch.Generator().manual_seed(0)) == 1
@@ -108,9 +120,9 @@ def test_dead_features_of_a_run_are_resampled_and_counted():
     batches, _ = planted()
     one = SAE(24, 40, k=2)
     with torch.no_grad():
-        one.c[:30] = -1e3           # the ten that are left cannot do the work of 32
+        one.c[:30] = -1e3  # the ten that are left cannot do the work of 32
     assert sae_fit.fit([one], batches, 300, 3e-3)[0] >= 30
-    assert (one.encode(next(batches))[:, :30] > 0).any(0).sum() > 10      # without: none
+    assert (one.encode(next(batches))[:, :30] > 0).any(0).sum() > 10  # without: none
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(64, 8), torch.ones(64, 8)])
@@ -126,26 +138,44 @@ def test_divergence_is_told():
 
 def test_stream_covers_the_training_split_once_per_window_and_is_deterministic(corpus, monkeypatch):
     model, taken = tiny(), []
-    monkeypatch.setattr(sae_fit, "BUFFER", (1000, 2 ** 27))
+    monkeypatch.setattr(sae_fit, "BUFFER", (1000, 2**27))
     real = corpus.batch
-    spy = SimpleNamespace(n_tokens=corpus.n_tokens,
-                          batch=lambda seed, split, *rest: taken.append(split) or real(seed, split, *rest))
-    first, again, other = ([next(batches) for _ in range(60)] for batches in (
-        sae_fit.stream(model, spy, 1, 100, 5), sae_fit.stream(model, corpus, 1, 100, 5),
-        sae_fit.stream(model, corpus, 1, 100, 6)))
+    spy = SimpleNamespace(
+        n_tokens=corpus.n_tokens,
+        batch=lambda seed, split, *rest: taken.append(split) or real(seed, split, *rest),
+    )
+    first, again, other = (
+        [next(batches) for _ in range(60)]
+        for batches in (
+            sae_fit.stream(model, spy, 1, 100, 5),
+            sae_fit.stream(model, corpus, 1, 100, 5),
+            sae_fit.stream(model, corpus, 1, 100, 6),
+        )
+    )
     assert set(taken) == {"train"} and all(x.shape == (100, 128) for x in first)
-    assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[0], other[0])
+    assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(
+        first[0], other[0]
+    )
     with torch.no_grad():
-        rows = torch.cat([model.trunk(real(5, "train", step, 32, 64)[0])[1][1].flatten(0, 1)
-                          for step in range(len(taken))])
-    recorded, handed = (Counter(row.tobytes() for row in x.numpy()) for x in (rows, torch.cat(first)))
-    assert handed <= recorded           # none that was not recorded, none twice
+        rows = torch.cat(
+            [
+                model.trunk(real(5, "train", step, 32, 64)[0])[1][1].flatten(0, 1)
+                for step in range(len(taken))
+            ]
+        )
+    recorded, handed = (
+        Counter(row.tobytes() for row in x.numpy()) for x in (rows, torch.cat(first))
+    )
+    assert handed <= recorded  # none that was not recorded, none twice
     early = Counter(row.tobytes() for row in rows[:2048].numpy())
-    assert early - Counter(row.tobytes() for row in first[0].numpy()) and (handed & early).total() > 1500
+    assert (
+        early - Counter(row.tobytes() for row in first[0].numpy())
+        and (handed & early).total() > 1500
+    )
 
 
 def test_training_is_deterministic_and_leaves_the_global_generator_alone(corpus, monkeypatch):
-    monkeypatch.setattr(sae_fit, "BUFFER", (2000, 2 ** 27))
+    monkeypatch.setattr(sae_fit, "BUFFER", (2000, 2**27))
     model, found, state = tiny(), [], torch.get_rng_state()
     for _ in range(2):
         saes = [SAE(128, 160, 0, l1=1e-4), SAE(128, 160, 0, k=4)]
@@ -208,6 +238,7 @@ def test_what_is_undefined_is_none():
 
 # ---- judging ---------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("kind", ["crate", "gpt2"])
 @torch.no_grad()
 def test_evaluation_equals_brute_force(kind, corpus, monkeypatch):
@@ -218,13 +249,17 @@ def test_evaluation_equals_brute_force(kind, corpus, monkeypatch):
     found = sae_fit.evaluate(model, corpus, layer, saes, limit, batch=3)
     ids = torch.cat([y.flatten() for _, y in corpus.blocks("val", 4, 64)])
     ids = torch.cat([next(iter(corpus.blocks("val", 1, 64)))[0][0, :1], ids])
-    windows = [(ids[i:i + 64], ids[i + 1:i + 65]) for i in range(0, limit, 64)]
-    windows[-1] = tuple(part[:limit % 64] for part in windows[-1])
+    windows = [(ids[i : i + 64], ids[i + 1 : i + 65]) for i in range(0, limit, 64)]
+    windows[-1] = tuple(part[: limit % 64] for part in windows[-1])
     codes = torch.cat([model.trunk(x[None])[1][layer][0] for x, _ in windows]).double()
 
     def loss(replace):
-        handle = model.blocks[layer].sparsifier.code.register_forward_hook(lambda m, i, a: replace(a))
-        total = sum(F.cross_entropy(model(x[None])[0], y, reduction="sum").item() for x, y in windows)
+        handle = model.blocks[layer].sparsifier.code.register_forward_hook(
+            lambda m, i, a: replace(a)
+        )
+        total = sum(
+            F.cross_entropy(model(x[None])[0], y, reduction="sum").item() for x, y in windows
+        )
         handle.remove()
         return total / limit
 
@@ -240,16 +275,20 @@ def test_evaluation_equals_brute_force(kind, corpus, monkeypatch):
         assert result["L0"] == pytest.approx((f > 0).sum(1).double().mean().item())
         assert result["dead"] == pytest.approx((f == 0).all(0).double().mean().item())
         assert result["explained_variance"] == pytest.approx(
-            (1 - (codes - y).square().sum() / (codes - mean).square().sum()).item(), abs=1e-5)
-        assert result["cosine"] == pytest.approx(F.cosine_similarity(codes, y).mean().item(), abs=1e-5)
+            (1 - (codes - y).square().sum() / (codes - mean).square().sum()).item(), abs=1e-5
+        )
+        assert result["cosine"] == pytest.approx(
+            F.cosine_similarity(codes, y).mean().item(), abs=1e-5
+        )
         loss_of = result["loss"]
         for name in ablated:
             harm = loss_of[name] - loss_of["model"]
             share = (loss_of[name] - loss_of["sae"]) / harm if harm > 0 else None
             assert result["recovered"][name] == (share and pytest.approx(share))
     assert found[1]["L0"] <= 3 and found[1]["dead"] >= 0.5
-    assert sae_fit.evaluate(model, corpus, layer, [identity(128)], limit)[0]["explained_variance"] \
-        == pytest.approx(1, abs=1e-9)
+    assert sae_fit.evaluate(model, corpus, layer, [identity(128)], limit)[0][
+        "explained_variance"
+    ] == pytest.approx(1, abs=1e-9)
 
 
 def test_broken_weights_are_told(corpus):

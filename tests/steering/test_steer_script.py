@@ -40,7 +40,10 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    draw, words = random.Random(0), ["code", "rate", "step", "sparse", "token", "signal", "head", "prompt"]
+    draw, words = (
+        random.Random(0),
+        ["code", "rate", "step", "sparse", "token", "signal", "head", "prompt"],
+    )
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("".join(" ".join(draw.choices(words, k=8)) + ".\n" for _ in range(700)))
     return path
@@ -61,19 +64,27 @@ def make(folder, text, kind="crate"):
         (s.D[:, 3] if kind != "gpt2" else s.fc.weight[3]).zero_()
     tokenizer = data.load_tokenizer("bytes")
     corpus = data.open_corpus(str(text), tokenizer, log=lambda *_: None)
-    checkpoint.save(folder, lm, tokenizer={"spec": "bytes", "hash": tokenizer.hash},
-                    training={"step": 0, "val_loss": 5.0,
-                              "settings": {"data": str(text), "val_fraction": 0.1},
-                              "corpus": corpus.meta})
+    checkpoint.save(
+        folder,
+        lm,
+        tokenizer={"spec": "bytes", "hash": tokenizer.hash},
+        training={
+            "step": 0,
+            "val_loss": 5.0,
+            "settings": {"data": str(text), "val_fraction": 0.1},
+            "corpus": corpus.meta,
+        },
+    )
     return folder
 
 
 @pytest.fixture
 def run(ckpt, monkeypatch, capsys):
     """Run steer.py with words, CKPT put in where it belongs; returns what it prints."""
+
     def go(*words, ckpt=ckpt, code=None):
         command = words[:1] if words[0] in ("demo", "measure") else ()
-        monkeypatch.setattr(sys, "argv", ["steer.py", *command, str(ckpt), *words[len(command):]])
+        monkeypatch.setattr(sys, "argv", ["steer.py", *command, str(ckpt), *words[len(command) :]])
         if code is None:
             steer.main()
             return capsys.readouterr().out
@@ -82,6 +93,7 @@ def run(ckpt, monkeypatch, capsys):
         told = capsys.readouterr().err
         assert e.value.code == code and told.startswith("error: ") and told.count("\n") == 1, told
         return told
+
     return go
 
 
@@ -127,7 +139,9 @@ def test_two_x_is_twice_the_observed_maximum(run, ckpt):
 
 
 def test_several_neurons_and_earlier_layers(run):
-    told = run("--layer", "0", "--neuron", "5, 9", "--prompt", "code", "--tokens", "3", "--value", "1")
+    told = run(
+        "--layer", "0", "--neuron", "5, 9", "--prompt", "code", "--tokens", "3", "--value", "1"
+    )
     assert told.count("turned ") == 2
     assert "direct:" not in told and "weights alone tell only in the last layer" in told
     assert re.search(r"fired +6, 6 times", told)
@@ -140,9 +154,15 @@ def known(ckpt, sha256=None):
     folder = ckpt.parent / "interpret"
     folder.mkdir(exist_ok=True)
     rows = []
-    for j, c, share, kind in ((5, "s", 0.3, "token"), (9, "s", 0.7, "token"), (11, ".", 0.5, "suffix")):
+    for j, c, share, kind in (
+        (5, "s", 0.3, "token"),
+        (9, "s", 0.7, "token"),
+        (11, ".", 0.5, "suffix"),
+    ):
         label = {"tokens": [[ord(c), 1.0, 9, share], [ord("z"), 0.1, 2, 0.1]], "class": kind}
-        rows.append({"site": "L0", "layer": 0, "neuron": j, "status": "live", "max": 1.5, "label": label})
+        rows.append(
+            {"site": "L0", "layer": 0, "neuron": j, "status": "live", "max": 1.5, "label": label}
+        )
     score.write_rows(folder / "scores.jsonl", rows)
     sha256 = sha256 or checkpoint.load(ckpt)[1]["sha256"]
     (folder / "record.json").write_text(json.dumps({"checkpoint": {"sha256": sha256}}))
@@ -151,29 +171,50 @@ def known(ckpt, sha256=None):
 def test_labels_are_shown_found_and_trusted_only_for_this_checkpoint(run, text, tmp_path):
     ckpt = make(tmp_path / "best", text)
     known(ckpt)
-    told = run("--neuron", "label:\"S\"", "--prompt", "code", "--tokens", "2", ckpt=ckpt)
+    told = run("--neuron", 'label:"S"', "--prompt", "code", "--tokens", "2", ckpt=ckpt)
     assert "set neuron 9 of layer 0 to 3 = 2 x 1.5, its maximum in interpret.py's record" in told
-    assert "label     token: “s” 70 %, “z” 10 %" in told and "2 neurons with 'S'" in told and "0:5" in told
-    assert "neuron 11 of" in run("--neuron", "label:suffix", "--prompt", "code", "--tokens", "2", ckpt=ckpt)
+    assert (
+        "label     token: “s” 70 %, “z” 10 %" in told
+        and "2 neurons with 'S'" in told
+        and "0:5" in told
+    )
+    assert "neuron 11 of" in run(
+        "--neuron", "label:suffix", "--prompt", "code", "--tokens", "2", ckpt=ckpt
+    )
     assert "no label of" in run("--neuron", "label:comma", "--prompt", "code", ckpt=ckpt, code=2)
-    assert "names no neuron" in run("--neuron", "label: \"\"", "--prompt", "code", ckpt=ckpt, code=2)
-    assert "no label of" in run("--neuron", "label:s", "--layer", "1", "--prompt", "code", ckpt=ckpt, code=2)
-    other = ("--data", str(text))                                   # text given is text used
-    assert "held-out tokens" in run("--layer", "0", "--neuron", "9", "--prompt", "a", *other, ckpt=ckpt)
+    assert "names no neuron" in run("--neuron", 'label: ""', "--prompt", "code", ckpt=ckpt, code=2)
+    assert "no label of" in run(
+        "--neuron", "label:s", "--layer", "1", "--prompt", "code", ckpt=ckpt, code=2
+    )
+    other = ("--data", str(text))  # text given is text used
+    assert "held-out tokens" in run(
+        "--layer", "0", "--neuron", "9", "--prompt", "a", *other, ckpt=ckpt
+    )
     known(ckpt, "another")
     told = run("--layer", "0", "--neuron", "9", "--prompt", "code", "--tokens", "2", ckpt=ckpt)
-    assert "describes another checkpoint" in told and "label " not in told and "held-out tokens" in told
+    assert (
+        "describes another checkpoint" in told
+        and "label " not in told
+        and "held-out tokens" in told
+    )
 
 
 def test_prompts_are_asked_for_and_errors_do_not_end_it(run, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("code\n\n:valu 3\n:value 4abs\n:tokens x\n:tokens 0\n"
-                                                  ":tokens 2\n:positions last\nrate\n"))
+    monkeypatch.setattr(
+        sys,
+        "stdin",
+        io.StringIO(
+            "code\n\n:valu 3\n:value 4abs\n:tokens x\n:tokens 0\n:tokens 2\n:positions last\nrate\n"
+        ),
+    )
     told = run("--layer", "0", "--neuron", "5", "--tokens", "3", "--value", "1abs")
     first, second = told.split("turned    ")[1:]
     assert "to 1\n" in first and "to 4\n" in second
     assert "error: the prompt is empty" in first and "did you mean value?" in first
     assert "'x' is no int" in first and ":tokens 0 is out of range" in first
-    assert "fired     6 times" in first and "fired     2 times" in second     # last: 1 of the prompt, 1 new
+    assert (
+        "fired     6 times" in first and "fired     2 times" in second
+    )  # last: 1 of the prompt, 1 new
     assert "'sae' is no setting here." in run_lines(run, monkeypatch, ":sae x")
 
 
@@ -186,6 +227,7 @@ def run_lines(run, monkeypatch, *lines):
         if isinstance(line, str):
             return line
         raise line
+
     monkeypatch.setattr("builtins.input", typed)
     return run("--tokens", "2", "--value", "1abs")
 
@@ -197,6 +239,7 @@ def test_ctrl_c_leaves_a_prompt_and_ctrl_d_the_conversation(run, monkeypatch):
 
     def stopped(*_):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(steer, "show", stopped)
     assert run_lines(run, monkeypatch, "code").count("(Ctrl-D ends)") == 1
 
@@ -217,21 +260,37 @@ def test_sae_features_through_the_same_door(run, ckpt, tmp_path):
     assert "no JSON object" in run(*words[:-2], "--sae", str(other), code=2)
 
 
-@pytest.mark.parametrize("words, told", [
-    (("--layer", "2"), "layer 2 does not exist; layers are 0 to 1 here"),
-    (("--neuron", str(H)), f"neurons are 0 to {H - 1}"), (("--neuron", "-1"), "neuron -1 does not exist"),
-    (("--neuron", ""), "names no neuron"), (("--neuron", "five"), "names no neuron"),
-    (("--neuron", "3", "--layer", "0"), "never fired on"), (("--value", "nan"), "'nan' is no value"),
-    (("--value", "1e999"), "is no value"), (("--value", "1e300abs"), "no finite number"),
-    (("--value", "1e38abs"), "logits are not finite"), (("--top", "5000000"), "give 1 to 999999"),
-    (("--value", "2y"), "is no value"), (("--temperature", "1e-45"), "are not finite"),
-    (("--op", "turn"), "op 'turn' is unknown"),
-    (("--op", "scale", "--value", "2abs"), "is no value"), (("--positions", "first"), "positions must be"),
-    (("--prompt", ""), "the prompt is empty"), (("--prompt", "x" * 33), "33 tokens, the model reads 32"),
-    (("--tokens", "0"), "--tokens 0 is out of range"), (("--temperature", "-1"), "out of range"),
-    (("--temperature", "nan"), "out of range"), (("--seed", "-1"), "out of range"),
-    (("--device", "tpu"), "not available"), (("--sae", "none.json"), "cannot be read"),
-    (("--nueron", "5"), "did you mean --neuron"), (("--layer", "one"), "invalid int value")])
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (("--layer", "2"), "layer 2 does not exist; layers are 0 to 1 here"),
+        (("--neuron", str(H)), f"neurons are 0 to {H - 1}"),
+        (("--neuron", "-1"), "neuron -1 does not exist"),
+        (("--neuron", ""), "names no neuron"),
+        (("--neuron", "five"), "names no neuron"),
+        (("--neuron", "3", "--layer", "0"), "never fired on"),
+        (("--value", "nan"), "'nan' is no value"),
+        (("--value", "1e999"), "is no value"),
+        (("--value", "1e300abs"), "no finite number"),
+        (("--value", "1e38abs"), "logits are not finite"),
+        (("--top", "5000000"), "give 1 to 999999"),
+        (("--value", "2y"), "is no value"),
+        (("--temperature", "1e-45"), "are not finite"),
+        (("--op", "turn"), "op 'turn' is unknown"),
+        (("--op", "scale", "--value", "2abs"), "is no value"),
+        (("--positions", "first"), "positions must be"),
+        (("--prompt", ""), "the prompt is empty"),
+        (("--prompt", "x" * 33), "33 tokens, the model reads 32"),
+        (("--tokens", "0"), "--tokens 0 is out of range"),
+        (("--temperature", "-1"), "out of range"),
+        (("--temperature", "nan"), "out of range"),
+        (("--seed", "-1"), "out of range"),
+        (("--device", "tpu"), "not available"),
+        (("--sae", "none.json"), "cannot be read"),
+        (("--nueron", "5"), "did you mean --neuron"),
+        (("--layer", "one"), "invalid int value"),
+    ],
+)
 def test_bad_input_is_answered_in_one_sentence(run, words, told):
     assert told in run(*ONE, *words, code=2)
 
@@ -269,7 +328,9 @@ def result(folder):
 
 
 @pytest.mark.parametrize("kind", model.KINDS)
-def test_measure_has_controls_and_inserting_a_neuron_costs_nothing(run, cache, text, tmp_path, kind):
+def test_measure_has_controls_and_inserting_a_neuron_costs_nothing(
+    run, cache, text, tmp_path, kind
+):
     ckpt = make(tmp_path / "best", text, kind)
     lm, _ = checkpoint.load(ckpt)
     facts = sae.save(tmp_path, sae.SAE(H, 256, layer=1, k=8), lm, {})
@@ -281,20 +342,28 @@ def test_measure_has_controls_and_inserting_a_neuron_costs_nothing(run, cache, t
         costs = row["kind"] == "feature"
         assert (row["kl"] > 0) == costs and (row["loss"] != 0) == costs
     assert {(r["layer"], r["kind"]) for r in found["inserted"]} == {
-        (0, "neuron"), (1, "neuron"), (1, "feature"), (1, "feature+error")}
-    assert len(found["rows"]) == 2 * 2 * 2 * 2 + 2 * 2 * 2          # layers, neurons, kinds, doses; features
+        (0, "neuron"),
+        (1, "neuron"),
+        (1, "feature"),
+        (1, "feature+error"),
+    }
+    assert (
+        len(found["rows"]) == 2 * 2 * 2 * 2 + 2 * 2 * 2
+    )  # layers, neurons, kinds, doses; features
     for kinds in found["summary"].values():
         for metrics in kinds["doses"].values():
             for m in metrics.values():
                 assert m["ci95"][0] <= m["mean"] <= m["ci95"][1]
     assert found["command"].startswith("python steer.py measure") and found["seed"] == 1337
     assert found["machine"]["commit"] and found["checkpoint"]["sha256"]
-    assert 3 not in found["live"][0]["drawn"] and found["live"][0]["live"] < H          # the dead one
+    assert 3 not in found["live"][0]["drawn"] and found["live"][0]["live"] < H  # the dead one
     assert (tmp_path / "interpret" / "steering.png").read_bytes().startswith(b"\x89PNG")
     assert "| 0 | neuron | 0 | +0 |" in told and "feature+error | 1x" in told
     last = [r for r in found["attribution"] if r["layer"] == 1]
     assert len(found["attribution"]) == 4 and all(r["correlation"] > 0.8 for r in last)
-    assert all(r["null"] < r["correlation"] for r in last)      # another neuron's attribution tells less
+    assert all(
+        r["null"] < r["correlation"] for r in last
+    )  # another neuron's attribution tells less
 
 
 def test_measure_is_the_same_for_the_same_seed_and_joins_others(run, ckpt, tmp_path):
@@ -302,18 +371,35 @@ def test_measure_is_the_same_for_the_same_seed_and_joins_others(run, ckpt, tmp_p
         run("measure", *SMALL, "--seed", seed, "--out", str(tmp_path / name))
     a, b, c = (result(tmp_path / name)["rows"] for name in "abc")
     assert a == b != c
-    run("measure", *SMALL, "--out", str(tmp_path / "d"), "--beside", str(tmp_path / "c" / "steering.json"))
+    run(
+        "measure",
+        *SMALL,
+        "--out",
+        str(tmp_path / "d"),
+        "--beside",
+        str(tmp_path / "c" / "steering.json"),
+    )
     sizes = [(tmp_path / name / "steering.png").stat().st_size for name in "ad"]
     assert sizes[1] > sizes[0]
 
 
-@pytest.mark.parametrize("words, told", [
-    (("--doses", "0,1"), "are no doses"), (("--doses", "x"), "are no doses"),
-    (("--doses", "nan"), "are no doses"), (("--doses", "1,nan"), "are no doses"),
-    (("--doses", "1e19"), "are no doses"),
-    (("--tokens", "90000"), "lower --tokens"), (("--neurons", "0"), "out of range"),
-    (("--beside", "none.json"), "directory; expected what `python steer.py measure CKPT` writes"),
-    (("--sae", "none"), "directory; expected what `python interpret.py sae CKPT` writes")])
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (("--doses", "0,1"), "are no doses"),
+        (("--doses", "x"), "are no doses"),
+        (("--doses", "nan"), "are no doses"),
+        (("--doses", "1,nan"), "are no doses"),
+        (("--doses", "1e19"), "are no doses"),
+        (("--tokens", "90000"), "lower --tokens"),
+        (("--neurons", "0"), "out of range"),
+        (
+            ("--beside", "none.json"),
+            "directory; expected what `python steer.py measure CKPT` writes",
+        ),
+        (("--sae", "none"), "directory; expected what `python interpret.py sae CKPT` writes"),
+    ],
+)
 def test_bad_measures_are_answered_in_one_sentence(run, tmp_path, words, told):
     assert told in run("measure", *SMALL, "--out", str(tmp_path), *words, code=2)
 
@@ -327,11 +413,13 @@ def test_what_cannot_be_drawn_or_written_is_said_before_the_work(run, tmp_path, 
 
 def test_windows_share_no_token_and_say_when_there_are_too_few(ckpt):
     corpus = Desk(ckpt).held_out()
-    there = [row for x, _ in corpus.blocks("val", 256, 16) if x.shape[1] == 16 for row in x.tolist()]
+    there = [
+        row for x, _ in corpus.blocks("val", 256, 16) if x.shape[1] == 16 for row in x.tolist()
+    ]
     parts = [x.tolist() for x, _ in dose.windows(corpus, 16, 20, seed=0)]
     assert [len(part) for part in parts[:2]] == [20, 20] and sorted(sum(parts, [])) == sorted(there)
     with pytest.raises(UserError, match="lower --tokens"):
-        dose.windows(corpus, 16, 10 ** 5, seed=0)
+        dose.windows(corpus, 16, 10**5, seed=0)
 
 
 def test_followers_are_what_follows(ckpt):
@@ -340,7 +428,8 @@ def test_followers_are_what_follows(ckpt):
     x = torch.tensor([[1, 2, 5, 9, 5, 7], [5, 9, 1, 2, 1, 2]])
     y = torch.tensor([[2, 5, 9, 5, 7, 1], [9, 1, 2, 1, 2, 1]])
     plant = lm.blocks[0].sparsifier.code.register_forward_hook(
-        lambda m, args, a: torch.cat(((x == 5)[..., None].float(), a[..., 1:]), -1))
+        lambda m, args, a: torch.cat(((x == 5)[..., None].float(), a[..., 1:]), -1)
+    )
     assert dose.followers(lm, 0, None, [0], [(x, y)], 2).tolist() in ([[9, 7]], [[7, 9]])
     top, share = dose.observed(lm, 0, None, [x])
     assert top[0] == 1 and share[0] == 0.25
@@ -359,13 +448,16 @@ def test_what_a_turn_does_is_judged_on_text_that_chose_nothing():
     def log_p(idx, *turns):
         with torch.no_grad(), steering(lm, turns):
             return lm(idx).flatten(0, 1).log_softmax(-1)
+
     p, q = log_p(mx), log_p(mx, turn)
     found = judge.response(turn, {"some": torch.tensor([2, 7])})
     assert found["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
     assert found["kl"] != pytest.approx((q.exp() * (q - p)).sum(-1).mean().item(), rel=1e-2)
     assert found["loss"] == pytest.approx((p - q)[range(12), my.flatten()].mean().item(), rel=1e-4)
     assert found["some"] == pytest.approx((q - p)[:, [2, 7]].mean().item(), rel=1e-4)
-    by_text = [(log_p(x, turn).exp().mean(0) - log_p(x).exp().mean(0)).topk(20).indices for x in (cx, mx)]
+    by_text = [
+        (log_p(x, turn).exp().mean(0) - log_p(x).exp().mean(0)).topk(20).indices for x in (cx, mx)
+    ]
     assert judge.continuations(turn).tolist() == by_text[0].tolist() != by_text[1].tolist()
 
 
@@ -381,23 +473,48 @@ def test_the_first_kind_names_the_continuations_of_all():
     kinds = {"neuron": Intervention(0, 7), "random": Intervention(0, 9)}
     rows = dose.responses(Fake(), kinds, 0.5, [1.0, 4.0], torch.tensor([3]))
     assert [(r["kind"], r["effect"], r["own"], r["seen"]) for r in rows] == [
-        (k, (v, [7]), (v, [j]), (v, [3])) for k, j in (("neuron", 7), ("random", 9)) for v in (0.5, 2.0)]
+        (k, (v, [7]), (v, [j]), (v, [3]))
+        for k, j in (("neuron", 7), ("random", 9))
+        for v in (0.5, 2.0)
+    ]
 
 
 def test_features_of_two_autoencoders_are_two_though_they_share_a_number():
     kinds = "feature", "feature+error"
-    rows = [{"layer": 0, "sae": name, "neuron": 5, "kind": kind, "dose": d, "kl": d / 10, "effect": v * d,
-             "own": v * d, "seen": 0.0, "loss": 0.0}
-            for name, v in (("a", 1.0), ("b", 3.0)) for kind in kinds for d in (0.5, 2)]
+    rows = [
+        {
+            "layer": 0,
+            "sae": name,
+            "neuron": 5,
+            "kind": kind,
+            "dose": d,
+            "kl": d / 10,
+            "effect": v * d,
+            "own": v * d,
+            "seen": 0.0,
+            "loss": 0.0,
+        }
+        for name, v in (("a", 1.0), ("b", 3.0))
+        for kind in kinds
+        for d in (0.5, 2)
+    ]
     found = dose.summary(rows, 0)["feature"]["at_kl"]["own"]
     assert found["n"] == 2 and dose.contrasts(rows, 0)["feature - feature+error"]["own"]["n"] == 2
-    alone = [dose.at_kl([r for r in rows if (r["sae"], r["kind"]) == (name, kinds[0])], "own")
-             for name in "ab"]
+    alone = [
+        dose.at_kl([r for r in rows if (r["sae"], r["kind"]) == (name, kinds[0])], "own")
+        for name in "ab"
+    ]
     assert found["mean"] == pytest.approx(sum(alone) / 2)
 
 
-@given(st.lists(st.tuples(st.floats(1e-6, 2), st.floats(-3, 3)), min_size=1, max_size=6,
-                unique_by=lambda t: t[0]))
+@given(
+    st.lists(
+        st.tuples(st.floats(1e-6, 2), st.floats(-3, 3)),
+        min_size=1,
+        max_size=6,
+        unique_by=lambda t: t[0],
+    )
+)
 def test_effects_at_equal_side_effect(points):
     rows = [{"kl": kl, "effect": value} for kl, value in points]
     found, sides = dose.at_kl(rows, "effect"), [kl for kl, _ in points]
@@ -405,7 +522,9 @@ def test_effects_at_equal_side_effect(points):
         assert found is None
     else:
         assert min(v for _, v in points) - 1e-9 <= found <= max(v for _, v in points) + 1e-9
-    exact = dose.at_kl([*({"kl": 2 * dose.AT_KL * f, "effect": math.log(f)} for f in (0.25, 1.0))], "effect")
+    exact = dose.at_kl(
+        [*({"kl": 2 * dose.AT_KL * f, "effect": math.log(f)} for f in (0.25, 1.0))], "effect"
+    )
     assert exact == pytest.approx(math.log(0.5))
 
 

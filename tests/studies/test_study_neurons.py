@@ -34,12 +34,35 @@ def made_up(seeds=(1, 2)):
     for preset in ("1L", "3L"):
         for kind, shift in (("crate", 0.6), ("gpt2", 0.5)):
             for seed in seeds:
-                kept = study_neurons.essence(summary_of(seed, shift + 0.01 * (seed == 2), int(preset[0])))
-                runs.append({"preset": preset, "model": kind, "seed": seed, "val_loss": 4.0 + seed,
-                             "as it is": kept, "matched": kept})
-    sae = [{"model": "gpt2", "preset": "3L", "site": "L1.sae-x4", "ngram_r": {"mean": 0.3},
-            "f1": {"mean": None}}]
-    return {"runs": runs, "presets": ["1L", "3L"], "seeds": seeds, "match_density": 0.01, "sae": sae}
+                kept = study_neurons.essence(
+                    summary_of(seed, shift + 0.01 * (seed == 2), int(preset[0]))
+                )
+                runs.append(
+                    {
+                        "preset": preset,
+                        "model": kind,
+                        "seed": seed,
+                        "val_loss": 4.0 + seed,
+                        "as it is": kept,
+                        "matched": kept,
+                    }
+                )
+    sae = [
+        {
+            "model": "gpt2",
+            "preset": "3L",
+            "site": "L1.sae-x4",
+            "ngram_r": {"mean": 0.3},
+            "f1": {"mean": None},
+        }
+    ]
+    return {
+        "runs": runs,
+        "presets": ["1L", "3L"],
+        "seeds": seeds,
+        "match_density": 0.01,
+        "sae": sae,
+    }
 
 
 def test_table_shows_ours_by_seeds_and_says_whose_the_others_are():
@@ -59,12 +82,14 @@ def test_table_shows_ours_by_seeds_and_says_whose_the_others_are():
 
 def test_the_papers_numbers_are_what_its_layers_average_to():
     """Layer by layer as on the project page; the overall table there is printed to two digits."""
-    layers = {("2L", "openai_tar"): ((7.8, 8.3), (4.3, 4.1)),
-              ("3L", "openai_tar"): ((9.6, 9.3, 8.4), (7.3, .8, 2.6)),
-              ("2L", "openai_random"): ((8.0, 5.9), (2.3, 1.6)),
-              ("3L", "openai_random"): ((9.0, 9.4, 6.9), (3.1, -.3, 1.3)),
-              ("2L", "anthropic_crate"): ((11.3, 11.4), (9.7, 10.7)),
-              ("3L", "anthropic_crate"): ((12.6, 10.0, 11.1), (14.8, 4.1, 8.7))}
+    layers = {
+        ("2L", "openai_tar"): ((7.8, 8.3), (4.3, 4.1)),
+        ("3L", "openai_tar"): ((9.6, 9.3, 8.4), (7.3, 0.8, 2.6)),
+        ("2L", "openai_random"): ((8.0, 5.9), (2.3, 1.6)),
+        ("3L", "openai_random"): ((9.0, 9.4, 6.9), (3.1, -0.3, 1.3)),
+        ("2L", "anthropic_crate"): ((11.3, 11.4), (9.7, 10.7)),
+        ("3L", "anthropic_crate"): ((12.6, 10.0, 11.1), (14.8, 4.1, 8.7)),
+    }
     for (preset, metric), sides in layers.items():
         means = [np.mean(side) for side in sides]
         assert study_neurons.PAPER[metric][preset] == pytest.approx(means, abs=0.006)
@@ -72,16 +97,23 @@ def test_the_papers_numbers_are_what_its_layers_average_to():
 
 def test_a_finished_part_is_kept_and_a_failed_one_is_told_of(tmp_path, monkeypatch):
     monkeypatch.setattr(study_neurons, "ROOT", tmp_path)
-    (tmp_path / "script.py").write_text("import sys; print('went wrong'); open('count', 'a').write('x')\n"
-                                        "sys.exit('2' in sys.argv)")
+    (tmp_path / "script.py").write_text(
+        "import sys; print('went wrong'); open('count', 'a').write('x')\nsys.exit('2' in sys.argv)"
+    )
     study, place = Study("text", "ranks"), tmp_path / "out" / "train"
-    for word, runs in (("1", 1), ("1", 1), ("3", 2)):                    # the same command runs once
+    for word, runs in (("1", 1), ("1", 1), ("3", 2)):  # the same command runs once
         study.part(place, "script.py", word)
         assert len((tmp_path / "count").read_text()) == runs
-    assert json.loads((tmp_path / "out" / "train.json").read_text())["command"] == \
-        ["script.py", "3", "--out", "out/train"]                         # names no folder of this machine
+    assert json.loads((tmp_path / "out" / "train.json").read_text())["command"] == [
+        "script.py",
+        "3",
+        "--out",
+        "out/train",
+    ]  # names no folder of this machine
     for _ in range(2):
-        with pytest.raises(UserError, match=r"script.py 2 --out out/train` ended with code 1: went wrong"):
+        with pytest.raises(
+            UserError, match=r"script.py 2 --out out/train` ended with code 1: went wrong"
+        ):
             study.part(place, "script.py", "2")
     assert len((tmp_path / "count").read_text()) == 4
 
@@ -117,11 +149,15 @@ def test_the_whole_study_at_tiny_size(tmp_path):
                            "--micro-batch=4", "--compile=off"),
               sae_flags=("--steps=5", "--batch=64", "--tokens=2000", "--expansion=2")).run()"""
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True,
-                              cwd=study_neurons.ROOT)
+        done = subprocess.run(
+            [sys.executable, "-c", code, tmp_path],
+            capture_output=True,
+            text=True,
+            cwd=study_neurons.ROOT,
+        )
         assert done.returncode == 0, done.stderr
         assert "[4/4]" in done.stdout and "| 1L | ngram_r |" in done.stdout
-    assert " min  python" not in done.stdout                             # the second time all is kept
+    assert " min  python" not in done.stdout  # the second time all is kept
     found = json.loads((tmp_path / "results" / "neurons.json").read_text())
     assert len(found["runs"]) == 4 and {d["of"] for d in found["differences"]} == {"crate - gpt2"}
     assert len(found["sae"]) == 1 and (tmp_path / "results" / "neurons.png").stat().st_size > 10_000

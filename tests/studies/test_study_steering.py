@@ -26,18 +26,51 @@ def made_up(kind, seed, cost=0.01):
     """steering.json of a made-up model: effect is the dose plus the seed, KL its square by a hundred."""
     kinds = {"neuron": 0.0, "random": 0.0}
     kinds |= {"feature+error": 0.0, "feature": cost} if kind == "gpt2" else {}
-    rows = [{"layer": 0, "neuron": j, "kind": k, "dose": d, "unit": 1.0, "kl": d * d / 100 + floor,
-             "loss": 0.1, "own": d, "seen": -d, "effect": d + seed + j} for k, floor in kinds.items()
-            for d in (0.5, 1.0, 4.0, 8.0) for j in (3, 5)]
-    return {"command": f"python steer.py measure <{kind}>", "seed": seed, "rows": rows, "live": [],
-            "machine": {"commit": "c0ffee"},
-            "summary": dose.summary(rows, seed),
-            "inserted": [{"layer": 0, "kind": k, "kl": v, "loss": v} for k, v in kinds.items()
-                         if k != "random"],
-            "attribution": [{"layer": n, "dose": d, "correlation": (n + d / 10 + seed) / 9, "top10": 0.5,
-                             "null": None if n else seed / 10, "n": 2} for n in (0, 1) for d in (0.5, 8.0)],
-            "checkpoint": {"sha256": "ab", "training": {"val_loss": 4.0 + seed},
-                           "config": to_dict(model.preset("3L", kind))}}
+    rows = [
+        {
+            "layer": 0,
+            "neuron": j,
+            "kind": k,
+            "dose": d,
+            "unit": 1.0,
+            "kl": d * d / 100 + floor,
+            "loss": 0.1,
+            "own": d,
+            "seen": -d,
+            "effect": d + seed + j,
+        }
+        for k, floor in kinds.items()
+        for d in (0.5, 1.0, 4.0, 8.0)
+        for j in (3, 5)
+    ]
+    return {
+        "command": f"python steer.py measure <{kind}>",
+        "seed": seed,
+        "rows": rows,
+        "live": [],
+        "machine": {"commit": "c0ffee"},
+        "summary": dose.summary(rows, seed),
+        "inserted": [
+            {"layer": 0, "kind": k, "kl": v, "loss": v} for k, v in kinds.items() if k != "random"
+        ],
+        "attribution": [
+            {
+                "layer": n,
+                "dose": d,
+                "correlation": (n + d / 10 + seed) / 9,
+                "top10": 0.5,
+                "null": None if n else seed / 10,
+                "n": 2,
+            }
+            for n in (0, 1)
+            for d in (0.5, 8.0)
+        ],
+        "checkpoint": {
+            "sha256": "ab",
+            "training": {"val_loss": 4.0 + seed},
+            "config": to_dict(model.preset("3L", kind)),
+        },
+    }
 
 
 @pytest.fixture
@@ -62,9 +95,14 @@ def parts(place, monkeypatch):
             found = made_up(re.search(r"([^/]+)-\d+/last", words[3])[1], seed)
             (out / "steering.json").write_text(json.dumps(found))
         else:
-            facts = {"name": "x4-k32", "model": "its hash", "layer": int(words[words.index("--layer") + 1])}
+            facts = {
+                "name": "x4-k32",
+                "model": "its hash",
+                "layer": int(words[words.index("--layer") + 1]),
+            }
             (out / f"sae-L{facts['layer']}.json").write_text(json.dumps({"saes": [facts]}))
         return SimpleNamespace(returncode=0)
+
     monkeypatch.setattr(study_steering, "subprocess", SimpleNamespace(run=instead))
     for kind in tables.NAMES:
         for seed in (1, 2):
@@ -77,31 +115,41 @@ def parts(place, monkeypatch):
 def test_parts_run_once_and_the_result_holds_all_seeds(place, monkeypatch, capsys):
     seen = parts(place, monkeypatch)
     study_steering.main()
-    assert len(seen) == 3 + 3 + 3               # three models, autoencoders of the first twin's three layers
+    assert len(seen) == 3 + 3 + 3  # three models, autoencoders of the first twin's three layers
     twin = seen[5]
     autoencoders = twin[twin.index("--sae") + 1].split(",")
     assert twin[:3] == ["steer.py", "measure", "out/study/gpt2-1/last"]
-    assert autoencoders[1] == "out/steering/gpt2-1-sae-1/sae-L1-x4-k32.pt" and len(autoencoders) == 3
+    assert (
+        autoencoders[1] == "out/steering/gpt2-1-sae-1/sae-L1-x4-k32.pt" and len(autoencoders) == 3
+    )
     found = json.loads((place / "results" / "steering.json").read_text())
-    assert found["seeds"] == [1, 2] and found["command"] == "python -m crate_mini.studies.steering 1 2"
+    assert (
+        found["seeds"] == [1, 2] and found["command"] == "python -m crate_mini.studies.steering 1 2"
+    )
     assert found["machine"]["device"] and {s["model"] for s in found["sae"]} == {"gpt2"}
     assert [(s["seed"], s["layer"]) for s in found["sae"]] == [(1, 0), (1, 1), (1, 2)]
     twin = found["models"]["gpt2"]
-    assert twin["summary"]["neuron"]["doses"]["4"]["effect"]["n"] == 4      # two neurons of each of two seeds
+    assert (
+        twin["summary"]["neuron"]["doses"]["4"]["effect"]["n"] == 4
+    )  # two neurons of each of two seeds
     assert twin["summary"]["neuron"]["doses"]["4"]["effect"]["mean"] == pytest.approx(4 + 1.5 + 4)
     at = {(r["layer"], r["dose"]): r for r in twin["attribution"]}
     assert at[1, 8.0]["correlation"] == pytest.approx((1 + 0.8 + 1.5) / 9)
     assert at[1, 8.0]["seeds"]["correlation"] == pytest.approx([(1.8 + s) / 9 for s in (1, 2)])
     assert (place / "results" / "steering.png").read_bytes().startswith(b"\x89PNG")
     told = capsys.readouterr().out
-    for line in ("crate 3L, neuron | 5.500 | 0 exactly |", "crate 3L, random | 5.500 |  |",
-                 "gpt2 3L, feature | 5.500 | 0.01 |", "| gpt2 3L | 0.17 (0.150) | 0.28 (none) |"):
+    for line in (
+        "crate 3L, neuron | 5.500 | 0 exactly |",
+        "crate 3L, random | 5.500 |  |",
+        "gpt2 3L, feature | 5.500 | 0.01 |",
+        "| gpt2 3L | 0.17 (0.150) | 0.28 (none) |",
+    ):
         assert line in told
     study_steering.main()
-    assert len(seen) == 9                                           # finished parts are kept,
+    assert len(seen) == 9  # finished parts are kept,
     (place / "out" / "steering" / "crate-1" / "finished.json").write_text("[]")
     study_steering.main()
-    assert len(seen) == 10                                          # another command runs again
+    assert len(seen) == 10  # another command runs again
 
 
 def test_a_tiny_cost_is_not_called_none(place):
@@ -112,25 +160,41 @@ def test_a_tiny_cost_is_not_called_none(place):
 
 def test_pairs_compare_the_same_neurons_where_both_reach_the_side_effect():
     def rows(j, kind, gain, least=0.01):
-        return [{"layer": 0, "neuron": j, "kind": kind, "kl": kl, "own": gain, "seen": 2 * gain}
-                for kl in (least, 0.05, 0.5)]
-    some = [*rows(1, "neuron", 3.0), *rows(1, "random", 1.0), *rows(2, "neuron", 5.0),
-            *rows(2, "random", 4.5), *rows(3, "neuron", 90.0)]
+        return [
+            {"layer": 0, "neuron": j, "kind": kind, "kl": kl, "own": gain, "seen": 2 * gain}
+            for kl in (least, 0.05, 0.5)
+        ]
+
+    some = [
+        *rows(1, "neuron", 3.0),
+        *rows(1, "random", 1.0),
+        *rows(2, "neuron", 5.0),
+        *rows(2, "random", 4.5),
+        *rows(3, "neuron", 90.0),
+    ]
     assert dose.contrasts(some, 0).keys() == {"neuron - random"}
     found = dose.contrasts([*some, *rows(1, "feature", 7.0), *rows(1, "feature+error", 8.0)], 0)
     assert found["neuron - random"]["own"]["mean"] == pytest.approx(1.25)
     assert found["neuron - random"]["seen"]["mean"] == pytest.approx(2.5)
-    assert found["neuron - random"]["own"]["n"] == 2 and found["feature - feature+error"]["own"]["mean"] == -1
-    late = [{**r, "kl": 1.0} for r in rows(1, "feature", 7.0)]           # it costs too much from the start
-    assert "feature - feature+error" not in dose.contrasts([*late, *rows(1, "feature+error", 8.0)], 0)
+    assert (
+        found["neuron - random"]["own"]["n"] == 2
+        and found["feature - feature+error"]["own"]["mean"] == -1
+    )
+    late = [{**r, "kl": 1.0} for r in rows(1, "feature", 7.0)]  # it costs too much from the start
+    assert "feature - feature+error" not in dose.contrasts(
+        [*late, *rows(1, "feature+error", 8.0)], 0
+    )
 
 
 def test_what_is_missing_or_fails_is_one_sentence(place, monkeypatch):
     with pytest.raises(UserError, match="study default` trains it"):
         study_steering.main()
     parts(place, monkeypatch)
-    monkeypatch.setattr(study_steering, "subprocess",
-                        SimpleNamespace(run=lambda words, cwd: SimpleNamespace(returncode=3)))
+    monkeypatch.setattr(
+        study_steering,
+        "subprocess",
+        SimpleNamespace(run=lambda words, cwd: SimpleNamespace(returncode=3)),
+    )
     with pytest.raises(UserError, match="ended with code 3"):
         study_steering.main()
     assert not list(place.rglob("finished.json"))
@@ -152,6 +216,7 @@ def test_section_is_sound_markup_with_every_number_of_the_tables(kind):
 
         def handle_startendtag(self, tag, attrs):
             pass
+
     text = dose_views.section(found)
     Reader().feed(text)
     assert not opened and "&lt;" in text and f"<{kind}>" not in text
@@ -199,7 +264,9 @@ def test_the_whole_study_tiny(place, tmp_path, monkeypatch, capsys):
     for script in ("steer.py", "interpret.py"):
         os.symlink(here / script, tmp_path / script)
     monkeypatch.setenv("CRATE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(study_steering, "SAE", ("--k", 8, "--steps", 5, "--batch", 64, "--tokens", 512))
+    monkeypatch.setattr(
+        study_steering, "SAE", ("--k", 8, "--steps", 5, "--batch", 64, "--tokens", 512)
+    )
     monkeypatch.setattr(study_steering, "MEASURE", ("--neurons", 2, "--tokens", 64))
     monkeypatch.setattr(sys, "argv", ["study_steering", "1"])
     for kind in tables.NAMES:

@@ -22,8 +22,13 @@ from crate_mini.model import LM, preset
 from crate_mini.training import checkpoint
 
 TINY = dict(n_embd=8, n_head=2, vocab_size=23, block_size=6)
-VARIANTS = [dict(kind="crate"), dict(kind="gpt2"), dict(kind="crate+"), dict(kind="gpt2", activation="gelu"),
-            dict(kind="crate", learned_lam=True, unit_norm=True, bias=False, expansion=2)]
+VARIANTS = [
+    dict(kind="crate"),
+    dict(kind="gpt2"),
+    dict(kind="crate+"),
+    dict(kind="gpt2", activation="gelu"),
+    dict(kind="crate", learned_lam=True, unit_norm=True, bias=False, expansion=2),
+]
 IDS = torch.arange(12).view(2, 6)
 
 
@@ -43,8 +48,13 @@ def save(path, step=1, resume=True, **change):
     with torch.no_grad():
         lm.positions.weight.fill_(step)
     state = {"step": step, "optimizer": optimizer.state_dict()} if resume else None
-    checkpoint.save(path, lm, tokenizer={"spec": "bytes", "hash": "abc"}, resume=state,
-                    training={"step": step, "val_loss": 0.1 + 0.2, "best": float("inf")})
+    checkpoint.save(
+        path,
+        lm,
+        tokenizer={"spec": "bytes", "hash": "abc"},
+        resume=state,
+        training={"step": step, "val_loss": 0.1 + 0.2, "best": float("inf")},
+    )
     return lm, state
 
 
@@ -63,8 +73,12 @@ def holds(path, step):
     """Whether `path` is whole, and all its files are of the save `step`."""
     lm, meta = checkpoint.load(path)
     also, state, weights = checkpoint.load_resume(path)
-    return same(meta, also) and {meta["training"]["step"], state["step"], int(lm.positions.weight[0, 0]),
-                                 int(weights["positions.weight"][-1, -1])} == {step}
+    return same(meta, also) and {
+        meta["training"]["step"],
+        state["step"],
+        int(lm.positions.weight[0, 0]),
+        int(weights["positions.weight"][-1, -1]),
+    } == {step}
 
 
 def refused(match, call, *args, **kwargs):
@@ -81,13 +95,17 @@ def test_round_trip_is_bitwise_and_leaves_randomness_alone(tmp_path, change):
     also, resume, weights = checkpoint.load_resume(tmp_path / "out" / "last")
     assert torch.equal(before, torch.get_rng_state())
     assert again.config == lm.config and not again.training
-    assert same(dict(again.state_dict()), dict(weights)) and same(dict(weights), dict(lm.state_dict()))
+    assert same(dict(again.state_dict()), dict(weights)) and same(
+        dict(weights), dict(lm.state_dict())
+    )
     assert same(resume, state) and same(meta, also)
     assert all(w.requires_grad and w.dtype == torch.float32 for w in again.parameters())
     assert torch.equal(again(IDS), lm.eval()(IDS))
     torch.optim.AdamW(again.parameters()).load_state_dict(resume["optimizer"])
     assert meta["training"] == {"step": 1, "val_loss": 0.1 + 0.2, "best": float("inf")}
-    assert meta["tokenizer"] == {"spec": "bytes", "hash": "abc"} and meta["torch"] == torch.__version__
+    assert (
+        meta["tokenizer"] == {"spec": "bytes", "hash": "abc"} and meta["torch"] == torch.__version__
+    )
 
 
 def test_a_new_save_replaces_all_files(tmp_path):
@@ -117,10 +135,12 @@ def test_each_kind_of_damage_has_its_sentence(tmp_path):
     refused("expected a folder", checkpoint.load_resume, path)
     save(path)
     config = json.loads((path / "config.json").read_bytes())["config"]
-    for changes, match in (({"format": 2}, "has format 2"),
-                           ({"config": {**config, "n_layer": 2}}, "do not fit"),
-                           ({"config": {**config, "hue": 1}}, "do not fit"),
-                           ({"config": {**config, "n_head": 3}}, "does not divide")):
+    for changes, match in (
+        ({"format": 2}, "has format 2"),
+        ({"config": {**config, "n_layer": 2}}, "do not fit"),
+        ({"config": {**config, "hue": 1}}, "do not fit"),
+        ({"config": {**config, "n_head": 3}}, "does not divide"),
+    ):
         edit(path, **changes)
         refused(match, checkpoint.load, path)
         edit(path, format=checkpoint.FORMAT, config=config)
@@ -140,10 +160,14 @@ def test_each_kind_of_damage_has_its_sentence(tmp_path):
 
 def test_tokenizer_must_be_the_one_of_the_training():
     meta = {"config": {"vocab_size": 320}, "tokenizer": {"spec": "bytes", "hash": "abc"}}
-    good, other, large = (SimpleNamespace(name="t", hash=h, vocab_size=n)
-                          for h, n in (("abc", 257), ("xyz", 257), ("abc", 321)))
+    good, other, large = (
+        SimpleNamespace(name="t", hash=h, vocab_size=n)
+        for h, n in (("abc", 257), ("xyz", 257), ("abc", 321))
+    )
     checkpoint.check_tokenizer(meta, good)
-    checkpoint.check_tokenizer({**meta, "tokenizer": {"spec": "gpt2"}}, other)  # foreign: no hash to compare
+    checkpoint.check_tokenizer(
+        {**meta, "tokenizer": {"spec": "gpt2"}}, other
+    )  # foreign: no hash to compare
     refused("use --tokenizer bytes", checkpoint.check_tokenizer, meta, other)
     refused("321 ids", checkpoint.check_tokenizer, meta, large)
 
@@ -158,7 +182,9 @@ def kept(tmp_path_factory):
 
 
 @pytest.mark.fuzz
-@given(which=st.integers(0, 2), seed=st.integers(0, 2 ** 32), flips=st.integers(0, 3), cut=st.booleans())
+@given(
+    which=st.integers(0, 2), seed=st.integers(0, 2**32), flips=st.integers(0, 3), cut=st.booleans()
+)
 def test_damage_is_seen_or_harmless(kept, which, seed, flips, cut):
     original, content, folder = kept
     path, r = folder / "copy", random.Random(seed)
@@ -168,7 +194,7 @@ def test_damage_is_seen_or_harmless(kept, which, seed, flips, cut):
     data = bytearray(file.read_bytes())
     for _ in range(flips):
         data[r.randrange(len(data))] ^= 1 << r.randrange(8)
-    file.write_bytes(data[:r.randrange(len(data))] if cut else data)
+    file.write_bytes(data[: r.randrange(len(data))] if cut else data)
     try:
         got = [checkpoint.load_resume(path), checkpoint.load(path)[1]]
     except UserError as error:
@@ -179,6 +205,7 @@ def test_damage_is_seen_or_harmless(kept, which, seed, flips, cut):
 
 
 # ---- saves that fail ---------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("what", ["fsync", "replace"])
 def test_full_disk_at_every_call_keeps_one_whole_checkpoint(tmp_path, monkeypatch, what):
@@ -219,13 +246,26 @@ def test_order_of_events(tmp_path, monkeypatch):
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("rename", Path(b).stem)), replace(a, b)))
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (events.append(("rename", Path(b).stem)), replace(a, b))
+    )
     save(tmp_path / "last")
     if sys.platform == "linux":
-        assert events == [("fsync", "weights-1"), ("rename", "weights-1"),
-                          ("fsync", "resume-1"), ("rename", "resume-1"), ("fsync", "last"),
-                          ("fsync", "config"), ("rename", "config"), ("fsync", "last")]
-    assert [name for what, name in events if what == "rename"] == ["weights-1", "resume-1", "config"]
+        assert events == [
+            ("fsync", "weights-1"),
+            ("rename", "weights-1"),
+            ("fsync", "resume-1"),
+            ("rename", "resume-1"),
+            ("fsync", "last"),
+            ("fsync", "config"),
+            ("rename", "config"),
+            ("fsync", "last"),
+        ]
+    assert [name for what, name in events if what == "rename"] == [
+        "weights-1",
+        "resume-1",
+        "config",
+    ]
 
 
 def test_a_place_where_nothing_can_be_written(tmp_path):
@@ -237,10 +277,17 @@ def test_a_place_where_nothing_can_be_written(tmp_path):
 
 def script(body, *args):
     """Run `body` in a new Python with this file's names, for tests that fork, kill or limit themselves."""
-    code = "import sys; sys.path[:0] = sys.argv[1:3]\nfrom test_checkpoint import *\n" + textwrap.dedent(body)
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:3]\nfrom test_checkpoint import *\n"
+        + textwrap.dedent(body)
+    )
     here = Path(__file__).resolve().parent
-    done = subprocess.run([sys.executable, "-c", code, here, here.parents[1], *args], capture_output=True,
-                          text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code, here, here.parents[1], *args],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -278,7 +325,9 @@ KILLS = """
 
 @posix
 def test_kill_at_20_random_moments(tmp_path):
-    out = script(KILLS + """
+    out = script(
+        KILLS
+        + """
     r, hits = random.Random(0), 0
     for _ in range(20):
         before = step()
@@ -293,14 +342,18 @@ def test_kill_at_20_random_moments(tmp_path):
     save(path, 10 ** 6)
     assert holds(path, 10 ** 6) and not debris()
     print(hits)
-    """, tmp_path / "last")
+    """,
+        tmp_path / "last",
+    )
     assert int(out) > 0, "no kill fell into a save: the test has tested nothing"
 
 
 @posix
 def test_kill_at_every_event_of_a_save(tmp_path):
     """Death right before the nth write, fsync, rename or removal, for every n."""
-    out = script(KILLS + """
+    out = script(
+        KILLS
+        + """
     def dies_at(n):
         count = [0]
         def watch(call):
@@ -324,13 +377,17 @@ def test_kill_at_every_event_of_a_save(tmp_path):
         last = now
     assert now == n and not debris()
     print(n)
-    """, tmp_path / "last")
+    """,
+        tmp_path / "last",
+    )
     assert int(out) > 20
 
 
 @posix
 def test_reading_beside_a_writer(tmp_path):
-    script(KILLS + """
+    script(
+        KILLS
+        + """
     pid, seen, end = child(keep_saving), [], time.monotonic() + 2
     while time.monotonic() < end:
         meta, state, weights = checkpoint.load_resume(path)
@@ -339,13 +396,17 @@ def test_reading_beside_a_writer(tmp_path):
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     assert seen == sorted(seen) and seen[-1] > seen[0], seen
-    """, tmp_path / "last")
+    """,
+        tmp_path / "last",
+    )
 
 
 @posix
 def test_disk_limits_of_every_size(tmp_path):
     """A limit on file sizes stops the write itself, in the middle of torch's zip writer."""
-    script(KILLS + """
+    script(
+        KILLS
+        + """
     import resource
     save(path, 0, vocab_size=9000)  # far more than a file's buffer, so that the limit strikes within write
     largest = max(os.path.getsize(os.path.join(path, name)) for name in os.listdir(path))
@@ -361,4 +422,6 @@ def test_disk_limits_of_every_size(tmp_path):
         assert holds(path, 0) and not debris()
     limit = largest + 1000
     assert os.waitpid(child(work), 0)[1] == 0 and holds(path, 5)
-    """, tmp_path / "last")
+    """,
+        tmp_path / "last",
+    )

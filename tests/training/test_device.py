@@ -23,8 +23,10 @@ def test_commit_tells_changed_sources_but_not_new_results(tmp_path, monkeypatch)
 
     def git(*words):
         me = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        return subprocess.run(["git", "-C", str(tmp_path), *me, *words], capture_output=True, text=True,
-                              check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *me, *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "first")

@@ -33,8 +33,12 @@ def foreign(layout, bias=False):
             shapes |= {b + "attn.c_attn.weight": (D, D), b + "ista.weight": (4 * D, D)}
         else:
             norms = ("ln_1", "ln_2")
-            maps = {"attn.c_attn": (3 * D, D), "attn.c_proj": (D, D),
-                    "mlp.c_fc": (4 * D, D), "mlp.c_proj": (D, 4 * D)}
+            maps = {
+                "attn.c_attn": (3 * D, D),
+                "attn.c_proj": (D, D),
+                "mlp.c_fc": (4 * D, D),
+                "mlp.c_proj": (D, 4 * D),
+            }
         for name in norms:
             shapes |= {f"{b}{name}.weight": (D,)} | ({f"{b}{name}.bias": (D,)} if bias else {})
         for name, (n, m) in maps.items():
@@ -70,10 +74,12 @@ def forward(sd, layout, activation=torch.relu):
         w = sd[name + ".weight"]
         return x @ (w if layout == "hf" else w.T) + sd.get(name + ".bias", 0)
 
-    x = sd["transformer.wte.weight"][IDS] + sd["transformer.wpe.weight"][:IDS.shape[1]]
+    x = sd["transformer.wte.weight"][IDS] + sd["transformer.wpe.weight"][: IDS.shape[1]]
     for i in range(LAYERS):
         b = f"transformer.h.{i}."
-        y = linear(norm(x, sd, b + ("prenorm_1" if layout == "crate" else "ln_1")), b + "attn.c_attn")
+        y = linear(
+            norm(x, sd, b + ("prenorm_1" if layout == "crate" else "ln_1")), b + "attn.c_attn"
+        )
         q, k, v = (y, y, y) if layout == "crate" else y.split(D, -1)
         x = x + linear(attend(q, k, v), b + "attn.c_proj")
         if layout == "crate":
@@ -82,12 +88,14 @@ def forward(sd, layout, activation=torch.relu):
             a = torch.relu(a + 0.1 * (y @ W.T - a @ W @ W.T) - 0.01)
             x = a @ W
         else:
-            x = x + linear(activation(linear(norm(x, sd, b + "ln_2"), b + "mlp.c_fc")), b + "mlp.c_proj")
+            x = x + linear(
+                activation(linear(norm(x, sd, b + "ln_2"), b + "mlp.c_fc")), b + "mlp.c_proj"
+            )
     return norm(x, sd, "transformer.ln_f") @ sd["lm_head.weight"].T
 
 
 def gelu(x):
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 relu = torch.relu
@@ -100,16 +108,28 @@ def test_import_gives_their_logits_and_export_their_file(layout, bias, activatio
     lm = import_foreign(sd, n_head=HEADS)
     back = export_foreign(lm)
     assert back.keys() == sd.keys() and all(torch.equal(back[name], sd[name]) for name in sd)
-    torch.testing.assert_close(lm.double()(IDS), forward(sd, layout, activation), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        lm.double()(IDS), forward(sd, layout, activation), rtol=1e-9, atol=1e-9
+    )
 
 
-@pytest.mark.parametrize("layout,kind", [
-    ("crate", {}), ("gpt", dict(kind="gpt2")), ("gpt", dict(kind="gpt2", bias=True)),
-    ("hf", dict(kind="gpt2", bias=True, activation="gelu"))])
+@pytest.mark.parametrize(
+    "layout,kind",
+    [
+        ("crate", {}),
+        ("gpt", dict(kind="gpt2")),
+        ("gpt", dict(kind="gpt2", bias=True)),
+        ("hf", dict(kind="gpt2", bias=True, activation="gelu")),
+    ],
+)
 def test_export_gives_our_logits_and_import_our_model(layout, kind):
-    lm = LM(preset("2L", n_embd=D, n_head=HEADS, vocab_size=VOCAB, block_size=CONTEXT, **kind)).eval()
+    lm = LM(
+        preset("2L", n_embd=D, n_head=HEADS, vocab_size=VOCAB, block_size=CONTEXT, **kind)
+    ).eval()
     g = torch.Generator().manual_seed(3)
-    with torch.no_grad():  # biases and norms too: the init leaves them where a mix-up would not show
+    with (
+        torch.no_grad()
+    ):  # biases and norms too: the init leaves them where a mix-up would not show
         for w in lm.parameters():
             w.copy_(torch.randn(w.shape, generator=g) * 0.4)
     sd = export_foreign(lm)
@@ -118,7 +138,9 @@ def test_export_gives_our_logits_and_import_our_model(layout, kind):
     for (name, a), (_, b) in zip(again.state_dict().items(), lm.state_dict().items()):
         assert torch.equal(a, b), name
     activation = gelu if layout == "hf" else torch.relu
-    torch.testing.assert_close(lm.double()(IDS), forward(sd, layout, activation), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        lm.double()(IDS), forward(sd, layout, activation), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_nanogpt_with_gelu_and_imported_weights_are_copies():
@@ -133,16 +155,37 @@ def test_nanogpt_with_gelu_and_imported_weights_are_copies():
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
 def test_a_training_checkpoint_with_its_arguments(tmp_path, prefix):
     sd = foreign("crate", True)
-    args = dict(n_layer=LAYERS, n_head=HEADS, n_embd=D, block_size=CONTEXT, bias=False, vocab_size=VOCAB,
-                dropout=0.0)
-    extra = {"optimizer": {"state": {0: {"step": torch.tensor(5.0)}}}, "iter_num": 600000,
-             "best_val_loss": torch.tensor(2.5), "config": {"out_dir": "out"}}
-    torch.save({"model": {prefix + name: value for name, value in sd.items()}, "model_args": args, **extra},
-               tmp_path / "ckpt.pt")
+    args = dict(
+        n_layer=LAYERS,
+        n_head=HEADS,
+        n_embd=D,
+        block_size=CONTEXT,
+        bias=False,
+        vocab_size=VOCAB,
+        dropout=0.0,
+    )
+    extra = {
+        "optimizer": {"state": {0: {"step": torch.tensor(5.0)}}},
+        "iter_num": 600000,
+        "best_val_loss": torch.tensor(2.5),
+        "config": {"out_dir": "out"},
+    }
+    torch.save(
+        {
+            "model": {prefix + name: value for name, value in sd.items()},
+            "model_args": args,
+            **extra,
+        },
+        tmp_path / "ckpt.pt",
+    )
     lm, meta = checkpoint.load(tmp_path / "ckpt.pt")
-    assert meta["tokenizer"]["spec"] == "gpt2" and meta["config"]["n_head"] == HEADS and not lm.training
+    assert (
+        meta["tokenizer"]["spec"] == "gpt2"
+        and meta["config"]["n_head"] == HEADS
+        and not lm.training
+    )
     torch.testing.assert_close(lm.double()(IDS), forward(sd, "crate"), rtol=1e-9, atol=1e-9)
-    named = meta["sha256"]              # what results belong to: other weights, another name
+    named = meta["sha256"]  # what results belong to: other weights, another name
     torch.save({"model": sd, "model_args": args}, tmp_path / "ckpt.pt")
     assert checkpoint.load(tmp_path / "ckpt.pt")[1]["sha256"] == named
     next(iter(sd.values())).view(-1)[0] += 1
@@ -155,7 +198,11 @@ def safetensors(sd):
     table, data = {"__metadata__": {"format": "pt"}}, b""
     for name, t in sd.items():
         raw = t.numpy().tobytes()
-        table[name] = {"dtype": "F32", "shape": [*t.shape], "data_offsets": [len(data), len(data) + len(raw)]}
+        table[name] = {
+            "dtype": "F32",
+            "shape": [*t.shape],
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
         data += raw
     head = json.dumps(table).encode()
     return struct.pack("<Q", len(head)) + head + data
@@ -167,8 +214,12 @@ def test_a_hugging_face_folder(tmp_path, kind, stem):
     sd = foreign("hf", True)
     del sd["lm_head.weight"]
     theirs = {stem + name.removeprefix("transformer."): t for name, t in sd.items()}
-    theirs[stem + "h.0.attn.bias"] = torch.ones(1, 1, CONTEXT, CONTEXT).tril()  # the mask in old files
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_head": HEADS, "n_embd": D}))
+    theirs[stem + "h.0.attn.bias"] = torch.ones(
+        1, 1, CONTEXT, CONTEXT
+    ).tril()  # the mask in old files
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "n_head": HEADS, "n_embd": D})
+    )
     if kind.endswith("bin"):
         torch.save(theirs, tmp_path / kind)
     else:
@@ -181,19 +232,26 @@ def test_a_hugging_face_folder(tmp_path, kind, stem):
 def test_transformers_itself(tmp_path):
     """Against the real library, where the optional extra is installed."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=D, n_layer=LAYERS,
-                                     n_head=HEADS)
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_positions=CONTEXT, n_embd=D, n_layer=LAYERS, n_head=HEADS
+    )
     theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path)
     ours, _ = checkpoint.load(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(ours.double()(IDS), theirs.double()(IDS).logits, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            ours.double()(IDS), theirs.double()(IDS).logits, rtol=1e-9, atol=1e-9
+        )
     sd = theirs.state_dict()
-    assert all(torch.equal(value.double(), sd[name]) for name, value in export_foreign(ours).items())
+    assert all(
+        torch.equal(value.double(), sd[name]) for name, value in export_foreign(ours).items()
+    )
 
 
 def test_half_precision_files_become_float32():
-    lm = import_foreign({name: value.half() for name, value in foreign("gpt").items()}, n_head=HEADS)
+    lm = import_foreign(
+        {name: value.half() for name, value in foreign("gpt").items()}, n_head=HEADS
+    )
     assert {w.dtype for w in lm.parameters()} == {torch.float32}
 
 
@@ -208,22 +266,33 @@ def test_what_cannot_be_imported_is_refused_by_name():
     first = "transformer.h.0."
     refused("number of heads", import_foreign, gpt)
     refused("does not divide", import_foreign, gpt, n_head=5)
-    for match, sd in (("head of its own", {**gpt, "lm_head.weight": gpt["lm_head.weight"] + 1}),
-                      ("crate_overcomplete", {**crate, first + "ista.weight": torch.zeros(D, D)}),
-                      ("mlp.extra", {**gpt, first + "mlp.extra": torch.zeros(1)})):
+    for match, sd in (
+        ("head of its own", {**gpt, "lm_head.weight": gpt["lm_head.weight"] + 1}),
+        ("crate_overcomplete", {**crate, first + "ista.weight": torch.zeros(D, D)}),
+        ("mlp.extra", {**gpt, first + "mlp.extra": torch.zeros(1)}),
+    ):
         refused(match, import_foreign, sd, n_head=HEADS)
     refused("is no CRATE-LM", import_foreign, {"some.weight": torch.zeros(1)})
     refused("no state_dict", import_foreign, {"model": [1], "model_args": {}})
     refused("no state_dict", import_foreign, {"model": {"a": 1}})
     for name in (first + "ln_1.weight", first + "mlp.c_proj.weight", "transformer.ln_f.weight"):
-        refused(f"{name} of shape", import_foreign, {k: v for k, v in gpt.items() if k != name}, n_head=HEADS)
+        refused(
+            f"{name} of shape",
+            import_foreign,
+            {k: v for k, v in gpt.items() if k != name},
+            n_head=HEADS,
+        )
         refused(f"{name} of shape", import_foreign, {**gpt, name: torch.zeros(2, 3)}, n_head=HEADS)
 
 
 def test_facts_of_a_hugging_face_model_that_we_do_not_compute(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(safetensors(foreign("hf", True)))
-    for name, value in {"model_type": "opt", "activation_function": "relu", "layer_norm_epsilon": 1e-6,
-                        "scale_attn_by_inverse_layer_idx": True}.items():
+    for name, value in {
+        "model_type": "opt",
+        "activation_function": "relu",
+        "layer_norm_epsilon": 1e-6,
+        "scale_attn_by_inverse_layer_idx": True,
+    }.items():
         facts = {"model_type": "gpt2", "n_head": HEADS, name: value}
         (tmp_path / "config.json").write_text(json.dumps(facts))
         refused(name, checkpoint.load, tmp_path)
@@ -231,10 +300,22 @@ def test_facts_of_a_hugging_face_model_that_we_do_not_compute(tmp_path):
     refused("Cannot read", checkpoint.load, tmp_path)
 
 
-@pytest.mark.parametrize("change", [
-    dict(residual=True), dict(separate_decoder=True), dict(learned_lam=True), dict(unit_norm=True),
-    dict(query_rank=2), dict(eta=0.2), dict(lam=0.2), dict(ista_steps=3), dict(expansion=2),
-    dict(attention="mhsa"), dict(bias=False)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(residual=True),
+        dict(separate_decoder=True),
+        dict(learned_lam=True),
+        dict(unit_norm=True),
+        dict(query_rank=2),
+        dict(eta=0.2),
+        dict(lam=0.2),
+        dict(ista_steps=3),
+        dict(expansion=2),
+        dict(attention="mhsa"),
+        dict(bias=False),
+    ],
+)
 def test_variants_have_no_foreign_form(change):
     lm = LM(preset("1L", n_embd=D, n_head=HEADS, vocab_size=VOCAB, block_size=CONTEXT, **change))
     refused(next(iter(change)), export_foreign, lm)
@@ -269,14 +350,21 @@ def files(tmp_path_factory):
 
 @pytest.mark.fuzz
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@given(name=st.sampled_from(["a.pt", "b.pt", "c.safetensors"]), seed=st.integers(0, 2 ** 32),
-       flips=st.integers(0, 20), cut=st.booleans(), head=st.booleans())
-def test_damaged_files_never_give_a_traceback(files, tmp_path_factory, name, seed, flips, cut, head):
+@given(
+    name=st.sampled_from(["a.pt", "b.pt", "c.safetensors"]),
+    seed=st.integers(0, 2**32),
+    flips=st.integers(0, 20),
+    cut=st.booleans(),
+    head=st.booleans(),
+)
+def test_damaged_files_never_give_a_traceback(
+    files, tmp_path_factory, name, seed, flips, cut, head
+):
     r, data = random.Random(seed), bytearray(files[name])
     for _ in range(flips):  # the first kilobyte holds the structure, the rest is mostly numbers
         data[r.randrange(min(len(data), 1000) if head else len(data))] = r.randrange(256)
     path = tmp_path_factory.getbasetemp() / f"damaged-{name}"
-    path.write_bytes(data[:r.randrange(len(data))] if cut else data)
+    path.write_bytes(data[: r.randrange(len(data))] if cut else data)
     try:
         assert isinstance(import_foreign(path, n_head=HEADS), LM)
     except UserError as error:

@@ -22,10 +22,31 @@ clean_machine, text = training.clean_machine, training.text  # fixtures
 
 def test_settings_come_from_file_and_flags_win(text, tmp_path):
     config = tmp_path / "c.json"
-    config.write_text(json.dumps({"lr": 0.5, "n_layer": 2, "model": "gpt2", "preset": "1L", "seed": 7}))
-    s, c, _ = train.parse(["--config", str(config), "--lr", "0.25", "--tokenizer", "bytes",
-                              "--n_layer", "4", "--out", str(tmp_path / "x")])
-    assert (s.lr, s.seed, s.model, c.n_layer, c.attention, c.vocab_size) == (0.25, 7, "gpt2", 4, "mhsa", 320)
+    config.write_text(
+        json.dumps({"lr": 0.5, "n_layer": 2, "model": "gpt2", "preset": "1L", "seed": 7})
+    )
+    s, c, _ = train.parse(
+        [
+            "--config",
+            str(config),
+            "--lr",
+            "0.25",
+            "--tokenizer",
+            "bytes",
+            "--n_layer",
+            "4",
+            "--out",
+            str(tmp_path / "x"),
+        ]
+    )
+    assert (s.lr, s.seed, s.model, c.n_layer, c.attention, c.vocab_size) == (
+        0.25,
+        7,
+        "gpt2",
+        4,
+        "mhsa",
+        320,
+    )
 
 
 def test_init_starts_from_given_weights(text, tmp_path):
@@ -44,8 +65,11 @@ def test_init_starts_from_given_weights(text, tmp_path):
 
 def test_foreign_weights_bring_their_tokenizer(tmp_path):
     from crate_mini.training import foreign_weights as foreign
+
     lm = train.model.LM(train.model.preset("1L", "crate", vocab_size=50304, block_size=8))
-    torch.save({"model": foreign.export_foreign(lm), "model_args": {"n_head": 4}}, tmp_path / "theirs.pt")
+    torch.save(
+        {"model": foreign.export_foreign(lm), "model_args": {"n_head": 4}}, tmp_path / "theirs.pt"
+    )
     s, config, start = train.parse(["--init", str(tmp_path / "theirs.pt")])
     assert (s.tokenizer, config.vocab_size) == ("gpt2", 50304)
     with pytest.raises(UserError, match="--tokenizer gpt2"):
@@ -91,11 +115,23 @@ BAD = {  # flags -> what the one sentence must name
     "empty config": (["--config", ""], "is empty"),
     "out is a file": (["--out", "/dev/null"], "Nothing can be written to /dev/null"),
     "below a file": (["--out", "/dev/null/run"], "Nothing can be written to /dev/null/run"),
-    "query of MHSA": (["--model", "gpt2", "--query-rank", "4"], "--query-rank 4 does nothing beside"),
-    "ISTA of MLP": (["--sparsifier", "mlp", "--ista-steps", "4"], "--ista-steps 4 does nothing beside"),
-    "step of MLP": (["--model", "gpt2", "--eta", "0.2"], "--eta 0.2 does nothing beside --sparsifier mlp"),
+    "query of MHSA": (
+        ["--model", "gpt2", "--query-rank", "4"],
+        "--query-rank 4 does nothing beside",
+    ),
+    "ISTA of MLP": (
+        ["--sparsifier", "mlp", "--ista-steps", "4"],
+        "--ista-steps 4 does nothing beside",
+    ),
+    "step of MLP": (
+        ["--model", "gpt2", "--eta", "0.2"],
+        "--eta 0.2 does nothing beside --sparsifier mlp",
+    ),
     "switch of MLP": (["--model", "gpt2", "--unit-norm"], "--unit-norm does nothing"),
-    "MLP of ISTA": (["--activation", "gelu"], "--activation gelu does nothing beside --sparsifier ista"),
+    "MLP of ISTA": (
+        ["--activation", "gelu"],
+        "--activation gelu does nothing beside --sparsifier ista",
+    ),
     "init nothing": (["--init", "nowhere.pt"], "nowhere.pt"),
 }
 
@@ -107,7 +143,12 @@ def test_bad_input_is_told_in_one_sentence(name, text, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.run(lambda: run(*base, *flags))
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ") and word in error
+    assert (
+        exit.value.code == 2
+        and error.count("\n") == 1
+        and error.startswith("error: ")
+        and word in error
+    )
     assert not re.search(r"[.,;:!?][.,;:]|None", error)
     assert not (tmp_path / "run").exists()
 
@@ -131,8 +172,12 @@ def test_a_near_miss_is_pointed_out(text, tmp_path, monkeypatch):
     (tmp_path / "a").symlink_to(out)
     with pytest.raises(UserError, match="No checkpoint in a .did you mean a/last[?]"):
         train.parse(["--init", "a"])
-    for flag, path in (("--init", out), ("--init", tmp_path / "out" / "crat-3L"),
-                       ("--init", out / "lats"), ("--resume", tmp_path / "out" / "crat-3L")):
+    for flag, path in (
+        ("--init", out),
+        ("--init", tmp_path / "out" / "crat-3L"),
+        ("--init", out / "lats"),
+        ("--resume", tmp_path / "out" / "crat-3L"),
+    ):
         with pytest.raises(UserError, match=f"No checkpoint in {path}.*did you mean {out}/last[?]"):
             train.parse([flag, str(path)])
     with pytest.raises(UserError, match="such as out/crate-3L/last"):
@@ -141,10 +186,46 @@ def test_a_near_miss_is_pointed_out(text, tmp_path, monkeypatch):
     assert s.out == str(out) and start["state"]["step"] == 1
 
 
-@pytest.mark.parametrize("flags", [
-    [], ["--model", "gpt2", "--lr", "0.01", "--no-bias", "--activation", "gelu", "--block-size", "32"],
-    ["--model", "crate+", "--query-rank", "8", "--lam", "0.2", "--seed", "5", "--tokenizer", "pydocs:511"],
-    ["--preset", "S", "--val-fraction", "0.2", "--vocab-size", "5000", "--log-sparsity", "--out", "a/b c"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        [
+            "--model",
+            "gpt2",
+            "--lr",
+            "0.01",
+            "--no-bias",
+            "--activation",
+            "gelu",
+            "--block-size",
+            "32",
+        ],
+        [
+            "--model",
+            "crate+",
+            "--query-rank",
+            "8",
+            "--lam",
+            "0.2",
+            "--seed",
+            "5",
+            "--tokenizer",
+            "pydocs:511",
+        ],
+        [
+            "--preset",
+            "S",
+            "--val-fraction",
+            "0.2",
+            "--vocab-size",
+            "5000",
+            "--log-sparsity",
+            "--out",
+            "a/b c",
+        ],
+    ],
+)
 def test_the_twin_differs_in_its_kind_alone(flags):
     s, config, _ = train.parse(flags)
     found = twin(s, config, data.load_tokenizer(s.tokenizer).vocab_size)
@@ -161,7 +242,7 @@ def test_the_twin_differs_in_its_kind_alone(flags):
 
 def test_a_batch_that_cannot_fit_is_refused(monkeypatch):
     config = train.model.preset("3L", "crate")
-    monkeypatch.setattr(machine, "total_memory", lambda device: 2 ** 30)
+    monkeypatch.setattr(machine, "total_memory", lambda device: 2**30)
     machine.check_memory(config, 8, torch.device("cpu"), torch.float32)
     with pytest.raises(UserError, match="for activations.*lower --micro-batch"):
         machine.check_memory(config, 1000, torch.device("cpu"), torch.float32)
@@ -192,17 +273,26 @@ def test_help_explains_every_flag():
         assert "--" + f.replace("_", "-") in parser_help
     assert "None" not in parser_help
     words = " ".join(parser_help.split())
-    for said in ("(default lr / 10)", "(default 256 for 1L 2L 3L, 1024 for S B)", "(default out/MODEL",
-                 "(default the tokenizer's ids,", "(default as --preset says)", "(default as --model says)"):
+    for said in (
+        "(default lr / 10)",
+        "(default 256 for 1L 2L 3L, 1024 for S B)",
+        "(default out/MODEL",
+        "(default the tokenizer's ids,",
+        "(default as --preset says)",
+        "(default as --model says)",
+    ):
         assert said in words, said
     notes = {**cli.comments(Settings), **cli.comments(train.model.Config)}
     assert all(len(notes[f]) > 0 for f in Settings.__dataclass_fields__)
 
 
-FLAGS = sorted("--" + f.replace("_", "-") for f in [*Settings.__dataclass_fields__,
-                                                  *train.model.Config.__dataclass_fields__])
-VALUES = st.sampled_from(["", "0", "1", "-1", "nan", "inf", "1e999", "x", "1L", "gpt2", "ista", "true",
-                          "9" * 30, "é\0"])
+FLAGS = sorted(
+    "--" + f.replace("_", "-")
+    for f in [*Settings.__dataclass_fields__, *train.model.Config.__dataclass_fields__]
+)
+VALUES = st.sampled_from(
+    ["", "0", "1", "-1", "nan", "inf", "1e999", "x", "1L", "gpt2", "ista", "true", "9" * 30, "é\0"]
+)
 STRANGE = ["--", "-x", "--resume", "--config", "--init", "--lrr", "--="]
 
 
@@ -232,13 +322,28 @@ def test_errors_that_are_not_of_memory_keep_their_traceback():
 def test_an_empty_memory_error_is_a_sentence_too(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.run(lambda: (_ for _ in ()).throw(MemoryError()))
-    assert capsys.readouterr().err.startswith("error: not enough memory (MemoryError); take less at a time")
+    assert capsys.readouterr().err.startswith(
+        "error: not enough memory (MemoryError); take less at a time"
+    )
 
 
-@pytest.mark.parametrize("lines, why", [
-    (["CppCompileError: C++ compile error", "a.h:4: fatal error: no omp.h"], "a.h:4: fatal error: no omp.h"),
-    (["backend='inductor' raised:", "UnicodeDecodeError: no ascii"], "UnicodeDecodeError: no ascii"),
-    (["InvalidCxxCompiler: none found", "Set TORCHDYNAMO_VERBOSE=1"], "InvalidCxxCompiler: none found")])
+@pytest.mark.parametrize(
+    "lines, why",
+    [
+        (
+            ["CppCompileError: C++ compile error", "a.h:4: fatal error: no omp.h"],
+            "a.h:4: fatal error: no omp.h",
+        ),
+        (
+            ["backend='inductor' raised:", "UnicodeDecodeError: no ascii"],
+            "UnicodeDecodeError: no ascii",
+        ),
+        (
+            ["InvalidCxxCompiler: none found", "Set TORCHDYNAMO_VERBOSE=1"],
+            "InvalidCxxCompiler: none found",
+        ),
+    ],
+)
 def test_the_reason_is_picked_from_what_the_compiler_said(lines, why, capsys):
     failure = type("InductorError", (type("BackendCompilerFailed", (RuntimeError,), {}),), {})
     with pytest.raises(SystemExit, match="2"):
@@ -248,9 +353,24 @@ def test_the_reason_is_picked_from_what_the_compiler_said(lines, why, capsys):
 
 def test_a_machine_that_torch_compile_cannot_use_is_told(text, tmp_path):
     """--compile on without a C++ compiler: one sentence, not PyTorch's hundred lines."""
-    done = script(*TINY, "--data", text, "--train-steps", "2", "--device", "cpu", "--compile", "on",
-                  "--out", str(tmp_path / "run"), CXX="no-such-compiler",
-                  TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "new"))
+    done = script(
+        *TINY,
+        "--data",
+        text,
+        "--train-steps",
+        "2",
+        "--device",
+        "cpu",
+        "--compile",
+        "on",
+        "--out",
+        str(tmp_path / "run"),
+        CXX="no-such-compiler",
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "new"),
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "error: torch.compile cannot compile here" in done.stderr and "no-such-compiler" in done.stderr
+    assert (
+        "error: torch.compile cannot compile here" in done.stderr
+        and "no-such-compiler" in done.stderr
+    )
     assert "`--compile off` trains without it" in done.stderr

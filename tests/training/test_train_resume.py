@@ -58,9 +58,23 @@ def child(flags, threads=1):
 
 def test_kill_9_at_any_moment_then_resume_ends_with_the_same_loss(text, tmp_path, monkeypatch):
     """20 kills of one run at random times; then it ends with exactly the weights of an unbroken one."""
-    flags = [*TINY, "--data", text, "--train-steps", "150", "--save-every", "3", "--eval-every", "50"]
+    flags = [
+        *TINY,
+        "--data",
+        text,
+        "--train-steps",
+        "150",
+        "--save-every",
+        "3",
+        "--eval-every",
+        "50",
+    ]
     run(*flags, "--out", str(tmp_path / "whole"))
-    context, out, draw = multiprocessing.get_context("forkserver"), tmp_path / "cut", random.Random(1)
+    context, out, draw = (
+        multiprocessing.get_context("forkserver"),
+        tmp_path / "cut",
+        random.Random(1),
+    )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
     context.set_forkserver_preload(["train", "test_train_resume"])
     kills = resumes = 0
@@ -72,7 +86,9 @@ def test_kill_9_at_any_moment_then_resume_ends_with_the_same_loss(text, tmp_path
         process.start()
         seen, mark = time.time(), (out / "last" / "config.json")
         before = mark.stat().st_mtime_ns if resumed else 0
-        while process.is_alive() and time.time() - seen < 60:  # let it get one checkpoint further at least
+        while (
+            process.is_alive() and time.time() - seen < 60
+        ):  # let it get one checkpoint further at least
             if mark.exists() and mark.stat().st_mtime_ns != before:
                 break
             time.sleep(0.002)
@@ -102,12 +118,25 @@ def pair(*flags, before=""):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-           "WORLD_SIZE": "2"}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+    }
     code = f"import train\n{before}\n{LEFT}\ntrain.cli.run(train.main)"
-    return [subprocess.Popen([sys.executable, "-c", code, *TINY, "--device", "cpu", *flags],
-                             env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *TINY, "--device", "cpu", *flags],
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in (0, 1)
+    ]
 
 
 def ended(both, code):
@@ -145,8 +174,17 @@ train.model.LM.forward = poisoned
 
 @pytest.mark.parametrize("choice, code", [("stop", 2), ("skip", 0)])
 def test_two_processes_agree_on_a_loss_that_only_one_finds_not_finite(choice, code, text, tmp_path):
-    both = pair("--data", text, "--train-steps", "7", "--out", str(tmp_path / "run"),
-                "--on-nonfinite", choice, before=POISON)
+    both = pair(
+        "--data",
+        text,
+        "--train-steps",
+        "7",
+        "--out",
+        str(tmp_path / "run"),
+        "--on-nonfinite",
+        choice,
+        before=POISON,
+    )
     said = ended(both, code)
     assert "Traceback" not in said[0][1] + said[1][1]
     assert ("nan at step 5, learning rate" if code else "1 steps skipped") in said[0][code > 0]
@@ -162,8 +200,22 @@ def test_a_run_that_diverges_to_the_end_says_so(text, tmp_path, monkeypatch):
 def stepping(text, out, step):
     """train.py in a process of its own, which has just told of a step of a long run."""
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *TINY, "--data", text, "--train-steps", "100000",
-         "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            *TINY,
+            "--data",
+            text,
+            "--train-steps",
+            "100000",
+            "--out",
+            str(out),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
     for line in process.stdout:
         if line.startswith(f"step {step}/"):
             break
@@ -196,22 +248,36 @@ def test_a_loss_that_is_not_finite_stops_or_is_skipped(text, tmp_path, monkeypat
 
     monkeypatch.setattr(train.model.LM, "forward", poisoned)
     poisoned.calls = 0
-    with pytest.raises(UserError, match=r"nan at step 5, .*--resume \S*/stop goes on .*--on-nonfinite skip"):
+    with pytest.raises(
+        UserError, match=r"nan at step 5, .*--resume \S*/stop goes on .*--on-nonfinite skip"
+    ):
         run(*flags, "--out", str(tmp_path / "stop"))
-    assert json.loads((tmp_path / "stop" / "last" / "config.json").read_text())["training"]["step"] == 4
+    assert (
+        json.loads((tmp_path / "stop" / "last" / "config.json").read_text())["training"]["step"]
+        == 4
+    )
     poisoned.calls = 0
     assert run(*flags, "--out", str(tmp_path / "skip"), "--on-nonfinite", "skip") == 0
     assert "1 steps skipped" in capsys.readouterr().out
-    assert all(torch.isfinite(w).all() for w in torch.load(
-        next((tmp_path / "skip" / "last").glob("weights*")), weights_only=True).values())
+    assert all(
+        torch.isfinite(w).all()
+        for w in torch.load(
+            next((tmp_path / "skip" / "last").glob("weights*")), weights_only=True
+        ).values()
+    )
 
 
 NO_FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 
 
 @pytest.mark.parametrize("full", ["checkpoint", pytest.param("log", marks=NO_FULL)])
-def test_a_full_disk_says_how_to_go_on_and_a_resume_loses_nothing(full, text, tmp_path, monkeypatch):
-    flags, out = [*TINY, "--data", text, "--train-steps", "8", "--save-every", "2"], tmp_path / "run"
+def test_a_full_disk_says_how_to_go_on_and_a_resume_loses_nothing(
+    full, text, tmp_path, monkeypatch
+):
+    flags, out = (
+        [*TINY, "--data", text, "--train-steps", "8", "--save-every", "2"],
+        tmp_path / "run",
+    )
     run(*flags, "--out", str(tmp_path / "whole"))
     row, write = progress.Log.row, checkpoint.write_tensors
 
@@ -230,7 +296,9 @@ def test_a_full_disk_says_how_to_go_on_and_a_resume_loses_nothing(full, text, tm
             patch.setattr(progress.Log, "row", full_log)
         else:
             patch.setattr(checkpoint, "write_tensors", full_folder)
-        with pytest.raises(UserError, match=rf"No space left on device; .* --resume {out} goes on from"):
+        with pytest.raises(
+            UserError, match=rf"No space left on device; .* --resume {out} goes on from"
+        ):
             run(*flags, "--out", str(out))
     assert run("--resume", str(out)) == 0 and weights(out) == weights(tmp_path / "whole")
     assert rows(out) == rows(tmp_path / "whole")
@@ -239,8 +307,9 @@ def test_a_full_disk_says_how_to_go_on_and_a_resume_loses_nothing(full, text, tm
 def test_resume_takes_new_settings_and_refuses_other_models(text, tmp_path):
     out = str(tmp_path / "a")
     run(*TINY, "--data", text, "--train-steps", "2", "--out", out)
-    s, config, start = train.parse(["--resume", out, "--train-steps", "4", "--weight-decay", "0.5",
-                                    "--beta2", "0.9"])
+    s, config, start = train.parse(
+        ["--resume", out, "--train-steps", "4", "--weight-decay", "0.5", "--beta2", "0.9"]
+    )
     groups = train.Run(s, config, **start).optimizer.param_groups
     assert [g["weight_decay"] for g in groups] == [0.5, 0] and groups[0]["betas"] == (0.9, 0.9)
     for flag, value in (("--model", "gpt2"), ("--preset", "S"), ("--out", "b"), ("--init", "b")):
@@ -273,7 +342,16 @@ def test_the_chosen_dtype_is_kept_for_resumes(text, tmp_path):
 
 
 def test_two_runs_do_not_share_a_folder(text, tmp_path):
-    flags = [*TINY, "--data", text, "--train-steps", "2", "--overwrite", "--out", str(tmp_path / "run")]
+    flags = [
+        *TINY,
+        "--data",
+        text,
+        "--train-steps",
+        "2",
+        "--overwrite",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     with progress.claim(tmp_path / "run"):
         with pytest.raises(UserError, match="Another process is training in .*/run now"):
             run(*flags)
