@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 
 class UserError(Exception):
-    """Bad input, told in one sentence: what, its value, what was expected, a command that works.
+    """Bad input, in one sentence: the setting, its value, what was expected, a command that works.
 
     Scripts print the sentence and exit with code 2; nothing else in the package catches it.
     """
@@ -16,9 +16,10 @@ class UserError(Exception):
 
 @contextmanager
 def atomic_write(path):
-    """A binary file to write that becomes `path` when the block ends well; until then `path` stays as it was.
+    """A binary file that replaces `path` when the block ends without an exception.
 
-    Raises UserError when the folder cannot be written or the disk is full, and leaves nothing behind.
+    Raises UserError when the folder cannot be written or the disk is full, and leaves nothing
+    behind.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -35,3 +36,10 @@ def atomic_write(path):
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def load(checkpoint, **options):
+    """A lab.Lab: the model of a checkpoint folder, ready to inspect, steer and generate."""
+    from crate_mini.lab import Lab
+
+    return Lab(checkpoint, **options)

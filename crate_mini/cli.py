@@ -1,196 +1,147 @@
-"""What the three scripts share at the command line: flags made from dataclass fields, errors in one sentence.
+"""Settings, declared once: default, help, bounds and choices in one place.
 
-A field's comment in the source is its help text: each setting is explained once, where it is declared.
+    @dataclass
+    class Settings:
+        "What the command does: the description of its --help."
+        steps: int = setting(1000, "optimizer steps", low=1)
+
+`check` compares an instance with the declarations, `add_flags` turns them into flags. Commands that
+take settings, and how their errors are printed: console/terminal.py.
 """
 
 import argparse
 import difflib
-import inspect
-import json
-import os
-import re
-import sys
 import types
 import typing
-from contextlib import suppress
-from dataclasses import fields
+from dataclasses import field, fields
 
 from crate_mini import UserError
 
-SMALLER = "like train.py's --micro-batch 1 or interpret.py's --n 100"
-NO_MEMORY = "out of memory|an.t allocate|not enough memory|Storage size calculation overflowed"
+LARGEST = 2**31 - 1
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that answers in one sentence, names the nearest flag, and reads --a_b as --a-b."""
+def setting(
+    default, help, low=0, high=LARGEST, *, above=None, below=None, choices=None, shown=None
+):
+    """A dataclass field with its help text and the values it may take.
 
-    def __init__(self, **kwargs):
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
-        )
-
-    def error(self, message):
-        raise UserError(f"{message[0].lower()}{message[1:]}; see `python {self.prog} --help`.")
-
-    def parse_args(self, args=None, namespace=None):
-        """As argparse's; raises UserError for anything it cannot take."""
-        args = [
-            re.sub(r"^--[^=]+", lambda m: m[0].replace("_", "-"), a)
-            for a in (sys.argv[1:] if args is None else args)
-        ]
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = [s for action in self._actions for s in action.option_strings]
-            raise UserError(
-                f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}; "
-                f"`python {self.prog} --help` lists all."
-            )
-        return found
-
-
-def nearest(word, known, alike=0.6):
-    """' (did you mean X?)' for the known word closest to this one, or nothing."""
-    match = difflib.get_close_matches(word, known, 1, alike)
-    return f" (did you mean {match[0]}?)" if match else ""
-
-
-def nearest_folder(folder, holding):
-    """' (did you mean X?)' for the folder with such a file in `folder`, or of a path like it, or nothing."""
-    for root in (folder, *folder.parents[:2]):
-        with suppress(OSError):
-            found = [
-                path.parent for depth in ("*", "*/*") for path in root.glob(f"{depth}/{holding}")
-            ]
-            if match := nearest(str(folder), map(str, found), 0.0 if root == folder else 0.6):
-                return match
-    return ""
-
-
-def comments(cls):
-    """{field: its trailing comment}, continuation lines joined, read from the class's source."""
-    found, name = {}, None
-    for line in inspect.getsource(cls).splitlines():
-        m = re.match(r"    (\w+): [^#]*#\s*(.*)", line)
-        if m:
-            name = m[1]
-            found[name] = m[2].strip()
-        elif name and re.match(r"\s{20,}#", line):
-            found[name] += " " + line.split("#", 1)[1].strip()
-        else:
-            name = None
-    return found
-
-
-def add_fields(parser, cls, title, texts=(), defaults=()):
-    """One flag per field of a dataclass, type and help from its declaration; absent unless given.
-
-    A field named like a word of Python ends in _, which its flag does not: from_ is --from.
-    texts, defaults: {field: whole help text}, {field: words for a default that is not a plain value}.
+    low, high: smallest and largest number; above, below: exclusive bounds.
+    choices: the allowed words. shown: what --help prints for a default that is computed later.
     """
-    group, notes = parser.add_argument_group(title), comments(cls)
-    for f in fields(cls):
-        flag, default = (
-            "--" + f.name.rstrip("_").replace("_", "-"),
-            dict(defaults).get(f.name, f.default),
-        )
-        text = notes.get(f.name, "") + ("" if default is None else f" (default {default})")
-        text = dict(texts).get(f.name, text).replace("%", "%%")
+    facts = dict(
+        help=help, low=low, high=high, above=above, below=below, choices=choices, shown=shown
+    )
+    return field(default=default, metadata=facts)
+
+
+def flag_name(name):
+    """--a-b for a_b. A field named like a Python keyword ends in _, which its flag drops."""
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
+def kind_of(f):
+    """The plain type of a dataclass field: int for `int | None` and for `tuple[int, ...]`."""
+    if isinstance(f.type, types.UnionType):
+        return next(t for t in typing.get_args(f.type) if t is not types.NoneType)
+    return typing.get_args(f.type)[0] if takes_several(f) else f.type
+
+
+def takes_several(f):
+    """Whether a field holds several values, as in `tuple[int, ...]`."""
+    return typing.get_origin(f.type) is tuple
+
+
+def check(settings, as_flags=True):
+    """Raise UserError for the first setting with a value that its declaration does not allow.
+
+    as_flags: write --n-head 5, as on a command line; otherwise n_head=5, as in Python.
+    """
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if value is None and f.default is None:
+            continue
+        for item in value if takes_several(f) else [value]:
+            if problem := _problem(f, item):
+                name = f"{flag_name(f.name)} " if as_flags else f"{f.name}="
+                default = "" if f.default is None or f.metadata["choices"] else f" {f.default}"
+                advice = f"leave it out for the default{default}"
+                raise UserError(f"{name}{item!r} {problem}; {advice}.")
+
+
+def _problem(f, value):
+    """The end of a sentence that says why a value is not allowed, or None."""
+    kind, facts = kind_of(f), f.metadata
+    allowed = (int, float) if kind is float else kind
+    if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
+        return f"is not of type {kind.__name__}"
+    if kind in (int, float):
+        return _out_of_bounds(value, facts["low"], facts["high"], facts["above"], facts["below"])
+    if kind is str and facts["choices"] and value not in facts["choices"]:
+        suggestion = nearest(value, facts["choices"])
+        return f"is unknown{suggestion}; choose {one_of(facts['choices'])}"
+    if kind is str and not value and f.default != "":
+        return "is empty"
+    if kind is str and "\0" in value:
+        return "holds a zero byte, which no name can"
+    return None
+
+
+def _out_of_bounds(value, low, high, above, below):
+    """The same for a number outside its bounds; NaN compares false, so it is outside."""
+    if above is None and below is None:
+        return None if low <= value <= high else f"must lie in {low} to {high}"
+    lower = f"at least {low}" if above is None else f"above {above}"
+    upper = f" and below {below}" if below is not None else ""
+    inside = low <= value <= high if above is None else above < value <= high
+    inside = inside and (below is None or value < below)
+    return None if inside else f"must be {lower}{upper}"
+
+
+def one_of(words):
+    """'a, b or c' for a list of words."""
+    words = list(words)
+    if len(words) == 1:
+        return words[0]
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def add_flags(parser, settings, title="settings", shown=()):
+    """One flag for each field of a dataclass of settings; absent from the result unless given.
+
+    shown: {field: words for its default}, instead of the field's own.
+    """
+    group = parser.add_argument_group(title)
+    for f in fields(settings):
+        text = help_text(f, dict(shown).get(f.name)).replace("%", "%%")
+        common = dict(dest=f.name, default=argparse.SUPPRESS, help=text)
         if f.type is bool:
-            group.add_argument(
-                flag,
-                action=argparse.BooleanOptionalAction,
-                default=argparse.SUPPRESS,
-                dest=f.name,
-                help=text,
-            )
+            action = argparse.BooleanOptionalAction
+            group.add_argument(flag_name(f.name), action=action, **common)
         else:
+            kind = kind_of(f)
             group.add_argument(
-                flag,
-                type=kind_of(f),
-                default=argparse.SUPPRESS,
-                help=text,
-                dest=f.name,
-                metavar=kind_of(f).__name__.upper(),
+                flag_name(f.name),
+                type=kind,
+                metavar=kind.__name__.upper(),
+                nargs="+" if takes_several(f) else None,
+                **common,
             )
 
 
-def kind_of(field):
-    """The plain type of a field: int for `int | None`."""
-    if isinstance(field.type, types.UnionType):
-        return next(t for t in typing.get_args(field.type) if t is not types.NoneType)
-    return field.type
+def help_text(f, shown=None):
+    """Help of one setting: its meaning, its choices, its default."""
+    facts, text = f.metadata, f.metadata["help"]
+    if facts.get("choices"):
+        text = f"{' | '.join(facts['choices'])}: {text}"
+    default = next((d for d in (shown, facts.get("shown")) if d is not None), f.default)
+    if default is None or default == "":
+        return text
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    return f"{text} (default {default})"
 
 
-def flags(settings):
-    """{field: value} as words of a command line."""
-    words = []
-    for name, value in settings.items():
-        flag = name.rstrip("_").replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", str(value)]
-    return words
-
-
-def as_flags(message, names):
-    """A message about name=value, told as --name value to who typed it so."""
-    return re.sub(rf"\b({'|'.join(names)})=", lambda m: f"--{m[1].replace('_', '-')} ", message)
-
-
-def read_json(path, known=None, expected="a file that crate_mini has written"):
-    """A JSON object from a file; raises UserError for a bad file or a name that is not among the known.
-
-    expected: what such a file is, for that sentence.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-    except (OSError, ValueError, RecursionError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise UserError(f"{path} cannot be read as JSON: {reason}; expected {expected}.") from e
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object; expected {expected}.")
-    for name in found:
-        if known is not None and name not in known:
-            raise UserError(f"{path} names {name!r}, which is no setting{nearest(name, known)}.")
-    return found
-
-
-def hush():
-    """Send standard output nowhere, once its reader has left: or Python would fail again at its own exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def run(main):
-    """Call a script's main; user errors become one sentence on stderr and exit code 2, Ctrl-C becomes 130."""
-    for stream in (sys.stdout, sys.stderr):  # a sample may hold what a console cannot show
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    try:
-        sys.exit(main())
-    except UserError as e:
-        message = str(e)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command starts again.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        hush()
-        sys.exit(141)
-    except OSError as e:
-        message = f"{e.strerror}: {e.filename or 'while writing'}; free it or choose another place."
-    except (MemoryError, RuntimeError) as e:
-        lines = str(e).splitlines() or [type(e).__name__]
-        if isinstance(e, MemoryError) or re.search(NO_MEMORY, str(e)):
-            message = f"not enough memory ({lines[0][:120]}); take less at a time, {SMALLER}."
-        elif any(
-            kind.__name__ == "BackendCompilerFailed" for kind in type(e).__mro__
-        ):  # import: seconds
-            why = next(
-                line for sign in (" error: ", "Error: ", "") for line in lines if sign in line
-            ).strip()
-            message = f"torch.compile cannot compile here ({why[:200]}); `--compile off` trains without it."
-        else:
-            raise
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+def nearest(word, known, similarity=0.6):
+    """' (did you mean X?)' for the known word closest to this one, or ''."""
+    match = difflib.get_close_matches(word, known, 1, similarity)
+    return f" (did you mean {match[0]}?)" if match else ""

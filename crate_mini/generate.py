@@ -1,55 +1,91 @@
-"""The cache of generation: what later tokens attend to, kept so that each pass computes its new tokens only.
+"""Sampling with a KV cache.
 
-MSSA's queries, keys and values are one projection u, so that one tensor per layer is all it keeps, half of
-what GPT-2 needs; the query correction of crate+ is made anew from u and needs no room.
+MSSA uses one projection u as query, key and value, so its cache holds one tensor per layer, half of
+what GPT-2 needs; the query correction of crate+ is computed from u and need not be cached.
 """
 
+import math
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 
+from crate_mini import UserError
 
-class Past:
-    """Where a model stands in the text that it is writing, and the keys and values of the tokens before.
 
-    prompt: tokens that were given; slid: tokens that the window has left behind; length: tokens kept.
+class KVCache:
+    """Keys and values of earlier tokens, and the position reached in the text.
+
+    prompt: tokens of the prompt; slid: tokens that have left the window; length: tokens kept.
     """
 
-    def __init__(self, prompt, room):
-        self.prompt, self.room, self.slid, self.length, self.kept = prompt, room, 0, 0, {}
+    def __init__(self, prompt, capacity):
+        self.prompt, self.capacity = prompt, capacity
+        self.slid = self.length = 0
+        self.kept = {}  # layer: its tensors (B, K, capacity, p)
 
     def extend(self, layer, *new):
-        """Keep a layer's new tensors (B, K, T, p); returns [(B, K, S, p)], with all that came before them."""
+        """Append a layer's new tensors (B, K, T, p); returns all S tokens of each (B, K, S, p)."""
         if layer not in self.kept:
-            self.kept[layer] = [t.new_empty(*t.shape[:2], self.room, t.shape[3]) for t in new]
+            B, K, _, p = new[0].shape
+            self.kept[layer] = [t.new_empty(B, K, self.capacity, p) for t in new]
         end = self.length + new[0].shape[2]
         for kept, t in zip(self.kept[layer], new):
             kept[:, :, self.length : end] = t
         return [kept[:, :, :end] for kept in self.kept[layer]]
 
 
-def attend(q, k, v):
-    """softmax(causal(q k^T / sqrt(p))) v: q (B, K, T, p) of the last T of S tokens; k, v (B, K, S, p)."""
-    T, S = q.shape[2], k.shape[2]
-    seen = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, seen, is_causal=T == S)
-
-
 @contextmanager
-def remember(model, prompt):
-    """In the block, ids given to the LM continue those given before: one text, of which `prompt` were given.
+def kv_cache(model, prompt):
+    """In the block, the ids of each call of the LM continue those of the calls before.
 
-    Yields its Past. The model forgets it when the block ends, however it ends.
+    prompt: number of tokens in the prompt. Yields the KVCache, which the model drops when the block
+    ends, however it ends.
     """
-    past, owners = (
-        Past(prompt, model.config.block_size),
-        [model, *(b.attention for b in model.blocks)],
-    )
+    cache = KVCache(prompt, model.config.block_size)
+    owners = [model, *(block.attention for block in model.blocks)]
     try:
         for owner in owners:
-            owner.past = past
-        yield past
+            owner.cache = cache
+        yield cache
     finally:
         for owner in owners:
-            owner.past = None
+            owner.cache = None
+
+
+@torch.no_grad()
+def generate(model, ids, n_new, temperature=1.0, top_k=None, generator=None, use_cache=True):
+    """Continue ids (B, T) by n_new tokens; returns (B, T + n_new).
+
+    temperature: 0 takes the most likely token. top_k: sample from this many most likely tokens.
+    generator: a torch.Generator for the samples. Beyond block_size the window slides, which changes
+    every position, so the cache is rebuilt for each token. Raises UserError if the logits, or the
+    logits divided by the temperature, are not finite.
+    """
+    with kv_cache(model, ids.shape[1]) as cache:
+        for _ in range(n_new):
+            slid = ids.shape[1] - model.config.block_size
+            if slid > 0 or not use_cache:
+                cache.slid = max(0, slid)
+                cache.length = 0
+            x, _ = model.trunk(ids[:, cache.slid + cache.length :])
+            logits = F.linear(x[:, -1], model.tokens.weight).float()
+            if not (logits / (temperature or 1)).isfinite().all():
+                raise UserError(
+                    f"logits at temperature {temperature} are not finite numbers; raise the "
+                    "temperature, or change the model less."
+                )
+            new = draw(logits, temperature, top_k, generator)
+            ids = torch.cat((ids, new), 1)
+    return ids
+
+
+def draw(logits, temperature, top_k, generator):
+    """One token (B, 1) for each row of logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        floor = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, -math.inf)
+    probabilities = F.softmax(logits / temperature, -1)
+    return torch.multinomial(probabilities, 1, generator=generator)

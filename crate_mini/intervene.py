@@ -1,33 +1,69 @@
-"""Turn neurons while a model runs: interventions on the codes that can prove that they happened.
+"""Read or change neurons while the model runs, with proof that it happened.
 
-    with steer(lm, [Intervention(layer=1, neuron=40, op="set", value=3.0)]) as steering:
-        lm.generate(idx, 20)            # steering.fired: at how many tokens each intervention has acted
+    with hook_codes(model, layer, function):        # function sees the codes, may return others
+        model.trunk(ids)
 
-In CRATE a neuron is a coordinate of the model's own code: changing it costs nothing but the change, and at no
-change the model is the model, to the bit. A feature of a sparse autoencoder (`sae`) is none: to turn it, the
-codes are replaced by their reconstruction, or, with keep_error, get the difference that the turn makes to it.
+    with steer(model, [Intervention(layer=1, neuron=40, op="set", value=3.0)]) as steering:
+        generate(model, ids, 20)                    # steering.fired: tokens at which each one acted
+
+In CRATE a neuron is a coordinate of the model's own code, so steering inserts nothing: with no
+neuron changed, the model's output is the same to the bit. A feature of a sparse autoencoder
+(`sae`) is not part of the model: to steer it, the codes are replaced by their reconstruction or,
+with keep_error, moved by the difference that the change makes to the reconstruction.
 """
 
 import itertools
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 
 from crate_mini import UserError
 
 OPS = ("set", "scale", "add", "ablate")
-FLOAT32 = torch.finfo(torch.float32).max
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def must_exist(name, number, n):
+    """Raise UserError unless `number` is one of 0 to n - 1."""
+    if type(number) is not int or not 0 <= number < n:
+        raise UserError(f"{name} {number!r} does not exist; {name}s are 0 to {n - 1} here.")
+
+
+@contextmanager
+def hook_codes(model, layer, function):
+    """In the block, function(codes) runs whenever a layer's codes (B, T, h) are computed.
+
+    If it returns a tensor, the model goes on with that instead; if it returns None or its argument,
+    the codes keep their bits. It runs outside autocast. Yields an object with `.calls`, the number
+    of passes. Nested hooks act in the order in which they were set; the hook is removed when the
+    block ends, however it ends. Raises UserError for a layer that does not exist.
+    """
+    must_exist("layer", layer, len(model.blocks))
+    counter = SimpleNamespace(calls=0)
+
+    def hook(module, inputs, codes):
+        counter.calls += 1
+        with torch.autocast(codes.device.type, enabled=False):
+            return function(codes)
+
+    handle = model.blocks[layer].sparsifier.code.register_forward_hook(hook)
+    try:
+        yield counter
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """A change of one neuron, or of one feature of `sae`; several on one layer act in the order given.
+    """A change of one neuron, or of one feature of `sae`; those of a layer act in the order given.
 
-    value: in the codes' own unit (set, add), a factor (scale), unused (ablate: set to 0).
-    positions: "all"; "last", the prompt's last token and whatever is generated after it; or a bool mask (T,)
-    or (B, T) over the tokens of the text, where tokens after its end follow its last column.
-    along: (h,) if given, the neuron's change is written along this direction instead of the neuron's own.
+    value: in the codes' own unit (set, add), a factor (scale), unused (ablate, which sets 0).
+    positions: "all"; "last", the prompt's last token and every generated token; or a bool mask (T,)
+    or (B, T) over the tokens of the text; its last column also decides for tokens beyond it.
+    along: a direction (h,) of codes that takes the neuron's change in place of the neuron itself.
     """
 
     layer: int
@@ -38,53 +74,56 @@ class Intervention:
     sae: object = None
     keep_error: bool = False
     along: torch.Tensor | None = None
-    kind = property(lambda self: "neuron" if self.sae is None else "feature")
+
+    @property
+    def kind(self):
+        """Whether `neuron` is the number of a "neuron" or of a "feature" of an autoencoder."""
+        return "neuron" if self.sae is None else "feature"
 
     def __str__(self):
         return f"{self.op} {self.kind} {self.neuron} of layer {self.layer}"
 
     def check(self, config):
-        """Raise UserError unless a model of this config has what is to be changed."""
+        """Raise UserError unless a model of this config can take the intervention."""
         width = config.n_code if self.sae is None else self.sae.c.numel()
-        for name, value, n in (
-            ("layer", self.layer, config.n_layer),
-            (self.kind, self.neuron, width),
-        ):
-            if type(value) is not int or not 0 <= value < n:
-                raise UserError(f"{name} {value!r} does not exist; {name}s are 0 to {n - 1} here.")
-        if self.sae is not None and (
-            self.sae.layer not in (None, self.layer) or self.sae.b.numel() != config.n_code
-        ):
+        must_exist("layer", self.layer, config.n_layer)
+        must_exist(self.kind, self.neuron, width)
+        if self.sae is not None and not self._sae_fits(config):
             raise UserError(
                 f"the autoencoder is for layer {self.sae.layer} and {self.sae.b.numel()} codes, "
                 f"not for the {config.n_code} of layer {self.layer}."
             )
         if self.op not in OPS:
             raise UserError(f"op {self.op!r} is unknown; choose one of {', '.join(OPS)}.")
-        if not isinstance(self.value, (int, float)) or not abs(self.value) < FLOAT32:
-            raise UserError(f"value {self.value!r} is no finite number; try 2.0.")
-        at = self.positions
-        if not (
-            at in ("all", "last")
-            if isinstance(at, str)
-            else torch.is_tensor(at)
-            and at.dim() in (1, 2)
-            and at.dtype == torch.bool
-            and at.numel()
-        ):
+        if not isinstance(self.value, (int, float)) or not abs(self.value) < FLOAT32_MAX:
+            raise UserError(f"value {self.value!r} is not a finite number; try 2.0.")
+        if not self._positions_fit():
             raise UserError("positions must be 'all', 'last' or a bool tensor (T,) or (B, T).")
 
-    def turn(self, f, where):
-        """f (B, T, n), this neuron changed where (B, T) says so; all else keeps its bits."""
+    def _sae_fits(self, config):
+        return self.sae.layer in (None, self.layer) and self.sae.b.numel() == config.n_code
+
+    def _positions_fit(self):
+        if isinstance(self.positions, str):
+            return self.positions in ("all", "last")
+        if not torch.is_tensor(self.positions) or self.positions.dtype != torch.bool:
+            return False
+        return self.positions.dim() in (1, 2) and self.positions.numel() > 0
+
+    def apply(self, f, where):
+        """f (B, T, n) with this neuron changed where (B, T) is true; all else keeps its bits."""
         old = f[..., self.neuron]
-        new = {
-            "set": torch.full_like(old, self.value),
-            "scale": old * self.value,
-            "add": old + self.value,
-            "ablate": torch.zeros_like(old),
-        }[self.op]
+        if self.op == "set":
+            new = torch.full_like(old, self.value)
+        elif self.op == "scale":
+            new = old * self.value
+        elif self.op == "add":
+            new = old + self.value
+        else:
+            new = torch.zeros_like(old)
         if self.along is not None:
-            return f + torch.where(where, new - old, 0)[..., None] * self.along.to(f)
+            change = torch.where(where, new - old, 0)
+            return f + change[..., None] * self.along.to(f)
         f = f.clone()
         f[..., self.neuron] = torch.where(where, new, old)
         return f
@@ -98,88 +137,78 @@ class Steering:
         self.fired = [0] * len(interventions)
 
     def where(self, positions, B, T, device):
-        """(B, T) bool: at which tokens of this pass to act; never at padding, what `lengths` cuts off."""
-
-        def rows(t, name):
-            if len(t) not in (1, B):
-                raise UserError(
-                    f"{name} have {len(t)} rows, the batch has {B}; give one row for each."
-                )
-            return t.to(device).expand(B, -1)
-
-        past = self.model.past
-        begin, prompt = (past.slid + past.length, past.prompt) if past else (0, T)
-        at = begin + torch.arange(T, device=device).expand(B, T)  # in the text, not in the window
-        ends = rows(
-            torch.as_tensor([prompt] if self.lengths is None else self.lengths)[:, None], "lengths"
-        )
-        real = (at < ends) | (at >= prompt)
+        """(B, T) bool: the tokens of this pass to act on; never padding (see `steer`'s lengths)."""
+        cache = self.model.cache
+        begin, prompt = (cache.slid + cache.length, cache.prompt) if cache else (0, T)
+        # Positions count from the start of the text, not of the window.
+        position = begin + torch.arange(T, device=device).expand(B, T)
+        lengths = torch.as_tensor([prompt] if self.lengths is None else self.lengths)
+        end = _rows(lengths[:, None], "lengths", B, device)
+        real = (position < end) | (position >= prompt)
         if isinstance(positions, str):
-            return real & (at >= ends - 1) if positions == "last" else real
-        mask = rows(torch.atleast_2d(positions), "positions")
-        return real & mask.gather(1, at.clamp(max=mask.shape[1] - 1))
+            return real & (position >= end - 1) if positions == "last" else real
+        mask = _rows(torch.atleast_2d(positions), "positions", B, device)
+        return real & mask.gather(1, position.clamp(max=mask.shape[1] - 1))
 
-    def hook(self, numbers):
-        """A forward hook for the codes of a layer: these interventions, all on neurons or on one SAE."""
-        sae, keep_error = (
-            self.interventions[numbers[0]].sae,
-            self.interventions[numbers[0]].keep_error,
-        )
+    def changed(self, codes, numbers):
+        """A layer's codes (B, T, h) after these interventions, all on neurons or all on one SAE."""
+        sae = self.interventions[numbers[0]].sae
+        x = codes if sae is None else codes.float()
+        before = x if sae is None else sae.encode(x)
+        after = before
+        touched = torch.zeros(codes.shape[:2], dtype=torch.bool, device=codes.device)
+        for n in numbers:
+            where = self.where(self.interventions[n].positions, *codes.shape[:2], codes.device)
+            after = self.interventions[n].apply(after, where)
+            touched = touched | where
+            self.fired[n] += int(where.sum())
+        if sae is None:
+            return after
+        new = sae.decode(after)
+        if self.interventions[numbers[0]].keep_error:
+            new = x + (new - sae.decode(before))
+        return torch.where(touched[..., None], new.to(codes.dtype), codes)
 
-        def act(module, inputs, a):
-            f = before = a if sae is None else sae.encode(a)
-            touched = torch.zeros(a.shape[:2], dtype=torch.bool, device=a.device)
-            for n in numbers:
-                where = self.where(self.interventions[n].positions, *a.shape[:2], a.device)
-                f, touched = self.interventions[n].turn(f, where), touched | where
-                self.fired[n] += int(where.sum())
-            if sae is None:
-                return f
-            new = a + (sae.decode(f) - sae.decode(before)) if keep_error else sae.decode(f)
-            return torch.where(touched[..., None], new, a)
 
-        return act
+def _rows(t, name, B, device):
+    """t (1, n) or (B, n) as (B, n)."""
+    if len(t) not in (1, B):
+        raise UserError(f"{name} have {len(t)} rows, the batch has {B}; give one row for each.")
+    return t.to(device).expand(B, -1)
 
 
 @contextmanager
 def steer(model, interventions, lengths=None):
     """In the block, every pass of `model` runs with the interventions; yields the Steering.
 
-    lengths: (B,) real tokens in each row of a batch that is padded on the right. Blocks nest: the inner acts
-    on what the outer left. The model is as before when the block ends, however it ends. Raises UserError for
-    an intervention that the model cannot take, and at the end for one that never fired.
+    lengths: (B,) real tokens in each row of a batch that is padded on the right. Blocks nest: the
+    inner one acts on what the outer one left. Raises UserError for an intervention that the model
+    cannot take, and at the end for one that never fired.
     """
     interventions = list(interventions)
     for intervention in interventions:
         intervention.check(model.config)
     steering = Steering(model, interventions, lengths)
+
+    def site(n):
+        intervention = interventions[n]
+        return intervention.layer, id(intervention.sae), intervention.keep_error
+
     with ExitStack() as hooks:
-        for (layer, *_), group in itertools.groupby(
-            range(len(interventions)),
-            lambda n: (
-                interventions[n].layer,
-                id(interventions[n].sae),
-                interventions[n].keep_error,
-            ),
-        ):
-            code = model.blocks[layer].sparsifier.code
-            hooks.enter_context(code.register_forward_hook(steering.hook(list(group))))
+        for (layer, *_), group in itertools.groupby(range(len(interventions)), site):
+            change = partial(steering.changed, numbers=list(group))
+            hooks.enter_context(hook_codes(model, layer, change))
         yield steering
     for intervention, fired in zip(interventions, steering.fired):
         if not fired:
             raise UserError(
-                f"{intervention} never fired: nothing ran, or its positions name no real token."
+                f"{intervention} never fired: no pass ran, or its positions name no real token."
             )
 
 
 def atoms(model, layer):
     """(d, h): what one unit of each neuron of a layer writes to the stream."""
-    s = model.blocks[layer].sparsifier
-    return s.proj.weight if hasattr(s, "proj") else s.D if s.decoder is None else s.decoder
-
-
-def random_like(intervention, model, generator):
-    """The same change along a random mixture of the layer's atoms that moves the stream as far: a control."""
-    W = atoms(model, intervention.layer).detach()
-    r = torch.randn(W.shape[1], generator=generator).to(W)
-    return replace(intervention, along=r * (W[:, intervention.neuron].norm() / (W @ r).norm()))
+    sparsifier = model.blocks[layer].sparsifier
+    if hasattr(sparsifier, "proj"):
+        return sparsifier.proj.weight
+    return sparsifier.D if sparsifier.decoder is None else sparsifier.decoder

@@ -1,19 +1,20 @@
-"""The language-model head: cross-entropy over the vocabulary without ever holding all logits.
+"""The language-model head: cross-entropy over the vocabulary, never holding all logits at once.
 
-(B*T, V) fp32 logits and their gradient would be the largest tensors of a small model by far. Here rows go
-through in chunks that stay in cache: a chunk's logits, its loss and its gradient are made, used, overwritten.
+The (B*T, V) float32 logits and their gradient would be by far the largest tensors of a small model.
+Here rows are processed in chunks that stay in cache: a chunk's logits, loss and gradient are
+computed and then overwritten by the next chunk's.
 """
 
 import torch
 
-CHUNK = {"cpu": 2**20, "cuda": 2**26}  # logits alive at a time: a CPU's cache, a GPU's fill
+CHUNK = {"cpu": 2**20, "cuda": 2**26}  # logits at a time: they fit a CPU's cache, they fill a GPU
 
 
 def cross_entropy(x, W, targets):
-    """Mean cross-entropy in nats. x (..., d) normed stream, W (V, d) tied embedding, targets (...) ids.
+    """Mean cross-entropy in nats of x (..., d) on the tied embedding W (V, d), targets (...) ids.
 
-    Under autocast the products run in the autocast dtype; the softmax, the loss and the sum of dW are fp32.
-    Equals reference.cross_entropy, value and gradients, within that dtype's rounding.
+    Under autocast the products run in the autocast dtype; the softmax, the loss and the sum of dW
+    are float32. Value and gradients equal reference.cross_entropy up to that dtype's rounding.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -21,40 +22,35 @@ def cross_entropy(x, W, targets):
     return _head(x.flatten(0, -2), W, targets.flatten(), dtype, needs_grad)[0]
 
 
-@torch.library.custom_op("crate_mini::head", mutates_args=())
-def _head(
-    x: torch.Tensor, W: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype, needs_grad: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss () fp32 and, if needed, its gradients in x (N, d) and W (V, d), made while the chunk is warm."""
-    n, size = len(x), max(32, CHUNK.get(x.device.type, 2**20) // len(W))
+def _head_forward(x, W, targets, dtype, needs_grad):
+    """Loss () float32 and its gradients in x (N, d) and W (V, d), which are empty unless needed."""
+    N = len(x)
+    rows = max(32, CHUNK.get(x.device.type, 2**20) // len(W))
     wide = torch.promote_types(torch.float32, dtype)
-    xs, Wd = x.to(dtype), W.to(dtype)
+    x_cast, W_cast = x.to(dtype), W.to(dtype)
     loss = x.new_zeros((), dtype=wide)
     dx = torch.empty_like(x if needs_grad else x[:0])
     dW = torch.zeros_like(W if needs_grad else W[:0], dtype=wide)
-    for i in range(0, n, size):
-        rows, t = xs[i : i + size], targets[i : i + size, None]
-        logits = rows @ Wd.T  # (size, V)
+    for i in range(0, N, rows):
+        chunk, ids = x_cast[i : i + rows], targets[i : i + rows, None]
+        logits = chunk @ W_cast.T  # (rows, V)
         p = torch.softmax(logits, -1, dtype=wide)
-        top, at = p.max(
-            -1, keepdim=True
-        )  # log sum exp = top logit - log its p, which no underflow can reach
-        loss += (logits.gather(1, at).to(wide) - top.log() - logits.gather(1, t).to(wide)).sum()
-        if needs_grad:  # d loss / d logits = (softmax - onehot) / n
-            g = p.to(dtype).scatter_(1, t, (p.gather(1, t) - 1).to(dtype))
-            dx[i : i + size] = g @ Wd
-            dW += g.T @ rows
-    return loss / n, dx.div_(n), dW.div_(n).to(W.dtype)
+        # log sum exp = the largest logit - log its p, which cannot underflow
+        largest_p, largest = p.max(-1, keepdim=True)
+        log_sum_exp = logits.gather(1, largest).to(wide) - largest_p.log()
+        loss += (log_sum_exp - logits.gather(1, ids).to(wide)).sum()
+        if needs_grad:  # d loss / d logits = (softmax - one-hot) / N
+            g = p.to(dtype).scatter_(1, ids, (p.gather(1, ids) - 1).to(dtype))
+            dx[i : i + rows] = g @ W_cast
+            dW += g.T @ chunk
+    return loss / N, dx.div_(N), dW.div_(N).to(W.dtype)
 
 
-@_head.register_fake
-def _(x, W, targets, dtype, needs_grad):
+def _head_fake(x, W, targets, dtype, needs_grad):
     loss = x.new_empty((), dtype=torch.promote_types(torch.float32, dtype))
-    return (
-        loss,
-        torch.empty_like(x if needs_grad else x[:0]),
-        torch.empty_like(W if needs_grad else W[:0]),
-    )
+    dx = torch.empty_like(x if needs_grad else x[:0])
+    dW = torch.empty_like(W if needs_grad else W[:0])
+    return loss, dx, dW
 
 
 def _save(ctx, inputs, output):
@@ -67,4 +63,12 @@ def _backward(ctx, g, *_):
     return g.to(dx.dtype) * dx, g.to(dW.dtype) * dW, None, None, None
 
 
+_head = torch.library.custom_op(
+    "crate_mini::head",
+    _head_forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor W, Tensor targets, ScalarType dtype, bool needs_grad) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+_head.register_fake(_head_fake)
 _head.register_autograd(_backward, setup_context=_save)

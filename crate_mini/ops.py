@@ -1,9 +1,9 @@
-"""The operations that matter, behind one door: the model calls them here and never asks what runs them.
+"""The two operations that matter, ISTA and the MSSA projection; the model calls them here.
 
-Each function has the signature of its equation in `reference.py`, which is what it computes. The work is done
-by the compiled kernels (`fused.py`, csrc/) or by plain PyTorch. CRATE_BACKEND=auto|fused|reference chooses;
-`auto` takes the kernels where they were measured to be the faster path. Under autocast, inputs are cast as
-for a linear layer; LayerNorm statistics and the kernels' thresholds stay float32.
+Each function computes its equation in `reference.py` and has the same signature. The compiled
+kernels (`fused.py`, csrc/) or plain PyTorch do the work: CRATE_BACKEND=auto|fused|reference
+chooses, and `auto` takes the kernels where they were measured to be faster. Under autocast, inputs
+are cast as for a linear layer; LayerNorm statistics and the kernels' thresholds stay float32.
 """
 
 import math
@@ -21,209 +21,204 @@ from crate_mini._stamp import source_stamp
 
 MODES = ("auto", "fused", "reference")
 REBUILD = "`pip install -e .` in the repository builds it"
-# Up to which width d the kernels were measured to be faster than PyTorch (python -m crate_mini.studies.bench).
+# Up to which width d the kernels are faster than PyTorch (python -m crate_mini.studies bench).
 FASTER = {
     "avx512_bf16": {torch.float32: math.inf, torch.bfloat16: math.inf},
     "avx512": {torch.float32: math.inf},
     "avx2": {torch.float32: 128},
 }
-DECODE_ROWS = 4  # without gradient, up to so many rows are worth skipping zero codes for
+DECODE_ROWS = 4  # without gradient, up to this many rows gain from skipping codes that are zero
+
+
+# ---- which backend -------------------------------------------------------------------------------
 
 
 @cache
-def _choose(wanted):
-    """(wanted, name, reason); name None: the wish cannot be met, and reason is what to tell."""
-    if wanted not in MODES:
-        return wanted, None, f"CRATE_BACKEND={wanted} is unknown; choose one of {', '.join(MODES)}."
-    if wanted == "reference":
-        return wanted, "reference", "plain PyTorch, as asked"
-    info = fused._C and fused._C.build_info()
-    if not info:
-        lack = f"the compiled extension cannot be imported ({fused.missing}); {REBUILD}"
-    elif source_stamp() not in (None, info["stamp"]):
-        lack = f"the compiled extension is older than its sources; {REBUILD}"
-    else:
-        isa = fused._C.isa_name()
-        about = f"compiled kernels, {isa}{', CUDA' * info['cuda']}{'' if info['openmp'] else ', one thread'}"
-        names = [str(t).removeprefix("torch.") for t in FASTER.get(isa, ())]
-        if wanted == "fused":
-            return wanted, "fused", f"{about}, as asked"
-        if names:
-            return (
-                wanted,
-                "fused",
-                (
-                    f"{about}, for ISTA in {' and '.join(names)}; PyTorch where it is "
-                    "faster: LayerNorm with projection, few rows, other types or widths"
-                ),
-            )
-        return (
-            wanted,
-            "reference",
-            f"plain PyTorch, faster than our kernels on this processor ({isa})",
-        )
-    if wanted == "fused":
-        return wanted, None, f"CRATE_BACKEND=fused, but {lack}."
-    return wanted, "reference", f"plain PyTorch: {lack}"
+def _choose(mode):
+    """(mode, backend, reason); backend None: the mode is impossible, and reason is the error."""
+    if mode not in MODES:
+        return mode, None, f"CRATE_BACKEND={mode} is unknown; choose one of {', '.join(MODES)}."
+    if mode == "reference":
+        return mode, "reference", "plain PyTorch, as asked"
+    problem = _extension_problem()
+    if problem and mode == "fused":
+        return mode, None, f"CRATE_BACKEND=fused, but {problem}; {REBUILD}."
+    if problem:
+        return mode, "reference", f"plain PyTorch: {problem}; {REBUILD}"
+    isa = fused._C.isa_name()
+    threads = "" if fused._C.build_info()["openmp"] else ", one thread"
+    kernels = f"compiled kernels, {isa}{threads}"
+    if mode == "fused":
+        return mode, "fused", f"{kernels}, as asked"
+    if isa not in FASTER:
+        return mode, "reference", f"plain PyTorch, faster than our kernels on {isa} processors"
+    dtypes = " and ".join(str(dtype).removeprefix("torch.") for dtype in FASTER[isa])
+    elsewhere = "the MSSA projection, few rows, other types or widths"
+    reason = f"{kernels}, for ISTA in {dtypes}; PyTorch where it is faster: {elsewhere}"
+    return mode, "fused", reason
 
 
-_wanted, _name, _reason = _choose(os.environ.get("CRATE_BACKEND", "auto"))
+def _extension_problem():
+    """Why the compiled extension cannot be used, or None."""
+    if not fused._C:
+        return f"the compiled extension cannot be imported ({fused.import_error})"
+    if source_stamp() not in (None, fused._C.build_info()["stamp"]):
+        return "the compiled extension is older than its sources"
+    return None
+
+
+_mode, _backend, _reason = _choose(os.environ.get("CRATE_BACKEND", "auto"))
 _faster = FASTER.get(fused._C.isa_name(), {}) if fused._C else {}
-_cuda = bool(fused._C) and fused._C.build_info()["cuda"]
+_has_cuda = bool(fused._C) and fused._C.build_info()["cuda"]
 
 
 def backend():
-    """Return (name, reason): which implementation runs the ops, and why. Scripts print both at start."""
-    if _name is None:
+    """(name, reason): which implementation runs the ops, and why; scripts print both at start.
+
+    Raises UserError if CRATE_BACKEND asks for one that does not exist or cannot run.
+    """
+    if _backend is None:
         raise UserError(_reason)
-    return _name, _reason
+    if _backend == "fused" and torch.cuda.is_available():
+        on_gpu = "CUDA kernels" if _mode == "fused" and _has_cuda else "PyTorch"
+        return _backend, f"{_reason}; {on_gpu} on the GPU"
+    return _backend, _reason
 
 
 @contextmanager
 def use_backend(name):
-    """Run the block with this backend, auto, fused or reference, whatever CRATE_BACKEND says."""
-    global _wanted, _name, _reason
-    before = _wanted, _name, _reason
-    _wanted, _name, _reason = _choose(name)
+    """Run the block with this backend (auto, fused or reference), whatever CRATE_BACKEND is."""
+    global _mode, _backend, _reason
+    before = _mode, _backend, _reason
+    _mode, _backend, _reason = _choose(name)
     try:
         yield backend()
     finally:
-        _wanted, _name, _reason = before
+        _mode, _backend, _reason = before
 
 
-def _takes(op, t, dtype):
-    """Whether the kernels do this call, on t (..., d) and its device, computing in dtype."""
-    if _name != "fused" or t.device.type not in ("cpu", "cuda") or (t.is_cuda and not _cuda):
-        backend()  # tells if there is none
+def _runs_fused(op, t, dtype):
+    """Whether the kernels take this call on t (..., d) and its device, computing in dtype."""
+    if _backend is None:
+        raise UserError(_reason)
+    runnable = t.device.type == "cpu" or (t.is_cuda and _has_cuda)
+    if _backend != "fused" or not runnable:
         return False
-    return _wanted == "fused" or _pays(op, t, dtype)
+    return _mode == "fused" or _is_faster(op, t, dtype)
 
 
-def _pays(op, t, dtype):
-    """The measured rules behind `auto`, see the table of `python -m crate_mini.studies.bench`."""
-    rows, d = math.prod(t.shape[:-1]), t.shape[-1] if t.dim() else 0
+def _is_faster(op, t, dtype):
+    """What `auto` knows from the table of `python -m crate_mini.studies bench`."""
+    rows, d = fused.count_rows(t), t.shape[-1] if t.dim() else 0
     if t.is_cuda or d > _faster.get(dtype, -1):
-        return False  # CUDA: not before it has been measured on the device
-    if op == "ista_decode":  # where D is small, a call's overhead decides
+        return False  # CUDA: not before it has been measured on a GPU
+    if op == "ista_decode":  # where D is small, the overhead of a call decides
         return rows <= DECODE_ROWS and (dtype == torch.bfloat16 or d >= 256)
-    # Packing D costs as much as some rows' products. mssa_project: 0.7 to 1.05 times as fast as PyTorch.
-    return op in ("ista", "ista_step") and 3 * rows >= 2 * d
+    # Packing D costs as much as the products of some rows. mssa_project: 0.7 to 1.05 times as fast.
+    return op == "ista" and 3 * rows >= 2 * d
+
+
+# ---- arguments -----------------------------------------------------------------------------------
 
 
 def _autocast(t):
-    """Whether autocast rules what happens to t; it does not know the meta device, where models are sized."""
+    """Whether autocast casts t. It does not know the meta device, on which models are sized."""
     return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
 
 
-def _tensors(op, optional=(), mixed=False, **arguments):
-    """All are tensors (or None, if optional) on one device and of one dtype (or mixed; or under autocast)."""
-    first = next(iter(arguments.values()))
-    for name, t in arguments.items():
-        if t is None and name in optional:
-            continue
-        fused.need(isinstance(t, Tensor), op, f"{name} is {type(t).__name__}, expected a tensor")
-        fused.need(
-            t.device == first.device,
-            op,
-            f"{name} is on {t.device}, expected {first.device}; move it",
-        )
-        fused.need(
-            mixed or t.dtype == first.dtype or _autocast(t),
-            op,
-            f"{name} is {t.dtype}, expected {first.dtype}; convert it with .to({first.dtype})",
-        )
-
-
 def _compute_dtype(t):
-    """What a linear layer would compute in, given this input: autocast's dtype if it is on."""
-    return (
-        torch.get_autocast_dtype(t.device.type)
-        if _autocast(t) and t.dtype != torch.float64
-        else t.dtype
-    )
+    """What a linear layer would compute in, given this input."""
+    if _autocast(t) and t.dtype != torch.float64:
+        return torch.get_autocast_dtype(t.device.type)
+    return t.dtype
+
+
+def _check(op, any_dtype=False, **tensors):
+    """Tensors must have one device and, unless autocast casts them, one dtype."""
+    first = next(iter(tensors.values()))
+    fused.require(isinstance(first, Tensor), op, f"{next(iter(tensors))} must be a tensor")
+    dtype = None if any_dtype or _autocast(first) else first.dtype
+    for name, t in tensors.items():
+        fused.check_same(op, name, t, dtype, first.device)
 
 
 def _cast(dtype, *tensors):
-    return [t if t is None else t.to(dtype) for t in tensors]
+    return [None if t is None else t.to(dtype) for t in tensors]
 
 
-def _thresholds(lam, dtype):
-    """(tensor or None, number) of a threshold that is one or the other."""
-    return (lam.to(fused.acc(dtype)), 0.0) if isinstance(lam, Tensor) else (None, float(lam))
+def _threshold(lam, dtype):
+    """(lams, lam) as the kernels take them: a tensor or None, and a number."""
+    if isinstance(lam, Tensor):
+        return lam.to(fused.acc_dtype(dtype)), 0.0
+    return None, float(lam)
 
 
-def _like(lam, dtype):
-    """A threshold tensor in the reference's dtype: float32 would turn its bf16 codes into float32."""
-    return lam.to(dtype) if isinstance(lam, Tensor) else lam
+# ---- the operations ------------------------------------------------------------------------------
 
 
 def mssa_project(z, weight, bias, U, n_head, eps=1e-5):
-    """LayerNorm of z (..., d), shared projection U (d, d), split into heads: (..., K, p). Spec: reference.
+    """LayerNorm of z (..., d), then the projection U (d, d), split into heads: (..., K, p).
 
-    Raises UserError when shapes, dtypes or devices do not fit; so do all functions here.
+    Raises UserError if shapes, dtypes or devices do not fit, as all functions here do.
     """
-    _tensors("mssa_project", ("bias",), mixed=True, z=z, weight=weight, bias=bias, U=U)
+    _check("mssa_project", any_dtype=True, z=z, weight=weight, bias=bias, U=U)
     dtype = _compute_dtype(U)
-    if not _takes("mssa_project", z, dtype):
+    if not _runs_fused("mssa_project", z, dtype):
         return reference.mssa_project(z, weight, bias, U, n_head, eps)
-    weight, bias = _cast(fused.acc(dtype), weight, bias)
-    return torch.ops.crate_mini.mssa_project(z, weight, bias, U.to(dtype), n_head, eps)
+    weight, bias = _cast(fused.acc_dtype(dtype), weight, bias)
+    return torch.ops.crate_kernels.mssa_project(z, weight, bias, U.to(dtype), n_head, eps)
 
 
 def ista(x, D, eta, lam, steps, decoder=None):
-    """Sparse codes and their reconstruction: x (..., d) -> y (..., d), a (..., h). Spec: reference.ista."""
-    _tensors("ista", ("decoder",), x=x, D=D, decoder=decoder)
-    dtype = _compute_dtype(x)
-    grad = torch.is_grad_enabled() and any(
-        getattr(t, "requires_grad", False) for t in (x, D, lam, decoder)
-    )
-    if not grad and math.prod(x.shape[:-1]) <= DECODE_ROWS and not torch.compiler.is_compiling():
+    """Sparse codes a (..., h) of x (..., d) after `steps` ISTA steps, and y (..., d): (y, a)."""
+    _check("ista", x=x, D=D, decoder=decoder)
+    tensors = [t for t in (x, D, lam, decoder) if isinstance(t, Tensor)]
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    few = fused.count_rows(x) <= DECODE_ROWS
+    if few and not needs_grad and not torch.compiler.is_compiling():
         return ista_decode(x, D, eta, lam, steps, decoder)
-    if not _takes("ista", x, dtype):
-        return reference.ista(x, D, eta, _like(lam, dtype), steps, decoder)
-    (x, D, decoder), (lams, lam) = _cast(dtype, x, D, decoder), _thresholds(lam, dtype)
-    return torch.ops.crate_mini.ista(x, D, decoder, lams, eta, lam, steps, grad)[:2]
-
-
-def ista_step(a, r, D, eta, lam):
-    """One step, ReLU(a + eta r D - eta lam): a (..., h) or None, r (..., d) -> (..., h). Spec: reference."""
-    _tensors("ista_step", ("a",), r=r, a=a, D=D)
-    dtype = _compute_dtype(r)
-    if not _takes("ista_step", r, dtype):
-        return reference.ista_step(a, r, D, eta, _like(lam, dtype))
-    (a, r, D), (lams, lam) = _cast(dtype, a, r, D), _thresholds(lam, dtype)
-    return torch.ops.crate_mini.ista_step(a, r, D, lams, eta, lam)
-
-
-_atoms = (
-    WeakTensorKeyDictionary()
-)  # weight -> (what it was, weight cast, weight cast and transposed)
-register_optimizer_step_post_hook(
-    lambda *_: _atoms.clear()
-)  # fused ones change weights and count nothing
-
-
-def _transposed(w, dtype):
-    """w and its transpose in dtype, made once per value of w (in-place changes count in w._version)."""
-    fused.need(w.dim() == 2, "ista_decode", f"D has shape {tuple(w.shape)}, expected (d, h)")
-    if w.is_inference():
-        return w.to(dtype), w.to(dtype).T.contiguous()
-    now = w._version, w.data_ptr(), dtype
-    if _atoms.get(w, (None,))[0] != now:
-        cast = w.detach().to(dtype)
-        _atoms[w] = now, cast, cast.T.contiguous()
-    return _atoms[w][1:]
+    dtype = _compute_dtype(x)
+    if not _runs_fused("ista", x, dtype):
+        return _reference_ista(x, D, eta, lam, steps, decoder, dtype)
+    x, D, decoder = _cast(dtype, x, D, decoder)
+    lams, lam = _threshold(lam, dtype)
+    return torch.ops.crate_kernels.ista(x, D, decoder, lams, eta, lam, steps, needs_grad)[:2]
 
 
 @torch.no_grad()
 def ista_decode(x, D, eta, lam, steps, decoder=None):
-    """`ista` of a few rows without gradient: products that read codes touch only the non-zero ones."""
-    _tensors("ista_decode", ("decoder",), x=x, D=D, decoder=decoder)
+    """`ista` of a few rows without gradient: products that read codes skip those that are zero."""
+    _check("ista_decode", x=x, D=D, decoder=decoder)
     dtype = _compute_dtype(x)
-    if not _takes("ista_decode", x, dtype):
-        return reference.ista(x, D, eta, _like(lam, dtype), steps, decoder)
-    lams, lam = _thresholds(lam, dtype)
-    dictionary, atoms = _transposed(D, dtype)
-    decode = torch.ops.crate_mini.ista_decode if torch.compiler.is_compiling() else fused.decode
-    written = atoms if decoder is None else _transposed(decoder, dtype)[1]
-    return decode(x.to(dtype), dictionary, atoms, written, lams, eta, lam, steps)
+    if not _runs_fused("ista_decode", x, dtype):
+        return _reference_ista(x, D, eta, lam, steps, decoder, dtype)
+    D, atoms = _with_transpose(D, dtype)
+    decoder_atoms = atoms if decoder is None else _with_transpose(decoder, dtype)[1]
+    lams, lam = _threshold(lam, dtype)
+    op = fused.ista_decode  # directly, because the dispatcher costs as much as the work
+    if torch.compiler.is_compiling():
+        op = torch.ops.crate_kernels.ista_decode
+    return op(x.to(dtype), D, atoms, decoder_atoms, lams, eta, lam, steps)
+
+
+def _reference_ista(x, D, eta, lam, steps, decoder, dtype):
+    if isinstance(lam, Tensor):  # float32 thresholds would make its bf16 codes float32
+        lam = lam.to(dtype)
+    return reference.ista(x, D, eta, lam, steps, decoder)
+
+
+_transposes = WeakTensorKeyDictionary()  # weight -> (its state, it in a dtype, that transposed)
+# Fused optimizers change weights without counting a new version.
+register_optimizer_step_post_hook(lambda *_: _transposes.clear())
+
+
+def _with_transpose(weight, dtype):
+    """A weight (d, h) in dtype and its transpose (h, d), made once per value of the weight."""
+    shape = tuple(weight.shape)
+    fused.require(weight.dim() == 2, "ista_decode", f"D has shape {shape}, expected (d, h)")
+    version = None if weight.is_inference() else weight._version  # inference tensors have none
+    state = version, weight.data_ptr(), dtype
+    if version is None or weight not in _transposes or _transposes[weight][0] != state:
+        cast = weight.detach().to(dtype)
+        _transposes[weight] = state, cast, cast.T.contiguous()
+    return _transposes[weight][1:]

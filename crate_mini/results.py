@@ -1,63 +1,83 @@
-"""Where results come from and go: a checkpoint, text it has not seen, JSON that says how it was made."""
+"""Result files: JSON that says how it was made, written atomically, read back with clear errors."""
 
 import json
+import os
+import platform
 import shlex
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
-from crate_mini import UserError, atomic_write
-from crate_mini.data import batches as data
-from crate_mini.training import checkpoint
-from crate_mini.training import device as machine
+import torch
+
+from crate_mini import UserError, atomic_write, cli
+
+ROOT = Path(__file__).resolve().parent.parent  # the checkout, if this runs from one
 
 
-def loaded(ckpt, device="auto", tokenizer=None):
-    """(model, meta, tokenizer) of a checkpoint; `tokenizer`, if given, wins over what it names."""
-    model, meta = checkpoint.load(ckpt, machine.choose_device(device))
-    tokenizer = data.load_tokenizer(tokenizer or meta["tokenizer"]["spec"])
-    checkpoint.check_tokenizer(meta, tokenizer)
-    return model, meta, tokenizer
+def write_json(path, result):
+    """Write a result as JSON, atomically; every number in it must be finite. Returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
+    return path
 
 
-def held_out(ckpt, meta, tokenizer, source=None, val_fraction=None):
-    """The Corpus whose "val" split the model has not seen: its own, or `source`, cut as in training.
+def read_json(path, known=None, expected="a file written by crate_mini"):
+    """A JSON object from a file.
 
-    Raises UserError when neither the checkpoint nor the caller says what text.
+    known: the names it may hold. expected: describes such a file in the error sentence. Raises
+    UserError if the file cannot be parsed or holds another name.
     """
-    trained = meta["training"].get("settings", {})
-    chosen = source or trained.get("data")
-    if chosen is None:
-        raise UserError(
-            f"{ckpt} does not say what text it has seen; give one, like --data mytext.txt."
-        )
-    share = trained.get("val_fraction", 0.1) if val_fraction is None else val_fraction
-    corpus = data.open_corpus(chosen, tokenizer, val_fraction=share)
-    if source is None and corpus.meta["text_sha256"] != meta["training"]["corpus"]["text_sha256"]:
-        print(
-            f"note      {chosen} is not the text that {ckpt} has seen; it may have seen some of this"
-        )
-    return corpus
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read as JSON: {reason}; expected {expected}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; expected {expected}.")
+    for name in content:
+        if known is not None and name not in known:
+            raise UserError(f"{path} names {name!r}, not a setting{cli.nearest(name, known)}.")
+    return content
 
 
-def folder(ckpt, out=None):
-    """Where results of a checkpoint go: `out`, else the folder `interpret` beside it."""
-    return Path(out) if out else Path(ckpt).resolve().parent / "interpret"
+def write_rows(path, rows):
+    """Write one JSON object a line (.jsonl), atomically; returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        for row in rows:
+            text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+            file.write(text.encode() + b"\n")
+    return path
 
 
-def command(script):
-    """The command that is running, as one can type it again."""
-    return shlex.join(["python", script, *sys.argv[1:]])
+def folder(checkpoint, out=None):
+    """The folder for results of a checkpoint: `out`, or `interpret` next to the checkpoint."""
+    return Path(out) if out else Path(checkpoint).resolve().parent / "interpret"
 
 
-def header(script, ckpt, meta, model, **more):
-    """What every result carries: command, machine, and the checkpoint's hash, shape and training."""
+def command(*script):
+    """The running command, as it can be typed again; script: its name, or -m and the module."""
+    return shlex.join(["python", *script, *sys.argv[1:]])
+
+
+def header(script, checkpoint, meta, model, **facts):
+    """The entries that every result about a checkpoint begins with: command, machine, checkpoint.
+
+    meta: as checkpoint.load returned it with the model. facts: further entries, such as the seed.
+    """
     return {
         "schema": 1,
         "command": command(script),
-        **more,
-        "machine": machine.describe(model.tokens.weight.device),
+        **facts,
+        "machine": machine(model.tokens.weight.device),
         "checkpoint": {
-            "path": str(ckpt),
+            "path": str(checkpoint),
             "sha256": meta.get("sha256"),
             "config": meta["config"],
             "training": meta["training"],
@@ -65,9 +85,39 @@ def header(script, ckpt, meta, model, **more):
     }
 
 
-def write_json(path, result):
-    """Write a result as JSON, in one instant; numbers in it must be finite. Returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
-    return path
+def machine(device=None):
+    """The machine and code that made a result: device, threads, versions, commit; JSON-able."""
+    on_gpu = device is not None and device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "commit": commit(),
+    }
+
+
+def processor():
+    """The CPU's name and its number of visible cores."""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def commit():
+    """The git commit of the source, with + if any file outside results/ differs from it.
+
+    'unknown' outside a checkout.
+    """
+    git = ["git", "-C", str(ROOT)]
+    head = [*git, "rev-parse", "--short=12", "HEAD"]
+    changes = [*git, "diff", "--quiet", "HEAD", "--", ".", ":!results"]
+    try:
+        name = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(changes, capture_output=True).returncode != 0
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{name}+" if changed else name

@@ -1,0 +1,54 @@
+"""The chunked head: cross-entropy and its gradients, whatever the chunk."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crate_mini import loss, reference
+
+
+def loss_and_gradients(cross_entropy, x, W, targets, scale=1.0):
+    x = x.clone().requires_grad_()
+    W = W.clone().requires_grad_()
+    value = cross_entropy(x, W, targets)
+    (scale * value).backward()
+    return value, x.grad, W.grad
+
+
+@given(
+    n=st.integers(1, 70),
+    V=st.sampled_from([2, 33, 700]),
+    chunk=st.sampled_from([1, 64, 2**20]),
+    spread=st.sampled_from([0.1, 1.0, 60.0]),
+    seed=st.integers(0, 99),
+)
+def test_the_chunked_head_equals_cross_entropy(n, V, chunk, spread, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 8, generator=generator) * spread
+    W = torch.randn(V, 8, generator=generator)
+    targets = torch.randint(V, (n,), generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(loss.CHUNK, "cpu", chunk)
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-5)):
+            arguments = (x.to(dtype), W.to(dtype), targets, 3)
+            ours = loss_and_gradients(loss.cross_entropy, *arguments)
+            expected = loss_and_gradients(reference.cross_entropy, *arguments)
+            close = dict(rtol=tolerance, atol=tolerance * spread)
+            for value, wanted in zip(ours, expected):
+                torch.testing.assert_close(value, wanted, **close)
+
+
+def test_under_autocast_the_head_errs_at_most_twice_as_much_as_pytorch():
+    torch.manual_seed(0)
+    x = torch.randn(300, 32)
+    W = torch.randn(999, 32) * 0.3
+    targets = torch.randint(999, (300,))
+    exact = loss_and_gradients(reference.cross_entropy, x.double(), W.double(), targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = loss_and_gradients(loss.cross_entropy, x, W, targets)
+        plain = loss_and_gradients(reference.cross_entropy, x, W, targets)
+    for i in (1, 2):  # the gradients
+        error = (ours[i] - exact[i]).norm()
+        legitimate = (plain[i] - exact[i]).norm()
+        assert error <= 2 * legitimate
