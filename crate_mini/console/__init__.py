@@ -1,0 +1,1 @@
+"""The side of a script that its user sees: commands, errors, progress."""

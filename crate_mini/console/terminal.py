@@ -1,0 +1,236 @@
+"""Scripts at a terminal: commands, errors in one sentence, the progress line, aligned tables."""
+
+import argparse
+import importlib
+import itertools
+import os
+import re
+import sys
+import time
+import typing
+from dataclasses import dataclass
+from inspect import cleandoc
+
+from crate_mini import UserError
+from crate_mini.cli import add_flags, check, flag_name, nearest, one_of
+
+SMALLER_RUNS = "like train.py's --micro-batch 1 or interpret.py's --n 100"
+OUT_OF_MEMORY = "out of memory|an.t allocate|not enough memory|Storage size calculation overflowed"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that fails in one sentence, suggests the nearest flag, and takes --a_b for --a-b."""
+
+    def __init__(self, **kwargs):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=layout, **kwargs)
+
+    def error(self, message):
+        message = f"{message[0].lower()}{message[1:]}"
+        raise UserError(f"{message}; see `python {self.prog} --help`.")
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's; raises UserError for anything it does not accept."""
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            flag, equals, value = word.partition("=")
+            if flag.startswith("--"):
+                flag = flag.replace("_", "-")
+            words.append(flag + equals + value)
+        parsed, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            suggestion = nearest(unknown[0].split("=")[0], known)
+            raise UserError(
+                f"unknown argument {unknown[0]!r}{suggestion}; "
+                f"`python {self.prog} --help` lists all."
+            )
+        return parsed
+
+
+def number_list(text, flag, kind, example):
+    """The distinct numbers of a list like 8,16,32; [] for None.
+
+    Raises UserError if it cannot be parsed.
+    """
+    if text is None:
+        return []
+    try:
+        numbers = [kind(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(abs(number) < 2**31 for number in numbers):
+        raise UserError(
+            f"{flag} {text!r} is not a list of numbers; expected something like {flag} {example}."
+        )
+    return list(dict.fromkeys(numbers))
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of a script: run(settings, checkpoint), or run(settings) without a checkpoint.
+
+    settings: a dataclass. positional: names of settings that may be given without their flags, as
+    in `studies neurons TEXT RANKS`.
+    """
+
+    settings: type
+    run: typing.Callable
+    checkpoint: bool = True
+    positional: tuple = ()
+
+
+def dispatch(script, description, commands, argv=None):
+    """Run the command that the first word names, e.g. `interpret.py layers CKPT --tokens 4096`.
+
+    commands: {name: "module"}, where module.COMMAND is a Command, or "module:NAME" for another one.
+    A module is imported only when its command runs. Returns the exit code. Raises UserError for an
+    unknown command or setting.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help"):
+        print(f"{description.strip()}\n\n`python {script} COMMAND --help` lists its settings.")
+        return 0
+    if name not in commands:
+        suggestion = nearest(name, commands)
+        raise UserError(
+            f"unknown command {name!r}{suggestion}; choose {one_of(commands)}, "
+            f"see `python {script} --help`."
+        )
+    module, _, attribute = commands[name].partition(":")
+    command = getattr(importlib.import_module(module), attribute or "COMMAND")
+    return run_command(f"{script} {name}", command, words[1:])
+
+
+def run_command(prog, command, words, description=None):
+    """Parse the words after a command's name, check the settings, run it; returns its exit code."""
+    parser = Parser(prog=prog, description=description or cleandoc(command.settings.__doc__))
+    if command.positional:
+        order = " ".join(name.upper() for name in command.positional)
+        parser.epilog = f"These may be given without their flags, in this order: {order}."
+    if command.checkpoint:
+        hint = "a checkpoint folder, like out/crate-3L/best"
+        parser.add_argument("ckpt", metavar="CKPT", help=hint)
+    add_flags(parser, command.settings)
+    given = vars(parser.parse_args(with_flags(words, command.positional)))
+    checkpoint = [given.pop("ckpt")] if command.checkpoint else []
+    settings = command.settings(**given)
+    check(settings)
+    return command.run(settings, *checkpoint)
+
+
+def with_flags(words, positional):
+    """TEXT 600 --seed 1 as --text TEXT --steps 600 --seed 1; the last takes all the rest."""
+    if not positional:
+        return list(words)
+    plain = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    flagged = []
+    for i, name in enumerate(positional[: len(plain)]):
+        values = plain[i:] if name == positional[-1] else [plain[i]]
+        flagged += [flag_name(name), *values]
+    return flagged + list(words[len(plain) :])
+
+
+def run(main):
+    """Call a script's main and exit.
+
+    A UserError becomes one sentence on stderr and exit code 2; Ctrl-C becomes exit code 130.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a console may lack characters of a sample
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command to start again.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        silence_stdout()
+        sys.exit(141)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        message = _sentence(error)
+        if message is None:
+            raise
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _sentence(error):
+    """An error as a sentence for the user; None for a bug of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        place = error.filename or "while writing"
+        return f"{error.strerror}: {place}; free it or choose another place."
+    lines = str(error).splitlines() or [type(error).__name__]
+    if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
+        return f"not enough memory ({lines[0][:120]}); take less at a time, {SMALLER_RUNS}."
+    # By name: importing the class would take seconds.
+    if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):
+        signs = (" error: ", "Error: ", "")
+        reason = next(line for sign in signs for line in lines if sign in line).strip()
+        return (
+            f"torch.compile cannot compile here ({reason[:200]}); "
+            "`--compile off` trains without it."
+        )
+    return None
+
+
+def silence_stdout():
+    """Redirect stdout to /dev/null after a broken pipe; otherwise Python fails again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def aligned(rows):
+    """Rows of cells (strings) as lines of text, with columns aligned on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+# ---- progress ------------------------------------------------------------------------------------
+
+
+def eta(seconds):
+    """A remaining time as minutes and seconds, 1:05."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def show_line(line, last=False):
+    """Show a progress line: rewritten in place on a terminal, a new line each time in a pipe."""
+    if sys.stdout.isatty():
+        print(f"\r{line}\033[K", end="\n" if last else "", flush=True)
+    else:
+        print(line, flush=True)
+
+
+class Progress:
+    """A line with items done, total and ETA, shown every few seconds."""
+
+    def __init__(self, name, total, every=3.0):
+        self.name, self.total, self.every = name, total, every
+        self.start = self.shown = time.perf_counter()
+
+    def update(self, done):
+        """Show the line if one is due: after `every` seconds, and at the end if any was shown."""
+        now, last = time.perf_counter(), done == self.total
+        if now - self.shown < self.every and not (last and self.shown > self.start):
+            return
+        self.shown = now
+        remaining = (now - self.start) / done * (self.total - done)
+        show_line(f"{self.name:<9} {done}/{self.total}  ETA {eta(remaining)}", last)
+
+
+def track(items, name, every=3.0):
+    """Yield the items of a sized collection while a Progress line is shown."""
+    progress = Progress(name, len(items), every)
+    for done, item in enumerate(items, 1):
+        yield item
+        progress.update(done)
