@@ -1,1 +1,1 @@
-"""From text to token files, for data.py: formats -> corpora -> prepare; tokenizer and its default ranks."""
+"""Text as batches of tokens: sources, formats, tokenizers, token files, batches."""

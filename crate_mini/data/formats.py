@@ -1,9 +1,10 @@
-"""Text files of every kind as streams of documents, and their decoders' complaints as sentences.
+"""Text files of every kind as streams of documents, errors in one sentence.
 
-    .txt .md, other text    the pieces between <|endoftext|> marks; a file without marks is one document
+    .txt .md, other text    the pieces between <|endoftext|> marks, or the whole file without them
     .jsonl, .parquet        the field or column "text" of each line or row
-Text and .jsonl may be packed: .gz .xz .zst. Running text is cut at a line end after 4 M characters, so that
-memory stays bounded; line ends become "\\n".
+
+Text and .jsonl may be compressed: .gz .xz .zst. Running text is cut at a line end at most every 4 M
+characters, which bounds memory; line ends become "\\n".
 """
 
 import codecs
@@ -29,34 +30,38 @@ KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".parquet": "parquet",
 
 @dataclass
 class Position:
-    """How far the reader of `documents` has come, for progress lines: `done` of `total` (None: unknown)."""
+    """Progress of a reader of documents: `done` of `total` bytes or rows; None if unknown."""
 
     done: int = 0
     total: int | None = None
 
 
 def kind(path: Path) -> str | None:
-    """text, json, parquet or bin by the file's name, packing aside; None when unknown."""
+    """text, json, parquet or bin, by the file's name without its compression; None if unknown."""
     suffix = path.suffix.lower()
-    if suffix in PACKED:
-        inner = KINDS.get(Path(path.stem).suffix.lower())
-        return inner if inner in ("text", "json") else None
-    return KINDS.get(suffix)
+    if suffix not in PACKED:
+        return KINDS.get(suffix)
+    inner = KINDS.get(Path(path.stem).suffix.lower())
+    return inner if inner in ("text", "json") else None
 
 
 def read(path: Path, position: Position) -> Iterator[str]:
-    """Stream the documents of a file, moving `position`. UserError if it is not what its name says."""
-    with told(path):
-        yield from {"json": _jsonl, "parquet": _parquet}.get(kind(path), _running_text)(
-            path, position
-        )
+    """Stream the documents of a file and update `position`.
+
+    Raises UserError for a file that is not of the kind its name says.
+    """
+    readers = {"json": _jsonl, "parquet": _parquet}
+    reader = readers.get(kind(path), _running_text)
+    with reading(path):
+        yield from reader(path, position)
 
 
 @contextmanager
-def told(what):
-    """Whatever a decoder or client complains about becomes one sentence, a UserError about `what`.
+def reading(name):
+    """Turn any exception of a decoder or client into a UserError that names the source.
 
-    Everything is caught: six libraries read here, each with exceptions of its own, some of them undocumented.
+    Everything is caught, because six libraries read here, each with its own exceptions, some of
+    them undocumented.
     """
     try:
         yield
@@ -64,39 +69,42 @@ def told(what):
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{what} cannot be read ({reason}).") from None
+        raise UserError(f"{name} cannot be read ({reason}).") from None
 
 
 def _running_text(path: Path, position: Position) -> Iterator[str]:
-    """Documents between END marks; also how a file of unknown kind is tried."""
+    """Documents between END marks; also the reader for files of unknown kind."""
     return pieces(_text(path, position), END, LONG)
 
 
 def _jsonl(path: Path, position: Position) -> Iterator[str]:
-    """The field "text" of each line; blank lines are nothing."""
+    """The field "text" of each line; blank lines are skipped."""
     for number, line in enumerate(pieces(_text(path, position), "\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                raise UserError(f"{path} line {number} is not JSON: {line[:40]!r}.") from None
-            yield field(row, f"{path} line {number}")
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise UserError(f"{path} line {number} is not JSON: {line[:40]!r}.") from None
+        yield field(row, f"{path} line {number}")
 
 
 def _parquet(path: Path, position: Position) -> Iterator[str]:
-    """The column "text", a thousand rows in memory at a time; other columns are not read."""
-    start, seen = position.done, 0
+    """The column "text", 1,024 rows at a time; other columns are not read."""
     file = extra("pyarrow.parquet", "parquet").ParquetFile(path)
     if "text" not in file.schema_arrow.names:
         raise UserError(f'{path} has no column "text" among {file.schema_arrow.names[:9]}.')
+    before = position.done
+    rows_read = 0
     for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-        seen += batch.num_rows
-        position.done = start + path.stat().st_size * seen // file.metadata.num_rows
-        yield from (field(row, f"{path}, up to row {seen},") for row in batch.to_pylist())
+        rows_read += batch.num_rows
+        position.done = before + path.stat().st_size * rows_read // file.metadata.num_rows
+        for row in batch.to_pylist():
+            yield field(row, f"{path}, up to row {rows_read},")
 
 
 def field(row, where: str) -> str:
-    """The text of one row; `where` names it in the UserError if it has none."""
+    """The text of one row. Raises UserError, naming `where`, for a row without text."""
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise UserError(f'{where} has no field "text" with a string in it.')
@@ -105,70 +113,86 @@ def field(row, where: str) -> str:
 
 
 def _text(path: Path, position: Position) -> Iterator[str]:
-    """Unpacked, decoded text in chunks of about a megabyte, line ends as "\\n"."""
-    # Decodes across chunk ends: half a character, or half of "\r\n", waits for the next one.
-    decode = io.IncrementalNewlineDecoder(
-        codecs.getincrementaldecoder("utf-8-sig")(), translate=True
-    ).decode
-    start, seen = position.done, 0
+    """Decompressed and decoded text in chunks of about a megabyte, with line ends as "\\n"."""
+    # Half a character, or half of "\r\n", at the end of a chunk waits for the next one.
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+    before = position.done
+    bytes_read = 0
     with open(path, "rb") as raw:
-        for data in chain(_unpacked(raw, path.suffix.lower()), [None]):
-            seen += len(data or b"")
+        for chunk in chain(_decompressed(raw, path.suffix.lower()), [None]):
+            final = chunk is None
+            data = b"" if final else chunk
+            bytes_read += len(data)
             try:
-                text = decode(data or b"", final=data is None)
-            except UnicodeDecodeError as error:  # its object ends where the bytes seen so far do
-                at = seen - len(error.object) + error.start
+                text = decoder.decode(data, final=final)
+            except UnicodeDecodeError as error:
+                # error.object ends where the bytes read so far end.
+                offset = bytes_read - len(error.object) + error.start
                 raise UserError(
-                    f"{path} is not UTF-8 text at byte {at:,} ({error.reason}): it is binary or "
-                    "in another encoding; iconv -t UTF-8 converts text."
+                    f"{path} is not UTF-8 text at byte {offset:,} ({error.reason}): it is binary "
+                    "or in another encoding; iconv -t UTF-8 converts text."
                 ) from None
             if "\0" in text:
                 raise UserError(f"{path} looks binary: it holds a zero byte; expected UTF-8 text.")
-            position.done = start + raw.tell()
+            position.done = before + raw.tell()
             yield text
 
 
-def _unpacked(raw, suffix: str) -> Iterator[bytes]:
-    """One loop for all packings; unlike the libraries' file objects it notices a truncated .zst too."""
+def _decompressed(raw, suffix: str) -> Iterator[bytes]:
+    """The bytes of an open file, decompressed. Raises EOFError for a truncated stream.
+
+    The libraries' own file objects do not notice a truncated .zst.
+    """
     if suffix not in PACKED:
-        yield from iter(lambda: raw.read(CHUNK), b"")
+        while data := raw.read(CHUNK):
+            yield data
         return
-    new = {".gz": lambda: zlib.decompressobj(31), ".xz": lzma.LZMADecompressor}.get(suffix)
-    if suffix == ".zst":  # the Pile is packed with a window of 2 GiB, beyond the default limit
-        new = extra("zstandard", "zst").ZstdDecompressor(max_window_size=2**31).decompressobj
-    unpacker = new()
+    decompressor = _decompressor(suffix)
     while data := raw.read(CHUNK // 8):
         while data:
-            if unpacker.eof:  # several packed streams, end to end
-                unpacker = new()
-            yield unpacker.decompress(data)
-            data = unpacker.unused_data if unpacker.eof else b""
-    if not unpacker.eof:
+            if decompressor.eof:  # another compressed stream follows
+                decompressor = _decompressor(suffix)
+            yield decompressor.decompress(data)
+            data = decompressor.unused_data if decompressor.eof else b""
+    if not decompressor.eof:
         raise EOFError("it ends too early; is it complete?")
 
 
-def pieces(chunks: Iterator[str], mark: str, longest: int | None = None) -> Iterator[str]:
-    """Cut running text at every `mark`, and at a line end where a piece grows longer than `longest`.
+def _decompressor(suffix: str):
+    """A decompressor for one stream."""
+    if suffix == ".gz":
+        return zlib.decompressobj(31)  # window size 15, plus 16 for gzip's header and trailer
+    if suffix == ".xz":
+        return lzma.LZMADecompressor()
+    # The Pile is compressed with a window of 2 GiB, beyond the default limit.
+    zstandard = extra("zstandard", "zst")
+    return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 
-    Where the chunks end makes no difference, as long as no piece is longer than `longest`.
+
+def pieces(chunks: Iterator[str], mark: str, longest: int | None = None) -> Iterator[str]:
+    """Cut running text at every `mark`, and at a line end where a piece exceeds `longest`.
+
+    Chunk boundaries make no difference, as long as no piece is longer than `longest`.
     """
     rest = ""
     for chunk in chunks:
         *whole, rest = (rest + chunk).split(mark)
         yield from whole
         while longest and len(rest) > longest + len(mark):  # a mark may have begun at the very end
-            at = rest.rfind("\n", 0, longest) + 1 or longest
-            yield rest[:at]
-            rest = rest[at:]
+            cut = rest.rfind("\n", 0, longest) + 1 or longest
+            yield rest[:cut]
+            rest = rest[cut:]
     yield rest
 
 
-def extra(module: str, extra: str):
-    """Import an optional package; the UserError names the extra of pyproject.toml that brings it."""
+def extra(module: str, group: str):
+    """Import an optional package; the UserError names the extra (`group`) that installs it."""
     try:
         return import_module(module)
     except ImportError:
+        package = module.partition(".")[0]
         raise UserError(
-            f"This needs the package {module.partition('.')[0]}: in the project's folder, "
-            f'pip install -e ".[{extra}]".'
+            f"This needs the package {package}: in the project's folder, "
+            f'pip install -e ".[{group}]".'
         ) from None

@@ -1,11 +1,10 @@
-"""Where text comes from: any source, named or on disk, as one stream of documents.
+"""Sources of text, named or on disk, each as one stream of documents.
 
     pydocs, pydocs+deps     the embedded corpus, see pydocs.py
-    a file, a folder        see formats.py; of a folder all files of known kinds below it, in sorted order
+    a file, a folder        see formats.py; in a folder, all files of known kinds, sorted
     named corpora           NAMED, streamed from the hub; "pile:5000" stops after 5000 documents
 
-Sources and formats have files of their own, beside data.py, because they change for other reasons than token
-files and batches do. The two halves meet in `documents`, `describe` and `token_files`.
+Every --data takes any of them.
 """
 
 import hashlib
@@ -15,7 +14,6 @@ from pathlib import Path
 
 from crate_mini import UserError
 from crate_mini.cli import nearest
-from crate_mini.data import pydocs
 from crate_mini.data.formats import (
     END,
     KINDS,
@@ -26,31 +24,36 @@ from crate_mini.data.formats import (
     kind,
     pieces,
     read,
-    told,
+    reading,
 )
 
-HUB = "hf://datasets/"  # the tests put a folder here
-NAMED = {  # name: builder in `datasets`, files
+HUB = "hf://datasets/"  # tests put a folder here
+EMBEDDED = ("pydocs", "pydocs+deps")  # as in pydocs.py, which is imported only when it is used
+NAMED = {  # name: (builder in `datasets`, files)
     "tinystories": ("text", "roneneldan/TinyStories/TinyStoriesV2-GPT4-train.txt"),
-    "pile": ("json", "monology/pile-uncopyrighted/val.jsonl.zst"),  # 338 MB, enough for most of us
-    "pile-train": (
-        "json",
-        "monology/pile-uncopyrighted/train/*.jsonl.zst",
-    ),  # 30 files of about 11 GB
+    # 338 MB, enough for most purposes
+    "pile": ("json", "monology/pile-uncopyrighted/val.jsonl.zst"),
+    # 30 files of about 11 GB each
+    "pile-train": ("json", "monology/pile-uncopyrighted/train/*.jsonl.zst"),
     "fineweb-edu": ("parquet", "HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet"),
     "openwebtext": ("parquet", "Skylion007/openwebtext/**/*.parquet"),
 }
+LLM_C_MAGIC = (20240520).to_bytes(4, "little")  # how token files of llm.c begin
+LLM_C_HEADER = 1024  # bytes
 
 
 def documents(source: str, position: Position | None = None) -> Iterator[str]:
     """Stream the documents of `source`, in the same order every time; nothing is loaded whole.
 
     Byte order marks and blank lines around a document are dropped, and so are empty documents.
-    Raises UserError for a missing, binary, non-UTF-8, truncated or malformed source.
+    position: updated while documents are read. Raises UserError for a source that is missing,
+    binary, truncated, malformed or not UTF-8.
     """
     position = position or Position()
     name, limit = _named(source)
-    if source in pydocs.NAMES:
+    if source in EMBEDDED:
+        from crate_mini.data import pydocs
+
         texts = pydocs.documents(source)
     elif name:
         texts = _hub(name, limit, position)
@@ -65,53 +68,68 @@ def documents(source: str, position: Position | None = None) -> Iterator[str]:
 
 
 def describe(source: str) -> dict:
-    """What identifies `source`: equal descriptions mean equal text. JSON-able and cheap: no file is read."""
+    """A JSON-able description that identifies `source`: equal ones mean equal text.
+
+    Cheap: files are not read. Raises UserError for a source that does not exist.
+    """
     name, limit = _named(source)
-    if source in pydocs.NAMES:
+    if source in EMBEDDED:
+        from crate_mini.data import pydocs
+
         return pydocs.describe(source)
     if name:
         return {"name": name, "files": NAMED[name][1], "documents": limit}
-    stats = [(path.relative_to(source).as_posix(), path.stat()) for path in _files(source)]
-    return {
-        "name": Path(source).resolve().name,
-        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
-    }
+    files = []
+    for path in _files(source):
+        stat = path.stat()
+        files.append([path.relative_to(source).as_posix(), stat.st_size, stat.st_mtime_ns])
+    return {"name": Path(source).resolve().name, "files": files}
 
 
-def token_files(source: str) -> list[tuple[Path, int, int]]:
-    """(path, offset in bytes, ids) of each file of `source` if it holds token ids already; [] if it is text.
+def pretokenized(source: str) -> list[tuple[Path, int, int]]:
+    """(path, offset in bytes, number of ids) of each file, if `source` holds token ids; [] if text.
 
-    Two layouts of uint16: bare (nanoGPT), or behind llm.c's 256 int32: 20240520, 1, count (FineWeb shards).
+    Two layouts of uint16: bare (nanoGPT), or after a header of 256 int32 that begins with
+    20240520, 1, count (llm.c; FineWeb shards). Raises UserError for any other .bin file.
     """
-    files = [] if source in pydocs.NAMES or _named(source)[0] else _files(source)
-    if "bin" not in map(kind, files):
+    if source in EMBEDDED or _named(source)[0]:
         return []
-    found = []
-    for path in files:
-        with told(path), open(path, "rb") as file:
-            size, head = path.stat().st_size, file.read(12)
+    paths = _files(source)
+    if "bin" not in map(kind, paths):
+        return []
+    files = []
+    for path in paths:
+        with reading(path), open(path, "rb") as file:
+            size = path.stat().st_size
+            head = file.read(12)
         offset, count = 0, size // 2
-        if head[:4] == (20240520).to_bytes(4, "little"):
-            offset, count = 1024, int.from_bytes(head[8:], "little")
+        if head.startswith(LLM_C_MAGIC):
+            offset, count = LLM_C_HEADER, int.from_bytes(head[8:], "little")
         if kind(path) != "bin" or not size or size != offset + 2 * count:
             raise UserError(
-                f"{path} ({size:,} bytes) is no file of uint16 token ids, bare or behind llm.c's "
+                f"{path} ({size:,} bytes) does not hold uint16 token ids, bare or after llm.c's "
                 "1024-byte header with their count; .bin and text cannot share a folder."
             )
-        found.append((path, offset, count))
-    return found
+        files.append((path, offset, count))
+    return files
 
 
-def held_out(raw: bytes, fraction: float) -> bool:
-    """Whether a document, as UTF-8, is for validation: decided by its hash, whatever its neighbours are."""
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") < fraction * 2**64
+def is_held_out(raw: bytes, fraction: float) -> bool:
+    """Whether a document (UTF-8) is for validation, which its hash alone decides."""
+    digest = hashlib.blake2b(raw, digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
 
 
 def _named(source: str) -> tuple[str | None, int | None]:
-    """("pile", 5000) for "pile:5000"; (None, None) for what is no named corpus."""
+    """("pile", 5000) for "pile:5000"; (None, None) for anything but a named corpus."""
     name, _, limit = source.partition(":")
-    known = name in NAMED and (not limit or limit.isdecimal() and len(limit) < 12)
-    return (name, int(limit) if limit else None) if known else (None, None)
+    if name not in NAMED:
+        return None, None
+    if not limit:
+        return name, None
+    if limit.isdecimal() and len(limit) < 12:
+        return name, int(limit)
+    return None, None
 
 
 def _files(source: str) -> list[Path]:
@@ -120,37 +138,40 @@ def _files(source: str) -> list[Path]:
     try:
         if root.is_file():
             return [root]
-        files = [
-            path
-            for path in sorted(root.rglob("*"))
-            if kind(path)
-            and path.is_file()
-            and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        ]
+        files = [path for path in sorted(root.rglob("*")) if _is_text_or_tokens(path, root)]
         exists = source and root.exists()
-    except (OSError, ValueError) as error:  # a name too long, a NUL in it, a folder we may not read
+    except (OSError, ValueError) as error:  # too long, a NUL, a folder we may not read
         raise UserError(f"Corpus {source[:80]!r} cannot be opened: {error}.") from None
     if not exists:
-        known = [*pydocs.NAMES, *NAMED]
+        known = [*EMBEDDED, *NAMED]
         raise UserError(
             f"No corpus {source!r}{nearest(source, known)}; there is no file or folder "
             f"{root.absolute()}, and the named corpora are {', '.join(known)}."
         )
     if not files:
-        raise UserError(f"{source} is no file and holds none of a known kind: {' '.join(KINDS)}.")
+        raise UserError(f"{source} holds no file of a known kind: {' '.join(KINDS)}.")
     return files
 
 
+def _is_text_or_tokens(path: Path, root: Path) -> bool:
+    """Whether this is a file of known kind that is not hidden below `root`."""
+    if not kind(path) or not path.is_file():
+        return False
+    return not any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
 def _hub(name: str, limit: int | None, position: Position) -> Iterator[str]:
-    """Documents of a named corpus, streamed by `datasets`: only the token files take room on this disk."""
-    datasets, (builder, files) = extra("datasets", "hub"), NAMED[name]
+    """Documents of a named corpus, streamed by `datasets`; the text is not kept on disk."""
+    datasets = extra("datasets", "hub")
+    builder, files = NAMED[name]
     position.total = limit
-    with told(
+    with reading(
         f"Corpus {name} from the hub (if the network fails, run again: finished parts are kept)"
     ):
         rows = datasets.load_dataset(builder, data_files=HUB + files, split="train", streaming=True)
         texts = (field(row, f"{name} row {number}") for number, row in enumerate(rows, 1))
-        if builder == "text":  # this builder hands out lines
+        if builder == "text":  # this builder yields lines
             texts = pieces((line + "\n" for line in texts), END, LONG)
-        for position.done, text in enumerate(islice(texts, limit), 1):
+        for number, text in enumerate(islice(texts, limit), 1):
+            position.done = number
             yield text

@@ -1,11 +1,12 @@
-"""Token files: made from documents, checked, resumed, reused. The folder of one corpus holds
+"""Token files: built from documents, verified, resumed, reused. The folder of one corpus holds
 
     00000.train.bin ...     token ids of part 0, uint16 (uint32 for more than 65,536 ids)
     00000.val.bin ...       the same for validation
     corpus.json             source, tokenizer, split rule; for each part its counts and sha256
 
-A part is PART tokens of consecutive documents; its entry in corpus.json is written after its files. So an
-interrupted build loses one part at most, and a rerun ends with the same bytes as an undisturbed one.
+A part is PART tokens of consecutive documents; its entry in corpus.json is written after its files.
+An interrupted build therefore loses at most one part, and a rerun ends with the same bytes as a
+build without interruption.
 """
 
 import hashlib
@@ -15,30 +16,41 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from crate_mini import UserError, atomic_write
+from crate_mini.console import terminal
 from crate_mini.data.formats import Position
-from crate_mini.data.sources import documents, held_out, token_files
+from crate_mini.data.sources import documents, is_held_out, pretokenized
 from crate_mini.data.tokenizer import Tokenizer
 
 try:
     import fcntl
-except ImportError:  # Windows, where two first runs at once are not kept apart
+except ImportError:  # Windows: two processes may build the same files
     fcntl = None
 
 FORMAT = 1  # of the token files; raise it when their meaning changes
 PART = 1 << 24  # tokens of a part: 32 MB as uint16
 BATCH = 1 << 22  # characters tokenized, or ready-made ids copied, at a time
-FEW = 100  # with fewer documents than this, the stream is cut instead of dealt out by hash
+FEW = 100  # with fewer documents than this, the stream is cut instead of split by hash
 SPLITS = ("train", "val")
 
 
-def prepare(folder: Path, identity: dict, source: str, tokenizer: Tokenizer, workers, log) -> dict:
-    """Make `folder` hold the tokens of `source`, reusing what fits `identity`; returns what corpus.json says.
+class Piece(NamedTuple):
+    """A document, or one side of a document that the split cuts in two."""
 
-    workers: threads (None: one per core). log: called with each line of progress. Errors as open_corpus.
+    split: str
+    content: str | np.ndarray  # text, or ids
+    n_bytes: int  # of the text as UTF-8
+
+
+def prepare(folder: Path, identity: dict, source: str, tokenizer: Tokenizer, workers, log) -> dict:
+    """Make `folder` hold the tokens of `source`, reusing the files that fit `identity`.
+
+    workers: threads (None: one per core). log: called with each progress line. Returns the content
+    of corpus.json. Raises UserError as open_corpus does.
     """
     with _locked(folder, log):
         meta = _reusable(folder, identity, log)
@@ -47,197 +59,264 @@ def prepare(folder: Path, identity: dict, source: str, tokenizer: Tokenizer, wor
     return meta
 
 
-def shard(folder: Path, number: int, split: str) -> Path:
+def token_file(folder: Path, number: int, split: str) -> Path:
     """The file of one part's tokens."""
     return folder / f"{number:05d}.{split}.bin"
 
 
+def total(parts: list[dict], unit: str, splits=SPLITS) -> int:
+    """The "tokens" or "bytes" of parts in these splits together."""
+    return sum(part[split][unit] for part in parts for split in splits)
+
+
 @contextmanager
 def _locked(folder: Path, log):
-    """One process builds, the others wait. Where no lock can be made, a complete cache can still be read."""
+    """One process builds, the others wait. Without a lock a complete cache can still be read."""
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(
-                open(folder / "lock", "w")
-            )  # closing unlocks, and so does a kill
-            try:
-                fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log(f"waiting for another process that prepares {folder.name}")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            # Closing unlocks, and so does a kill.
+            lock = stack.enter_context(open(folder / "lock", "w"))
+            if fcntl:
+                _acquire(lock, folder, log)
         except OSError:
-            pass  # if there is something to write, atomic_write will tell why it cannot be
+            pass  # if anything has to be written, atomic_write reports the reason
         yield
 
 
+def _acquire(lock, folder: Path, log):
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log(f"waiting for another process that prepares {folder.name}")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+# ---- reuse ---------------------------------------------------------------------------------------
+
+
 def _reusable(folder: Path, identity: dict, log) -> dict:
-    """corpus.json, less its damaged parts, if it is about this source and tokenizer; else a fresh start."""
+    """corpus.json without its damaged parts, if it fits `identity`; otherwise a fresh start."""
     fresh = {**identity, "split": None, "parts": [], "complete": False}
     try:
         meta = json.loads((folder / "corpus.json").read_bytes())
         if meta.pop("sha256") != _sha256(json.dumps(meta).encode()):
             raise ValueError
         if {key: meta[key] for key in identity} != identity:
-            log(f"{folder.name}: the source has changed; building its token files anew")
+            log(f"{folder.name}: the source has changed; rebuilding its token files")
             return fresh
         for number, part in enumerate(meta["parts"]):
-            files = [(shard(folder, number, split), part[split]["sha256"]) for split in SPLITS]
-            if not all(
-                path.exists() and _sha256(path.read_bytes()) == sha256 for path, sha256 in files
-            ):
-                log(f"{folder.name}: part {number} is damaged; building again from there")
+            if not _intact(folder, number, part):
+                log(f"{folder.name}: part {number} is damaged; rebuilding from there")
                 return {**meta, "parts": meta["parts"][:number], "complete": False}
         return {**fresh, **meta}
     except FileNotFoundError:
         return fresh
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        log(f"{folder.name}: corpus.json is damaged ({type(error).__name__}); building anew")
+        log(f"{folder.name}: corpus.json is damaged ({type(error).__name__}); rebuilding")
         return fresh
+
+
+def _intact(folder: Path, number: int, part: dict) -> bool:
+    """Whether both files of a part have the sha256 that corpus.json names."""
+    for split in SPLITS:
+        path = token_file(folder, number, split)
+        if not path.exists() or _sha256(path.read_bytes()) != part[split]["sha256"]:
+            return False
+    return True
 
 
 def _sha256(data) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _build(folder: Path, meta: dict, source: str, tokenizer: Tokenizer, workers, log):
-    """Tokenize the documents that meta["parts"] lacks; on return meta and the files are complete."""
-    parts, position, digest = meta["parts"], Position(), hashlib.sha256()
-    done, before, began = sum(part["documents"] for part in parts), _tokens(parts), time.monotonic()
-    log(
-        f"{source}: going on after document {done:,}"
-        if done
-        else f"{source}: token files go to {folder}"
-    )
-    files = token_files(source)
-    # Recorded with the first part: a resumed build deals out documents by the rule it began with.
-    meta["split"] = meta["split"] or _split_rule(source, files, meta["val_fraction"], log)
-    # Skipping reads the text again, which is cheap beside tokenizing it, and lets the digest see all of it.
-    if files:
-        items = islice(_from_files(files, meta["split"], tokenizer, position), done, None)
-    else:
-        texts = _from_text(documents(source, position), meta["split"], meta["val_fraction"], digest)
-        items = _encoded(islice(texts, done, None), tokenizer, workers)
-    for group in _groups(items, PART):
-        share = (
-            position.done / position.total if position.total else None
-        )  # of the source, read so far
-        size = (_tokens(parts) + sum(len(ids) for _, ids, _ in group)) * np.dtype(
-            tokenizer.dtype
-        ).itemsize
-        try:
-            parts.append(_write_part(folder, len(parts), group, tokenizer.dtype))
-            _save(folder, meta)
-        except UserError as error:
-            about = "about" if share else "more than"
-            raise UserError(
-                f"{error} The token files take {about} {size / (share or 1) / 1e6:,.0f} MB; "
-                "CRATE_CACHE=FOLDER puts them elsewhere."
-            ) from None
-        if _tokens(parts[-1:]) >= PART:
-            rate = (_tokens(parts) - before) / (time.monotonic() - began)
-            left = f", ETA {_tokens(parts) * (1 / share - 1) / rate:,.0f} s" if share else ""
-            log(
-                f"{source}: {_tokens(parts) / 1e6:,.1f} M tokens, {rate / 1e6:.2f} M tokens/s{left}"
-            )
-    meta |= {"complete": True, "text_sha256": None if files else digest.hexdigest()}
-    _save(folder, meta)
-    ours = {shard(folder, number, split) for number in range(len(parts)) for split in SPLITS}
-    for path in {*folder.glob("*.tmp"), *folder.glob("*.bin")} - ours:
-        path.unlink()  # left by a killed run, or by a longer text that stood here before
-    size = sum(part[split]["bytes"] for part in parts for split in SPLITS)
-    log(
-        f"{source}: {size:,} bytes of text in {sum(part['documents'] for part in parts):,} documents"
-        + "".join(
-            f", {key} {value}" for key, value in meta["source"].items() if isinstance(value, str)
-        )
-        + ("" if files else f", sha256 {digest.hexdigest()[:16]}")
-    )
-
-
 def _save(folder: Path, meta: dict):
-    """corpus.json, with a sha256 of its own: a wrong count in it would make a wrong measurement, silently."""
+    """Write corpus.json with its sha256: a wrong count would silently falsify measurements."""
+    content = {**meta, "sha256": _sha256(json.dumps(meta).encode())}
     with atomic_write(folder / "corpus.json") as file:
-        file.write(
-            json.dumps({**meta, "sha256": _sha256(json.dumps(meta).encode())}, indent=1).encode()
-        )
+        file.write(json.dumps(content, indent=1).encode())
 
 
-def _tokens(parts: list[dict]) -> int:
-    """Tokens of `parts`, both splits together."""
-    return sum(part[split]["tokens"] for part in parts for split in SPLITS)
+# ---- build ---------------------------------------------------------------------------------------
 
 
-def _write_part(folder: Path, number: int, group: list, dtype) -> dict:
-    """Write `group`, items (split, ids, bytes), as two files; returns their entry for corpus.json."""
+def _build(folder: Path, meta: dict, source: str, tokenizer: Tokenizer, workers, log):
+    """Tokenize the documents that meta["parts"] lacks, until meta and the files are complete."""
+    parts = meta["parts"]
+    documents_before = sum(part["documents"] for part in parts)
+    tokens_before = total(parts, "tokens")
+    if documents_before:
+        log(f"{source}: continuing after document {documents_before:,}")
+    else:
+        log(f"{source}: token files go to {folder}")
+    files = pretokenized(source)
+    if meta["split"] is None:  # a resumed build keeps the rule it began with
+        meta["split"] = _split_rule(source, files, meta["val_fraction"], log)
+    position = Position()
+    digest = hashlib.sha256()
+    # Skipping reads the text again; that is cheap compared with tokenizing it, and the digest must
+    # see all of it.
+    if files:
+        pieces = _split_files(files, meta["split"], tokenizer, position)
+        pieces = islice(pieces, documents_before, None)
+    else:
+        texts = documents(source, position)
+        pieces = _split_texts(texts, meta["split"], meta["val_fraction"], digest)
+        pieces = _encoded(islice(pieces, documents_before, None), tokenizer, workers)
+    start = time.monotonic()
+    for group in _groups(pieces, PART):
+        _add_part(folder, meta, group, tokenizer.dtype, position)
+        if total(parts[-1:], "tokens") >= PART:
+            tokens = total(parts, "tokens")
+            rate = (tokens - tokens_before) / (time.monotonic() - start)
+            log(_progress_line(source, tokens, rate, position))
+    meta["complete"] = True
+    meta["text_sha256"] = None if files else digest.hexdigest()
+    _save(folder, meta)
+    _remove_leftovers(folder, len(parts))
+    log(_summary_line(source, meta))
+
+
+def _share_read(position: Position) -> float | None:
+    """The share of the source that has been read; None if its size is not known."""
+    return position.done / position.total if position.total else None
+
+
+def _add_part(folder: Path, meta: dict, group: list[Piece], dtype, position: Position):
+    """Write a group of encoded documents as the next part, and corpus.json with it."""
+    parts = meta["parts"]
+    tokens = total(parts, "tokens") + sum(len(piece.content) for piece in group)
+    try:
+        parts.append(_write_part(folder, len(parts), group, dtype))
+        _save(folder, meta)
+    except UserError as error:
+        share = _share_read(position)
+        about = "about" if share else "more than"
+        megabytes = tokens * np.dtype(dtype).itemsize / (share or 1) / 1e6
+        raise UserError(
+            f"{error} The token files take {about} {megabytes:,.0f} MB; "
+            "CRATE_CACHE=FOLDER puts them elsewhere."
+        ) from None
+
+
+def _write_part(folder: Path, number: int, group: list[Piece], dtype) -> dict:
+    """Write a group as two files; returns its entry for corpus.json."""
     part = {"documents": len(group)}
     for split in SPLITS:
-        ids = [ids for where, ids, _ in group if where == split]
-        ids = np.concatenate([np.empty(0, dtype), *ids], dtype=dtype)
-        size = sum(size for where, _, size in group if where == split)
-        part[split] = {"tokens": len(ids), "bytes": size, "sha256": _sha256(ids)}
-        with atomic_write(shard(folder, number, split)) as file:
+        pieces = [piece for piece in group if piece.split == split]
+        arrays = [np.empty(0, dtype)] + [piece.content for piece in pieces]
+        ids = np.concatenate(arrays, dtype=dtype)
+        n_bytes = sum(piece.n_bytes for piece in pieces)
+        part[split] = {"tokens": len(ids), "bytes": n_bytes, "sha256": _sha256(ids)}
+        with atomic_write(token_file(folder, number, split)) as file:
             file.write(ids)
     return part
 
 
+def _remove_leftovers(folder: Path, n_parts: int):
+    """Delete files left by a killed run, or by a longer text that had this folder before."""
+    current = {token_file(folder, number, split) for number in range(n_parts) for split in SPLITS}
+    for path in [*folder.glob("*.tmp"), *folder.glob("*.bin")]:
+        if path not in current:
+            path.unlink()
+
+
+def _progress_line(source: str, tokens: int, rate: float, position: Position) -> str:
+    """The progress of a build as text; rate: tokens per second since it started."""
+    line = f"{source}: {tokens / 1e6:,.1f} M tokens, {rate / 1e6:.2f} M tokens/s"
+    share = _share_read(position)
+    if share:
+        line += f", ETA {terminal.eta(tokens * (1 / share - 1) / rate)}"
+    return line
+
+
+def _summary_line(source: str, meta: dict) -> str:
+    """Size and identity of a finished corpus."""
+    parts = meta["parts"]
+    n_documents = sum(part["documents"] for part in parts)
+    line = f"{source}: {total(parts, 'bytes'):,} bytes of text in {n_documents:,} documents"
+    for key, value in meta["source"].items():
+        if isinstance(value, str):
+            line += f", {key} {value}"
+    if meta["text_sha256"]:
+        line += f", sha256 {meta['text_sha256'][:16]}"
+    return line
+
+
+# ---- train or val --------------------------------------------------------------------------------
+
+
 def _split_rule(source: str, files: list, val_fraction: float, log) -> dict:
-    """Who is "val". {"rule": "cut", "at": n}: all after n bytes of text (n tokens of token files)."""
+    """The rule that splits documents, for corpus.json.
+
+    {"rule": "cut", "at": n}: "val" is all after n bytes of text, or n tokens of token files.
+    """
     if files:
         if len({_is_val(path) for path, _, _ in files}) == 2:
             return {"rule": "file name"}
         sizes = [count for _, _, count in files]
     else:
-        # A look ahead: it ends after FEW documents, or has seen the whole source and knows its size.
+        # Looks at up to FEW documents; if there are fewer, these are all, with their sizes.
         sizes = [len(text.encode()) for text in islice(documents(source), FEW)]
         if not sizes:
             raise UserError(f"{source} is empty: expected text.")
         if len(sizes) == FEW:
             return {"rule": "document hash"}
         log(
-            f"{source}: only {len(sizes)} documents; validation is the last {val_fraction:.0%} of the text"
+            f"{source}: only {len(sizes)} documents; "
+            f"validation is the last {val_fraction:.0%} of the text"
         )
     return {"rule": "cut", "at": round(sum(sizes) * (1 - val_fraction))}
 
 
 def _is_val(path: Path) -> bool:
-    """nanoGPT writes train.bin and val.bin, llm.c fineweb_train_000001.bin and fineweb_val_000000.bin."""
+    """By name: nanoGPT writes val.bin, llm.c fineweb_val_000000.bin."""
     return "val" in path.name
 
 
-def _from_text(texts: Iterator[str], split: dict, val_fraction: float, digest) -> Iterator[tuple]:
-    """(split, text, bytes) of each document; the one that a cut falls into becomes two, parted at a blank."""
-    seen = 0
+def _split_texts(texts: Iterator[str], rule: dict, val_fraction: float, digest) -> Iterator[Piece]:
+    """The pieces of each document, as text; `digest` hashes all of it."""
+    start = 0  # of the document, in bytes of the whole text
     for text in texts:
         raw = text.encode()
         digest.update(raw)
-        if split["rule"] == "document hash":
-            yield "val" if held_out(raw, val_fraction) else "train", text, len(raw)
+        if rule["rule"] == "document hash":
+            split = "val" if is_held_out(raw, val_fraction) else "train"
+            yield Piece(split, text, len(raw))
             continue
-        left = raw[: max(0, split["at"] - seen)].decode(
-            "utf-8", "ignore"
-        )  # no half character at its end
-        if len(left) < len(text):
-            left = left[: max(left.rfind("\n"), left.rfind(" ")) + 1 or len(left)]
-        for name, piece in (("train", left), ("val", text[len(left) :])):
-            if piece:
-                yield name, piece, len(piece.encode())
-        seen += len(raw)
+        left = _cut_at_blank(text, raw, rule["at"] - start)
+        right = text[len(left) :]
+        if left:
+            yield Piece("train", left, len(left.encode()))
+        if right:
+            yield Piece("val", right, len(right.encode()))
+        start += len(raw)
 
 
-def _encoded(items: Iterator[tuple], tokenizer: Tokenizer, workers: int | None) -> Iterator[tuple]:
-    """(split, ids, bytes) of each document, eot at its end; BATCH characters of text are held at a time."""
-    for group in _groups(items, BATCH):
-        splits, texts, sizes = zip(*group)
-        ids = tokenizer.encode_batch(texts, workers)
-        yield from zip(splits, (np.append(i, i.dtype.type(tokenizer.eot)) for i in ids), sizes)
+def _cut_at_blank(text: str, raw: bytes, n_bytes: int) -> str:
+    """The beginning of `text` (UTF-8: `raw`), at most n_bytes long, that ends at a blank."""
+    left = raw[: max(0, n_bytes)].decode("utf-8", "ignore")  # no half character at the end
+    if len(left) == len(text):
+        return left
+    last_blank = max(left.rfind("\n"), left.rfind(" "))
+    return left[: last_blank + 1] or left
 
 
-def _from_files(
-    files: list, split: dict, tokenizer: Tokenizer, position: Position
-) -> Iterator[tuple]:
-    """(split, ids, bytes of the text they spell) of each stretch of token files; eot spells none."""
-    lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.eot)] + [0])
+def _encoded(pieces: Iterator[Piece], tokenizer: Tokenizer, workers: int | None) -> Iterator[Piece]:
+    """The same pieces as ids with eot at the end; BATCH characters of text in memory at a time."""
+    for group in _groups(pieces, BATCH):
+        encoded = tokenizer.encode_batch([piece.content for piece in group], workers)
+        for piece, ids in zip(group, encoded):
+            eot = ids.dtype.type(tokenizer.eot)
+            yield piece._replace(content=np.append(ids, eot))
+
+
+def _split_files(
+    files: list, rule: dict, tokenizer: Tokenizer, position: Position
+) -> Iterator[Piece]:
+    """The pieces of ready-made token files, at most BATCH ids each; position counts ids."""
+    lengths = [len(tokenizer.token_bytes(i)) for i in range(tokenizer.eot)]
+    lengths = np.array([*lengths, 0])  # in bytes; eot spells nothing
     position.total = sum(count for _, _, count in files)
     for path, offset, count in files:
         for start in range(0, count, BATCH):
@@ -247,24 +326,26 @@ def _from_files(
                     f"{path} holds id {ids.max()}, but tokenizer {tokenizer.name} has only "
                     f"{tokenizer.vocab_size} ids: choose the one it was made with."
                 )
-            if split["rule"] == "cut":
-                at = max(0, split["at"] - position.done)
+            if rule["rule"] == "cut":
+                cut = max(0, rule["at"] - position.done)
             else:
-                at = 0 if _is_val(path) else len(ids)
-            for name, piece in (("train", ids[:at]), ("val", ids[at:])):
+                cut = 0 if _is_val(path) else len(ids)
+            for split, piece in (("train", ids[:cut]), ("val", ids[cut:])):
                 if len(piece):
-                    yield name, piece, int(lengths[piece].sum())
+                    yield Piece(split, piece, int(lengths[piece].sum()))
             position.done += len(ids)
 
 
-def _groups(items: Iterator[tuple], size: int) -> Iterator[list]:
-    """Lists of consecutive items, each of at least `size` tokens or characters except the last."""
-    group, total = [], 0
-    for item in items:
-        group.append(item)
-        total += len(item[1])
+def _groups(pieces: Iterator[Piece], size: int) -> Iterator[list[Piece]]:
+    """Lists of consecutive pieces, each of at least `size` tokens or characters except the last."""
+    group = []
+    total = 0
+    for piece in pieces:
+        group.append(piece)
+        total += len(piece.content)
         if total >= size:
             yield group
-            group, total = [], 0
+            group = []
+            total = 0
     if group:
         yield group
