@@ -1,13 +1,13 @@
-"""Checkpoints: a folder with weights, a JSON that people can read, and what an exact resume needs.
+"""Checkpoints: a folder with weights, a readable JSON, and the state for an exact resume.
 
-    config.json    the model's Config, tokenizer, training facts, versions; names and sha256 of the others
+    config.json    Config, tokenizer, training facts, versions; name and sha256 of each other file
     weights-N.pt   the state_dict alone
-    resume-N.pt    optimizer state and the like; only in checkpoints that training can go on from
+    resume-N.pt    optimizer state and the like; only in checkpoints that a run can resume from
 
-A checkpoint is replaced in one instant, whatever kills the writer: the data files get a new number N and are
-on the disk before config.json, which alone says what counts, is renamed over its predecessor. Every file is
-checked against its sha256 before use, and .pt files load with weights_only=True, so that none can run code.
-Checkpoints of other projects come in through foreign.py.
+A save is atomic, whatever kills the writer: the data files get a new number N and are on the disk
+before config.json, which names the files that count, is renamed over its predecessor. Every file is
+verified by its sha256 before use, and .pt files load with weights_only=True, so that none of them
+can run code. Checkpoints of other projects come in through foreign_weights.py.
 """
 
 import hashlib
@@ -15,50 +15,57 @@ import json
 import os
 import re
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from crate_mini import UserError, __version__, atomic_write, cli
-from crate_mini.model import LM, Config, to_dict
-from crate_mini.training.foreign_weights import fingerprint, import_foreign, is_foreign
+from crate_mini.data.batches import open_corpus
+from crate_mini.data.tokenizer import load_tokenizer
+from crate_mini.model import LM, Config
+from crate_mini.training.device import choose_device
 
 FORMAT = 1
-# Tokenizer.hash of GPT-2's ranks, which released models were trained with
+# Tokenizer.hash of GPT-2's ranks, which the released models were trained with.
 GPT2_TOKENIZER = "f6f7c3d6d682894818f9dab9e062428d232232b17a0f696e11a81e630c1a9e1e"
-DATA = re.compile(r"(?:weights|resume)-(\d+)\.pt")  # and, with match, what atomic_write left of one
+# Names of data files; `match` also accepts the temporary files of an interrupted atomic_write.
+DATA_FILE = re.compile(r"(?:weights|resume)-(\d+)\.pt")
+TEMPORARY_CONFIG = re.compile(r"config\.json\.\d+\.tmp")
+
+
+# ---- save and load -------------------------------------------------------------------------------
 
 
 def save(path, model, *, tokenizer, training, resume=None):
-    """Make folder `path` the checkpoint of the LM `model`; what was there is replaced whole, or kept whole.
+    """Save the LM `model` in the folder `path`, atomically replacing a checkpoint there.
 
-    tokenizer {"spec", "hash", ..} and training {"step", ..} are JSON-able and come back in load's meta;
-    resume is nested dicts, lists, tensors and numbers. Raises UserError when the folder or the disk refuses.
+    tokenizer {"spec", "hash", ..} and training {"step", ..} are JSON-able and come back in load's
+    meta. resume: nested dicts, lists, tensors and numbers, for load_resume. Raises UserError if the
+    folder cannot be written or the disk is full.
     """
     folder = Path(path)
     meta = {
         "format": FORMAT,
         "crate_mini": __version__,
         "torch": str(torch.__version__),
-        "config": to_dict(model.config),
+        "config": asdict(model.config),
         "tokenizer": tokenizer,
         "training": training,
         "files": {},
     }
+    contents = {"weights": model.state_dict()}
+    if resume is not None:
+        contents["resume"] = resume
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(m[1]) for m in map(DATA.match, os.listdir(folder)) if m), default=0)
-        for kind, content in (("weights", model.state_dict()), ("resume", resume)):
-            if content is not None:
-                name = f"{kind}-{number}.pt"
-                meta["files"][kind] = {
-                    "name": name,
-                    "sha256": write_tensors(folder / name, content),
-                }
+        number = _next_number(folder)
+        for kind, content in contents.items():
+            name = f"{kind}-{number}.pt"
+            sha256 = write_tensors(folder / name, content)
+            meta["files"][kind] = {"name": name, "sha256": sha256}
         meta["sha256"] = _digest(meta)
-        _sync(
-            folder
-        )  # the data files must have survived a power cut before config.json relies on them
+        _sync(folder)  # the data files must survive a power cut before config.json names them
         with atomic_write(folder / "config.json") as file:
             file.write(json.dumps(meta, indent=2).encode() + b"\n")
         _sync(folder)
@@ -68,51 +75,112 @@ def save(path, model, *, tokenizer, training, resume=None):
             "choose another folder."
         ) from None
     finally:
-        _sweep(folder)
+        _remove_leftovers(folder)
 
 
 def load(path, device="cpu"):
-    """(model in eval mode, meta) of the checkpoint folder `path`, or of a foreign file (see foreign.py).
+    """(model in eval mode, meta) of a checkpoint folder or a file of another project.
 
-    meta is config.json as a dict. Raises UserError for what is missing, damaged, or of another format.
+    meta: the content of config.json; for another project's file, the entries that can be known.
+    Raises UserError if anything is missing, damaged or of another format.
     """
+    from crate_mini.training.foreign_weights import fingerprint, import_foreign, is_foreign
+
     path = Path(path)
-    if is_foreign(path):  # the tokenizer of all published CRATE-LM and GPT-2 models is GPT-2's
+    if is_foreign(path):
         model = import_foreign(path)
         meta = {
-            "config": to_dict(model.config),
+            "config": asdict(model.config),
             "training": {},
             "sha256": fingerprint(model),
+            # All published CRATE-LM and GPT-2 models use GPT-2's tokenizer.
             "tokenizer": {"spec": "gpt2", "hash": GPT2_TOKENIZER},
         }
         return model.to(device), meta
     meta, weights = _read(path, "weights")
-    return _build(meta["config"], weights, path).to(device), meta
+    model = _build(meta["config"], weights, path)
+    return model.to(device), meta
 
 
 def load_resume(path):
-    """(meta, what save got as `resume`, state_dict) of the checkpoint folder `path`, tensors on the CPU."""
+    """(meta, the `resume` given to save, state_dict) of a checkpoint folder, on the CPU."""
     return _read(Path(path), "resume", "weights")
 
 
+# ---- models with their tokenizer and text --------------------------------------------------------
+
+
+def open_model(ckpt, device="auto", tokenizer=None):
+    """(model, meta, tokenizer) of a checkpoint.
+
+    tokenizer: its specification, if not the one that the checkpoint names.
+    """
+    model, meta = load(ckpt, choose_device(device))
+    opened = load_tokenizer(tokenizer or meta["tokenizer"]["spec"])
+    check_tokenizer(meta, opened)
+    return model, meta, opened
+
+
 def check_tokenizer(meta, tokenizer):
-    """Raise UserError unless `tokenizer` (name, vocab_size, hash) is what the model of `meta` has seen."""
-    known, ids = meta["tokenizer"], meta["config"]["vocab_size"]
-    if tokenizer.vocab_size > ids or known.get("hash") not in (None, tokenizer.hash):
+    """Raise UserError unless the model of `meta` was trained with this Tokenizer."""
+    trained_with = meta["tokenizer"]
+    n_ids = meta["config"]["vocab_size"]
+    if tokenizer.vocab_size > n_ids or trained_with.get("hash") not in (None, tokenizer.hash):
         raise UserError(
             f"Tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids) is not the one the model "
-            f"({ids} ids) was trained with; use --tokenizer {known.get('spec')}."
+            f"({n_ids} ids) was trained with; use --tokenizer {trained_with.get('spec')}."
         )
 
 
-class _Sink:
-    """A file for torch.save that hashes what goes through.
+def held_out(ckpt, meta, tokenizer, source=None, val_fraction=None):
+    """A Corpus with a "val" split that the model has not seen, split as in training.
 
-    It keeps a failed write to be raised after: torch's zip writer would bury it under its own error.
+    source, val_fraction: another text or share than in training. Raises UserError if no source is
+    given and the checkpoint does not name one. Prints a note if the training text has changed.
+    """
+    settings = meta["training"].get("settings", {})
+    chosen = source or settings.get("data")
+    if chosen is None:
+        raise UserError(
+            f"{ckpt} does not name the text it was trained on; give one, like --data mytext.txt."
+        )
+    if val_fraction is None:
+        val_fraction = settings.get("val_fraction", 0.1)
+    corpus = open_corpus(chosen, tokenizer, val_fraction=val_fraction)
+    trained_on = meta["training"].get("corpus", {}).get("text_sha256")
+    if source is None and corpus.meta["text_sha256"] != trained_on:
+        print(
+            f"note      {chosen} has changed since {ckpt} was trained on it; the model may have "
+            "seen parts of the text that is now held out"
+        )
+    return corpus
+
+
+def untrained(config, seed):
+    """The LM of this Config, in eval mode, as train.py initializes it from this seed.
+
+    The control for a trained model. No global random generator is changed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return LM(config).eval()
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+class _HashingFile:
+    """A file for torch.save that hashes the bytes written.
+
+    It keeps the first write error, to be raised later: torch's zip writer would replace it with
+    another one.
     """
 
     def __init__(self, file):
-        self.file, self.flush, self.sha256, self.error = file, file.flush, hashlib.sha256(), None
+        self.file = file
+        self.flush = file.flush
+        self.sha256 = hashlib.sha256()
+        self.error = None
 
     def write(self, data):
         self.sha256.update(data)
@@ -125,17 +193,36 @@ class _Sink:
 
 
 def write_tensors(path, content):
-    """Write nested dicts, lists, tensors and numbers to a file, in one instant; returns its sha256."""
+    """Write nested dicts, lists, tensors and numbers atomically; returns the file's sha256."""
     with atomic_write(path) as file:
-        sink = _Sink(file)
-        torch.save(content, sink)
-        if sink.error:
-            raise sink.error
-    return sink.sha256.hexdigest()
+        hashing = _HashingFile(file)
+        torch.save(content, hashing)
+        if hashing.error:
+            raise hashing.error
+    return hashing.sha256.hexdigest()
+
+
+def read_tensors(path, sha256):
+    """Read a file of write_tensors. Raises UserError if its sha256 differs, and OSError."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        if digest.hexdigest() != sha256:
+            raise UserError(f"{path} is damaged, its sha256 does not fit; use another checkpoint.")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _next_number(folder):
+    """One more than the highest number of a data file in the folder."""
+    matches = [DATA_FILE.match(name) for name in os.listdir(folder)]
+    numbers = [int(match[1]) for match in matches if match]
+    return 1 + max(numbers, default=0)
 
 
 def _sync(folder):
-    """Put the folder's list of names on the disk; Windows has no such call."""
+    """Flush the folder's directory entries to the disk; Windows has no such call."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -144,36 +231,47 @@ def _sync(folder):
             os.close(handle)
 
 
-def _sweep(folder):
-    """Remove what config.json does not name: the previous checkpoint, and leftovers of a save cut off."""
+def _remove_leftovers(folder):
+    """Remove files that config.json does not name: of the previous checkpoint, of broken saves."""
     with suppress(OSError, UserError):
-        meta = _meta(folder) if (folder / "config.json").exists() else {"files": {}}
-        keep = {file["name"] for file in meta["files"].values()}
+        named = set()
+        if (folder / "config.json").exists():
+            named = {file["name"] for file in _meta(folder)["files"].values()}
         for name in os.listdir(folder):
-            if (
-                DATA.match(name)
-                and name not in keep
-                or re.fullmatch(r"config\.json\.\d+\.tmp", name)
-            ):
+            old = DATA_FILE.match(name) and name not in named
+            if old or TEMPORARY_CONFIG.fullmatch(name):
                 (folder / name).unlink()
 
 
 def _digest(meta):
-    """sha256 of all other entries: config.json vouches for itself too."""
-    rest = {name: value for name, value in meta.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    """sha256 of all other entries of config.json, which stores it too."""
+    entries = {name: value for name, value in meta.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def nearest_folder(folder, holding):
+    """' (did you mean X?)' for a folder near `folder` that holds a file of this name, or ''."""
+    for root in (folder, *folder.parents[:2]):
+        with suppress(OSError):
+            files = [*root.glob(f"*/{holding}"), *root.glob(f"*/*/{holding}")]
+            folders = [str(path.parent) for path in files]
+            similarity = 0.0 if root == folder else 0.6
+            if match := cli.nearest(str(folder), folders, similarity):
+                return match
+    return ""
 
 
 def _meta(folder):
+    """The content of config.json. Raises UserError unless it is intact and of this format."""
     path = folder / "config.json"
     try:
         meta = json.loads(path.read_bytes())
         version = meta["format"]
     except OSError as error:
+        suggestion = nearest_folder(folder, "config.json")
         raise UserError(
-            f"No checkpoint in {folder}{cli.nearest_folder(folder, 'config.json')}: "
-            f"{error.strerror}; expected a folder that train.py has written, such as "
-            "out/crate-3L/last."
+            f"No checkpoint in {folder}{suggestion}: {error.strerror}; expected a folder written "
+            "by train.py, such as out/crate-3L/last."
         ) from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
@@ -192,15 +290,18 @@ def _meta(folder):
 
 
 def _read(folder, *kinds):
-    """[meta, content of each kind]. A save may take the files away meanwhile; then there is a newer JSON."""
+    """[meta, content of each kind of data file].
+
+    A concurrent save may remove the files first; config.json then names newer ones.
+    """
     meta = _meta(folder)
     try:
-        found = [meta["files"][kind] for kind in kinds]
-        return [meta, *(read_tensors(folder / file["name"], file["sha256"]) for file in found)]
+        files = [meta["files"][kind] for kind in kinds]
+        contents = [read_tensors(folder / file["name"], file["sha256"]) for file in files]
     except KeyError:
         raise UserError(
-            f"{folder} holds weights only, so training cannot go on from it; resume from last, "
-            "not from best."
+            f"{folder} holds weights only, which a run cannot resume from; resume from last, not "
+            "from best."
         ) from None
     except FileNotFoundError as error:
         if _meta(folder)["sha256"] == meta["sha256"]:
@@ -210,22 +311,14 @@ def _read(folder, *kinds):
         raise UserError(
             f"Cannot read {error.filename}: {error.strerror}; use another checkpoint."
         ) from None
-
-
-def read_tensors(path, sha256):
-    """What write_tensors wrote; raises UserError when the file is not what had this sha256, else OSError."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        if digest.hexdigest() != sha256:
-            raise UserError(f"{path} is damaged, its sha256 does not fit; use another checkpoint.")
-        file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+    return [meta, *contents]
 
 
 def _build(config, weights, source):
-    """LM(Config(**config)) around `weights`; on the meta device, where init costs no time or randomness."""
+    """The LM of a Config, given as a dict, with these weights.
+
+    Built on the meta device, where initial weights cost neither time nor random numbers.
+    """
     try:
         with torch.device("meta"):
             model = LM(Config(**config))
@@ -233,6 +326,6 @@ def _build(config, weights, source):
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip().rstrip(".")
         raise UserError(
-            f"{source}: weights and config do not fit ({reason}); use another one."
+            f"{source}: weights and config do not fit ({reason}); use another checkpoint."
         ) from None
     return model.eval()

@@ -1,19 +1,21 @@
-"""Checkpoints of other projects: their key names against ours, in both directions.
+"""Weights of other projects, imported and exported by their names for our parameters.
 
-    crate   CRATE-LM: crate_overcomplete.py of github.com/crate-lm/crate-lm; ista.weight is D^T, c_attn U^T
-    gpt     its GPT-2 twin, gpt.py: nanoGPT's names, with ReLU. nanoGPT's own models have the same names and
-            GELU: give activation="gelu" (GPT-2's tanh form, within 5e-4 of the exact one in today's nanoGPT)
-    hf      GPT-2 of Hugging Face transformers: these names again, matrices transposed (Conv1D), GELU
+    crate   CRATE-LM: crate_overcomplete.py of github.com/crate-lm/crate-lm; ista.weight is D^T and
+            c_attn.weight is U^T
+    gpt     its GPT-2 twin, gpt.py: nanoGPT's names, with ReLU. Models of nanoGPT itself have the
+            same names and GELU: import them with activation="gelu" (the tanh form of OpenAI's
+            GPT-2, within 5e-4 of the exact one that nanoGPT uses)
+    hf      GPT-2 of Hugging Face transformers: the same names, matrices transposed (Conv1D), GELU
 
-Files: what torch.save wrote, .safetensors, or a Hugging Face folder: config.json beside one of the two. A
-file of its own beside checkpoint.py because this one changes when others change their formats.
+A source is a state_dict, a file of torch.save or .safetensors, or a Hugging Face folder, which
+holds config.json and one of the two.
 """
 
 import hashlib
 import json
 import math
 import pickle
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -21,7 +23,28 @@ import torch
 from crate_mini import UserError
 from crate_mini.model import KINDS, LM, Config
 
-GPT = {
+
+@dataclass(frozen=True)
+class Layout:
+    """A project's way to store a model.
+
+    names: {our name of a module or parameter in a block: theirs}. transposed: endings of the names
+    of matrices that are stored transposed. config: the Config fields that the layout implies.
+    """
+
+    names: dict
+    transposed: tuple
+    config: dict
+
+
+CRATE_NAMES = {
+    "attention.norm": "prenorm_1",
+    "attention.U": "attn.c_attn.weight",
+    "attention.out": "attn.c_proj",
+    "sparsifier.norm": "prenorm_2",
+    "sparsifier.D": "ista.weight",
+}
+GPT_NAMES = {
     "attention.norm": "ln_1",
     "attention.qkv": "attn.c_attn",
     "attention.out": "attn.c_proj",
@@ -29,33 +52,22 @@ GPT = {
     "sparsifier.fc": "mlp.c_fc",
     "sparsifier.proj": "mlp.c_proj",
 }
-LAYOUTS = {  # names in a block, ours and theirs; endings of what is stored transposed; the Config it implies
-    "crate": (
-        {
-            "attention.norm": "prenorm_1",
-            "attention.U": "attn.c_attn.weight",
-            "attention.out": "attn.c_proj",
-            "sparsifier.norm": "prenorm_2",
-            "sparsifier.D": "ista.weight",
-        },
-        ("c_attn.weight", "ista.weight"),
-        {**KINDS["crate"], "bias": True},
+LAYOUTS = {
+    "crate": Layout(
+        CRATE_NAMES, ("c_attn.weight", "ista.weight"), {**KINDS["crate"], "bias": True}
     ),
-    "gpt": (GPT, (), KINDS["gpt2"]),
-    "hf": (
-        GPT,
+    "gpt": Layout(GPT_NAMES, (), KINDS["gpt2"]),
+    "hf": Layout(
+        GPT_NAMES,
         ("c_attn.weight", "c_proj.weight", "c_fc.weight"),
         {**KINDS["gpt2"], "bias": True, "activation": "gelu"},
     ),
 }
-HEADS = {
-    128: 4,
-    768: 12,
-    1024: 16,
-    1280: 20,
-    1600: 25,
-}  # by width, of published CRATE-LM and GPT-2 models
-HF_FACTS = {
+OUTER_NAMES = {"tokens": "wte", "positions": "wpe", "norm": "ln_f"}
+# Heads of the published CRATE-LM and GPT-2 models, by width.
+HEADS = {128: 4, 768: 12, 1024: 16, 1280: 20, 1600: 25}
+# Values that config.json of a Hugging Face model must have, if it names them.
+HF_CONFIG = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
@@ -63,7 +75,7 @@ HF_FACTS = {
     "scale_attn_by_inverse_layer_idx": False,
 }
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
-DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -74,172 +86,192 @@ DTYPES = {
 
 
 def is_foreign(path):
-    """Whether `path` is for import_foreign: any file, or a folder as Hugging Face writes them."""
+    """Whether this path is for import_foreign: any file, or a Hugging Face folder."""
     return path.is_file() or any((path / name).is_file() for name in HF_FILES)
 
 
-def import_foreign(source, **changes):
-    """LM, in eval mode, of a path, a state_dict, or a dict of "model" and "model_args" as nanoGPT saves.
+def fingerprint(model):
+    """sha256 of a model's Config and weights, whatever file they came from."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, w in sorted(model.state_dict().items()):
+        content = w.cpu().flatten().view(torch.uint8).numpy().tobytes()
+        digest.update(name.encode() + content)
+    return digest.hexdigest()
 
-    changes: Config fields that the source does not tell, such as n_head. Raises UserError.
+
+# ---- import and export ---------------------------------------------------------------------------
+
+
+def import_foreign(source, **changes):
+    """The LM, in eval mode, of a path, a state_dict, or nanoGPT's dict of "model" and "model_args".
+
+    changes: Config fields that the source does not hold, such as n_head. Raises UserError.
     """
-    where = "the state_dict" if isinstance(source, dict) else Path(source)
-    theirs, facts = (source, {}) if isinstance(source, dict) else _open(where)
-    if "model" in theirs:
-        theirs, facts = theirs["model"], theirs.get("model_args") or {}
-    theirs = _tidy(theirs, where)
-    layout, config = _recognise(theirs, where)
-    n_head = facts.get("n_head", HEADS.get(config["n_embd"])) if isinstance(facts, dict) else None
+    place = "the state_dict" if isinstance(source, dict) else Path(source)
+    content, facts = (source, {}) if isinstance(source, dict) else _open(place)
+    if "model" in content:
+        facts = content.get("model_args") or {}
+        content = content["model"]
+    theirs = _plain_names(content, place)
+    layout, config = _recognize(theirs, place)
+    n_head = None
+    if isinstance(facts, dict):  # a damaged file may hold anything
+        n_head = facts.get("n_head", HEADS.get(config["n_embd"]))
     if n_head is None and "n_head" not in changes:
         raise UserError(
-            f"{where} does not tell its number of heads; use import_foreign(path, n_head=...)."
+            f"{place} does not name its number of heads; use import_foreign(path, n_head=...)."
         )
     with torch.device("meta"):
         model = LM(Config(**{**config, "n_head": n_head, **changes}))
     ours = {}
-    for name, like in model.state_dict().items():
-        key, transposed = _theirs(name, layout)
-        value, shape = theirs.pop(key, None), like.shape[::-1] if transposed else like.shape
-        if value is None or value.shape != shape:
-            found = "nothing" if value is None else tuple(value.shape)
-            raise UserError(
-                f"{where}: expected {key} of shape {tuple(shape)} for a {layout} model, found "
-                f"{found}; fetch it again."
-            )
-        value = value.T if transposed else value
-        ours[name] = value.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    for name, parameter in model.state_dict().items():
+        ours[name] = _take(theirs, name, parameter.shape, layout, place)
     if theirs:
         raise UserError(
-            f"{where} has {next(iter(theirs))!r}, for which a {layout} model has no place."
+            f"{place} has {next(iter(theirs))!r}, for which a {layout} model has no place."
         )
     model.load_state_dict(ours, assign=True)
     return model.eval()
 
 
-def fingerprint(model):
-    """sha256 of a model's shape and weights, wherever they came from."""
-    digest = hashlib.sha256(repr(model.config).encode())
-    for name, w in sorted(model.state_dict().items()):
-        digest.update(name.encode() + w.cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _take(theirs, name, shape, layout, place):
+    """Remove their tensor for our parameter `name` from `theirs`; returns it in our layout."""
+    key, transposed = _their_name(name, layout)
+    value = theirs.pop(key, None)
+    if transposed:
+        shape = shape[::-1]
+    if value is None or value.shape != shape:
+        got = "nothing" if value is None else tuple(value.shape)
+        raise UserError(
+            f"{place}: expected {key} of shape {tuple(shape)} for a {layout} model, got {got}; "
+            "download it again."
+        )
+    if transposed:
+        value = value.T
+    return value.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def export_foreign(model):
     """state_dict of an LM in the layout of its kind: crate, gpt or, if its MLP has GELU, hf.
 
-    Raises UserError for a model with a variant that the layout does not know.
+    Raises UserError for a model with a variant that the layout cannot express.
     """
     config = model.config
-    layout = (
-        "crate" if config.sparsifier == "ista" else "hf" if config.activation == "gelu" else "gpt"
-    )
-    free = ["vocab_size", "block_size", "n_layer", "n_head", "n_embd", "l1"] + ["bias"] * (
-        layout == "gpt"
-    )
-    plain = Config(**{**LAYOUTS[layout][2], **{name: getattr(config, name) for name in free}})
+    if config.sparsifier == "ista":
+        layout = "crate"
+    else:
+        layout = "hf" if config.activation == "gelu" else "gpt"
+    free = ["vocab_size", "block_size", "n_layer", "n_head", "n_embd", "l1"]
+    if layout == "gpt":
+        free.append("bias")
+    sizes = {name: getattr(config, name) for name in free}
+    plain = Config(**{**LAYOUTS[layout].config, **sizes})
     for f in fields(Config):
-        if getattr(config, f.name) != getattr(plain, f.name):
+        value, implied = getattr(config, f.name), getattr(plain, f.name)
+        if value != implied:
             raise UserError(
-                f"{f.name}={getattr(config, f.name)!r} has no place in a {layout} checkpoint, "
-                f"which implies {getattr(plain, f.name)!r}; export a model without it."
+                f"{f.name}={value!r} has no place in a {layout} checkpoint, which implies "
+                f"{implied!r}; export a model without it."
             )
     theirs = {}
     for name, value in model.state_dict().items():
-        key, transposed = _theirs(name, layout)
+        key, transposed = _their_name(name, layout)
         theirs[key] = (value.T if transposed else value).contiguous()
-    return {**theirs, "lm_head.weight": theirs["transformer.wte.weight"]}
+    theirs["lm_head.weight"] = theirs["transformer.wte.weight"]
+    return theirs
 
 
-def _theirs(name, layout):
-    """(their key of our parameter `name`, whether it is stored transposed)."""
-    table, transposed, _ = LAYOUTS[layout]
-    if name.startswith("blocks."):
-        _, i, part = name.split(".", 2)
-        ours = next(ours for ours in table if part.startswith(ours))
-        key = f"transformer.h.{i}.{table[ours]}{part[len(ours) :]}"
-    else:
-        stem, kind = name.split(".")
-        key = f"transformer.{dict(tokens='wte', positions='wpe', norm='ln_f')[stem]}.{kind}"
-    return key, key.startswith("transformer.h.") and key.endswith(transposed)
+# ---- names and shapes ----------------------------------------------------------------------------
 
 
-def _tidy(theirs, where):
-    """Their tensors under plain names, without wrappers' prefixes, mask buffers, and the tied head's copy."""
-    if not isinstance(theirs, dict) or not all(
-        isinstance(value, torch.Tensor) for value in theirs.values()
-    ):
+def _their_name(name, layout):
+    """(their name of our parameter, whether they store it transposed)."""
+    names, transposed = LAYOUTS[layout].names, LAYOUTS[layout].transposed
+    if not name.startswith("blocks."):
+        module, kind = name.split(".")
+        return f"transformer.{OUTER_NAMES[module]}.{kind}", False
+    _, i, inner = name.split(".", 2)
+    prefix = next(prefix for prefix in names if inner.startswith(prefix))
+    key = f"transformer.h.{i}.{names[prefix]}{inner.removeprefix(prefix)}"
+    return key, key.endswith(transposed)
+
+
+def _plain_names(content, place):
+    """Their tensors, without the prefixes of wrappers, mask buffers and the tied head."""
+    is_dict = isinstance(content, dict)
+    if not is_dict or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(
-            f"{where} holds no state_dict; expected tensors by name, or model=tensors by name."
+            f"{place} holds no state_dict; expected tensors by name, or model=tensors by name."
         )
-    tidy = {}
-    for key, value in theirs.items():
+    theirs = {}
+    for key, value in content.items():
         key = str(key).removeprefix("module.").removeprefix("_orig_mod.")
         if key.startswith(("wte.", "wpe.", "h.", "ln_f.")):  # Hugging Face's model without a head
             key = "transformer." + key
         if not key.endswith((".attn.bias", ".attn.masked_bias")):
-            tidy[key] = value
-    head = tidy.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(
-        head.float(), tidy.get("transformer.wte.weight", head).float()
-    ):
-        raise UserError(
-            f"{where} has a head of its own; only heads tied to the embedding can be imported."
-        )
-    return tidy
+            theirs[key] = value
+    head = theirs.pop("lm_head.weight", None)
+    if head is not None:
+        embedding = theirs.get("transformer.wte.weight", head)
+        if not torch.equal(head.float(), embedding.float()):
+            raise UserError(
+                f"{place} has an untied head; only heads tied to the embedding can be imported."
+            )
+    return theirs
 
 
-def _recognise(theirs, where):
-    """(layout, Config fields that names and shapes tell)."""
+def _recognize(theirs, place):
+    """(layout, the Config fields that names and shapes determine)."""
+    block = "transformer.h.0."
+    is_crate = block + "ista.weight" in theirs
     try:
-        (vocab, d), context = (
-            theirs["transformer.wte.weight"].shape,
-            len(theirs["transformer.wpe.weight"]),
-        )
-        attn = theirs["transformer.h.0.attn.c_attn.weight"].shape
-        crate = "transformer.h.0.ista.weight" in theirs
-        h = (
-            theirs[
-                "transformer.h.0.ista.weight" if crate else "transformer.h.0.mlp.c_fc.weight"
-            ].numel()
-            // d
-        )
+        vocab_size, d = theirs["transformer.wte.weight"].shape
+        block_size = len(theirs["transformer.wpe.weight"])
+        attention_shape = theirs[block + "attn.c_attn.weight"].shape
+        codes = theirs[block + ("ista.weight" if is_crate else "mlp.c_fc.weight")]
+        h = codes.numel() // d
     except (KeyError, ValueError, ZeroDivisionError):
-        found = str([*theirs][:3])[1:-1] or "nothing"
+        names = ", ".join(repr(name) for name in [*theirs][:3]) or "nothing"
         raise UserError(
-            f"{where} is no CRATE-LM, nanoGPT or GPT-2 model: expected transformer.wte.weight"
-            f" and so on, found {found}; of one of ours, give the folder."
+            f"{place} is not a CRATE-LM, nanoGPT or GPT-2 model: expected transformer.wte.weight "
+            f"and so on, got {names}; for a checkpoint of crate_mini, give its folder."
         ) from None
-    layout = "crate" if crate else "gpt" if attn == (3 * d, d) else "hf"
-    if layout == "crate" and h != 4 * d:
+    if is_crate:
+        layout = "crate"
+    else:
+        layout = "gpt" if attention_shape == (3 * d, d) else "hf"
+    if is_crate and h != 4 * d:
         raise UserError(
-            f"{where} has {h} codes at width {d}, expected {4 * d}: only models of "
-            "crate_overcomplete.py can be imported, those of crate.py compute something else."
+            f"{place} has {h} codes at width {d}, expected {4 * d}: only models of "
+            "crate_overcomplete.py can be imported, crate.py computes something else."
         )
     layers = {key.split(".")[2] for key in theirs if key.startswith("transformer.h.")}
-    config = dict(
-        vocab_size=vocab, block_size=context, n_layer=len(layers), n_embd=d, expansion=h // d
-    )
-    return layout, {**LAYOUTS[layout][2], **config, "bias": "transformer.ln_f.bias" in theirs}
+    config = {
+        **LAYOUTS[layout].config,
+        "vocab_size": vocab_size,
+        "block_size": block_size,
+        "n_layer": len(layers),
+        "n_embd": d,
+        "expansion": h // d,
+        "bias": "transformer.ln_f.bias" in theirs,
+    }
+    return layout, config
+
+
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def _open(path):
-    """(content, facts) of a file or a Hugging Face folder; facts are what config.json tells."""
+    """(content, facts) of a file or a Hugging Face folder; facts: n_head, if it is known."""
     facts = {}
     try:
         if path.is_dir():
-            facts = json.loads((path / "config.json").read_bytes())
-            for name, known in HF_FACTS.items():
-                if facts.get(name, known) != known:
-                    raise UserError(
-                        f"{path}/config.json has {name}={facts[name]!r}; only GPT-2 with "
-                        f"{known!r} can be imported."
-                    )
+            facts = _hugging_face_facts(path)
             path = next(path / name for name in HF_FILES if (path / name).is_file())
-        content = (
-            _safetensors(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        if path.suffix == ".safetensors":
+            content = _safetensors(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except OSError as error:
@@ -249,25 +281,44 @@ def _open(path):
     except Exception as error:  # damaged files fail in any way inside torch, json and pickle
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise UserError(
-                f"{path} would have to run code to load and was refused; where you trust it, "
-                "save its tensors alone: torch.save(model.state_dict(), path)."
+                f"{path} would run code when loaded, so it was refused; if you trust it, save its "
+                "tensors alone: torch.save(model.state_dict(), path)."
             ) from None
-        advice = "give the folder that it is in" if path.suffix == ".json" else "fetch it again"
-        raise UserError(f"{path} is damaged, truncated or no checkpoint; {advice}.") from None
+        advice = "download it again"
+        if path.suffix == ".json":
+            advice = "give the folder that holds it"
+        raise UserError(f"{path} is damaged, truncated or not a checkpoint; {advice}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a dict of tensors.")
-    return content, {key: facts[key] for key in ("n_head",) if key in facts}
+    return content, facts
+
+
+def _hugging_face_facts(folder):
+    """{"n_head": heads}, or {}, of a config.json. Raises UserError for another kind of model."""
+    config = json.loads((folder / "config.json").read_bytes())
+    for name, expected in HF_CONFIG.items():
+        if config.get(name, expected) != expected:
+            raise UserError(
+                f"{folder}/config.json has {name}={config[name]!r}; only GPT-2 with {expected!r} "
+                "can be imported."
+            )
+    return {"n_head": config["n_head"]} if "n_head" in config else {}
 
 
 def _safetensors(path):
-    """Tensors by name: 8 bytes of length, a JSON of dtypes, shapes and offsets, raw little-endian data."""
+    """Tensors by name: 8 bytes of length, a JSON of dtypes, shapes and offsets, raw data."""
     with open(path, "rb") as file:
-        table = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header_length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_length))
         data = bytearray(file.read())
-    table.pop("__metadata__", None)
-    return {
-        name: torch.frombuffer(
-            data, dtype=DTYPES[t["dtype"]], count=math.prod(t["shape"]), offset=t["data_offsets"][0]
-        ).reshape(t["shape"])
-        for name, t in table.items()
-    }
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        flat = torch.frombuffer(
+            data,
+            dtype=SAFETENSORS_DTYPES[entry["dtype"]],
+            count=math.prod(entry["shape"]),
+            offset=entry["data_offsets"][0],
+        )
+        tensors[name] = flat.reshape(entry["shape"])
+    return tensors

@@ -1,4 +1,4 @@
-"""A run as others see it: its folder, held for it alone, what it says at start and end, log.csv, progress."""
+"""The output of a run: its folder, its first and last lines, log.csv, progress."""
 
 import csv
 import os
@@ -9,97 +9,135 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from crate_mini import UserError, atomic_write, cli, ops
-from crate_mini.training import device as machine
+from crate_mini import UserError, atomic_write, ops
+from crate_mini.console import terminal
 from crate_mini.training.settings import twin
 
 try:
     import fcntl
-except ImportError:  # Windows, where two runs in one folder are not kept apart
+except ImportError:  # Windows: two runs may share a folder
     fcntl = None
 
-SIGPIPE = 13  # by number: Windows has no such name
+SIGPIPE = 13  # as a number: Windows has no such name
+
+
+# ---- the folder ----------------------------------------------------------------------------------
 
 
 @contextmanager
 def claim(folder):
-    """Hold the folder of a run for this process; whatever ends the process, a kill too, sets it free.
+    """Lock the folder of a run; the lock ends with the process, even if it is killed.
 
-    Made here, and still empty at the end, it goes again. Raises UserError when another run holds it, or when
-    nothing can be written in it.
+    Folders that it created and that are still empty at the end are removed. Raises UserError if
+    another run holds the lock, or if the folder cannot be written to.
     """
-    folder, made, handle = Path(folder), [], None
+    folder = Path(folder)
+    created = []
+    handle = None
     try:
         try:
-            made = [path for path in (folder, *folder.parents) if not path.exists()]
+            created += [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=folder).close()
-            handle = fcntl and os.open(folder, os.O_RDONLY)
+            if fcntl:
+                handle = os.open(folder, os.O_RDONLY)
         except OSError as error:
             raise UserError(
                 f"Nothing can be written to {folder} ({error.strerror}); choose another --out."
             ) from None
-        try:
-            fcntl and fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"Another process is training in {folder} now; wait for it, stop it, or choose "
-                "another --out."
-            ) from None
-        except OSError:
-            pass  # a file system without locks: as on Windows
+        if fcntl:
+            _lock(handle, folder)
         yield
     finally:
         if handle is not None:
             os.close(handle)
-        for path in made:
+        for path in created:
             with suppress(OSError):
                 path.rmdir()
 
 
-def introduction(run, mode, why_mode, why_dtype, why_peak):
-    """What will run, where and why."""
-    s, c, tokens = run.s, run.config, run.corpus.n_tokens
-    return (
-        f"model     {s.init or f'{s.model} {s.preset}'}: {c.attention} + {c.sparsifier}, "
-        f"L={c.n_layer} d={c.n_embd} K={c.n_head} h={c.n_code} V={c.vocab_size}\n"
-        f"          {run.lm.n_params() / 1e6:.2f} M parameters without positions\n"
-        f"device    {machine.describe(run.device)['device']}; {run.world} process(es)\n"
-        f"mode      {mode}: {why_mode}\n"
-        f"dtype     {str(run.dtype)[6:]}: {why_dtype}\n"
-        f"backend   {': '.join(ops.backend())}\n"
-        f"step      {s.batch_size} x {c.block_size} tokens of {run.flops / 1e6:.1f} MFLOP\n"
-        f"peak      {f'{run.peak / 1e9:,.0f} GFLOP/s, ' if run.peak else ''}{why_peak}\n"
-        f"corpus    {s.data}: {tokens['train']:,} tokens to train on, {tokens['val']:,} held out; this "
-        f"run sees {s.train_steps * s.batch_size * c.block_size / tokens['train']:.1f} times the first"
-        + (
-            f"\nnote      --warmup {s.warmup} outlasts the run: the learning rate will not reach {s.lr}"
-            if s.warmup > s.train_steps
-            else ""
+def _lock(handle, folder):
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"Another process is training in {folder} now; wait for it, stop it, or choose "
+            "another --out."
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+
+
+# ---- introduction and conclusion -----------------------------------------------------------------
+
+
+def introduction(trainer, mode, mode_reason, dtype_reason, peak_reason):
+    """The lines before training: model, device, dtype, corpus, each choice with its reason."""
+    s, c = trainer.s, trainer.config
+    n_tokens = trainer.corpus.n_tokens
+    source = s.init or f"{s.model} {s.preset}"
+    shape = f"L={c.n_layer} d={c.n_embd} K={c.n_head} h={c.n_code} V={c.vocab_size}"
+    peak = f"{trainer.peak / 1e9:,.0f} GFLOP/s, " if trainer.peak else ""
+    epochs = s.train_steps * s.batch_size * c.block_size / n_tokens["train"]
+    lines = [
+        f"model     {source}: {c.attention} + {c.sparsifier}, {shape}",
+        f"          {trainer.lm.n_params() / 1e6:.2f} M parameters without positions",
+        f"device    {trainer.machine['device']}; {trainer.processes.world} process(es)",
+        f"mode      {mode}: {mode_reason}",
+        f"dtype     {s.dtype}: {dtype_reason}",
+        f"backend   {': '.join(ops.backend())}",
+        f"step      {s.batch_size} x {c.block_size} tokens of {trainer.flops / 1e6:.1f} MFLOP",
+        f"peak      {peak}{peak_reason}",
+        f"corpus    {s.data}: {n_tokens['train']:,} tokens to train on for {epochs:.1f} epochs, "
+        f"{n_tokens['val']:,} held out",
+    ]
+    if s.warmup > s.train_steps:
+        lines.append(
+            f"note      --warmup {s.warmup} outlasts the run: the learning rate will not reach "
+            f"{s.lr}"
         )
-    )
+    return "\n".join(lines)
 
 
-def conclusion(run, val, sample, figure):
-    """What came out, where it lies, and what to type next."""
-    s, out = run.s, Path(run.s.out)
-    commands = [["--resume", s.out, "--train-steps", str(2 * s.train_steps)]]
-    if not s.init:  # weights from elsewhere have no twin to begin beside
-        commands.insert(0, twin(s, run.config, run.tokenizer.vocab_size))
+def conclusion(trainer, validation, sample, figure):
+    """The lines after training: sample, scores, files, and the commands to run next."""
+    s, out = trainer.s, Path(trainer.s.out)
+    scores = [
+        f"validation loss {validation['val_loss']:.4f} nats per token",
+        f"{validation['bits_per_byte']:.4f} bits per byte",
+    ]
+    if "density" in validation:
+        scores.append(f"density {validation['density']:.3f}")
+    result = ", ".join(scores)
+    if trainer.skipped:
+        result += f"; {trainer.skipped} steps skipped as not finite"
+    commands = []
+    if not s.init:  # a model that starts from given weights has no known twin
+        commands.append(twin(s, trainer.config, trainer.tokenizer.vocab_size))
+    commands.append(["--resume", s.out, "--train-steps", str(2 * s.train_steps)])
+    indent = "\n          "
+    sample = sample.strip().replace("\n", indent)
+    next_commands = indent.join(shlex.join(["python", "train.py", *flags]) for flags in commands)
     return (
-        "\nsample    "
-        + sample.strip().replace("\n", "\n          ")
-        + f"\n\nresult    validation loss {val['val_loss']:.4f} nats per token, "
-        f"{val['bits_per_byte']:.4f} bits per byte"
-        + (f", density {val['density']:.3f}" if "density" in val else "")
-        + (f"; {run.skipped} steps skipped as not finite" if run.skipped else "")
-        + f"\nfiles     {out / 'last'}, {out / 'best'}, {out / 'log.csv'}, {figure}\n"
-        "next      " + "\n          ".join(shlex.join(["python", "train.py", *c]) for c in commands)
+        f"\nsample    {sample}\n"
+        f"\nresult    {result}"
+        f"\nfiles     {out / 'last'}, {out / 'best'}, {out / 'log.csv'}, {figure}"
+        f"\nnext      {next_commands}"
     )
+
+
+def how_to_resume(out):
+    """A sentence, for errors, on how to resume the run in this folder."""
+    if not Path(out, "last", "config.json").exists():
+        return "no checkpoint was due yet."
+    return f"--resume {shlex.quote(out)} continues from the last good checkpoint."
+
+
+# ---- progress ------------------------------------------------------------------------------------
 
 
 class Log:
-    """log.csv and the progress line: one line that moves on a terminal, plain lines in a pipe."""
+    """log.csv and the progress line."""
 
     COLUMNS = (
         "step",
@@ -113,87 +151,79 @@ class Log:
         "density",
     )
 
-    def __init__(self, run):
-        self.run, self.start, self.first, self.val = run, time.perf_counter(), run.step, {}
-        self.path = Path(run.s.out, "log.csv")
-        if (
-            not run.rank
-        ):  # rows after the checkpoint that a resume starts from belong to a lost future
-            rows = []
-            if run.step and self.path.exists():
-                with open(self.path, newline="") as file:
-                    rows = [
-                        r
-                        for r in csv.reader(file)
-                        if len(r) == len(self.COLUMNS) and r[0].isdigit() and int(r[0]) <= run.step
-                    ]
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.start_time = time.perf_counter()
+        self.start_step = trainer.step
+        self.validation = {}  # the latest scores
+        self.path = Path(trainer.s.out, "log.csv")
+        if trainer.processes.is_first:
+            rows = [",".join(row) + "\n" for row in (self.COLUMNS, *self._rows_to_keep())]
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(self.path) as file:
-                file.write("".join(",".join(row) + "\n" for row in [self.COLUMNS, *rows]).encode())
+                file.write("".join(rows).encode())
 
-    def row(self, loss, norm, lr, val):
-        """Record the step just done, when one is due, and show where the run stands."""
-        run, s = self.run, self.run.s
-        done = run.step - self.first
-        seconds, tokens = time.perf_counter() - self.start, s.batch_size * run.config.block_size
-        rate = done * tokens / seconds
-        self.val = val or self.val
-        due = val or run.step % s.log_every == 0 or run.signal
-        if run.rank or not (due or sys.stdout.isatty()):
+    def _rows_to_keep(self):
+        """The rows up to the checkpoint that a resumed run starts from; it repeats later steps."""
+        if not self.trainer.step or not self.path.exists():
+            return []
+        rows = []
+        with open(self.path, newline="") as file:
+            for row in csv.reader(file):
+                whole = len(row) == len(self.COLUMNS) and row[0].isdigit()
+                if whole and int(row[0]) <= self.trainer.step:
+                    rows.append(row)
+        return rows
+
+    def row(self, loss, norm, lr, validation):
+        """Write the row of the last step, if one is due, and show the progress line."""
+        trainer, s = self.trainer, self.trainer.s
+        self.validation = validation or self.validation
+        due = validation or trainer.step % s.log_every == 0 or trainer.stopping
+        if not trainer.processes.is_first or not (due or sys.stdout.isatty()):
             return
+        seconds = time.perf_counter() - self.start_time
+        steps = trainer.step - self.start_step
+        tokens = s.batch_size * trainer.config.block_size
+        rate = steps * tokens / seconds
         if due:
             values = {
-                "step": run.step,
-                "tokens": run.step * tokens,
+                "step": trainer.step,
+                "tokens": trainer.step * tokens,
                 "loss": loss,
                 "lr": lr,
                 "grad_norm": norm,
                 "tokens_per_s": round(rate),
-                **val,
+                **validation,
             }
-            try:
-                with open(self.path, "a", newline="") as file:
-                    file.write(",".join(str(values.get(name, "")) for name in self.COLUMNS) + "\n")
-            except OSError as error:
-                raise UserError(
-                    f"Cannot write {self.path}: {error.strerror}; make room. {run.last_good()}"
-                ) from None
-        left = int(seconds / done * (s.train_steps - run.step))
-        line = (
-            f"step {run.step}/{s.train_steps}  loss {loss:.4f}"
-            + "".join(
-                f"  {name.replace('_loss', '')} {value:.4f}" for name, value in self.val.items()
-            )
-            + f"  {rate:,.0f} tokens/s"
-            + (f"  MFU {100 * rate * run.flops / run.peak / run.world:.0f} %" if run.peak else "")
-            + f"  ETA {left // 60}:{left % 60:02d}"
-        )
-        moving = sys.stdout.isatty()
+            self._append([str(values.get(name, "")) for name in self.COLUMNS])
+        remaining = seconds / steps * (s.train_steps - trainer.step)
         try:
-            print(
-                f"\r{line}\033[K" if moving else line,
-                end="" if moving and not val else "\n",
-                flush=True,
-            )
-        except (
-            BrokenPipeError
-        ):  # the reader has left, as in `train.py | head`: a signal like others
-            cli.hush()
-            run.caught = SIGPIPE
+            terminal.show_line(self._line(loss, rate, remaining), last=bool(validation))
+        except BrokenPipeError:
+            # The reader has left, as in `train.py | head`: stop as for a signal.
+            terminal.silence_stdout()
+            trainer.caught = SIGPIPE
 
+    def _append(self, row):
+        try:
+            with open(self.path, "a", newline="") as file:
+                file.write(",".join(row) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"Cannot write {self.path}: {error.strerror}; make room. "
+                f"{how_to_resume(self.trainer.s.out)}"
+            ) from None
 
-def track(items, what, every=3.0):
-    """Yield the items of a list and say now and then how many are done and how long the rest will take."""
-    start = said = time.perf_counter()
-    moving = sys.stdout.isatty()
-    for done, item in enumerate(items, 1):
-        yield item
-        now, last = time.perf_counter(), done == len(items)
-        if now - said >= every or last and said > start:
-            said, left = now, int((now - start) / done * (len(items) - done))
-            line = f"{what:<9} {done}/{len(items)}  ETA {left // 60}:{left % 60:02d}"
-            print(
-                f"\r{line}\033[K" if moving else line,
-                end="" if moving and not last else "\n",
-                flush=True,
-            )
+    def _line(self, loss, rate, remaining):
+        """The progress line; rate: tokens per second, remaining: seconds."""
+        trainer = self.trainer
+        words = [f"step {trainer.step}/{trainer.s.train_steps}", f"loss {loss:.4f}"]
+        for name, value in self.validation.items():
+            words.append(f"{name.replace('_loss', '')} {value:.4f}")
+        words.append(f"{rate:,.0f} tokens/s")
+        if trainer.peak:
+            mfu = rate * trainer.flops / trainer.peak / trainer.processes.world
+            words.append(f"MFU {100 * mfu:.0f} %")
+        words.append(f"ETA {terminal.eta(remaining)}")
+        return "  ".join(words)

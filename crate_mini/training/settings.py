@@ -1,101 +1,108 @@
-"""How a model is trained: every setting of train.py with its default and, as its comment, its help text.
+"""The settings of train.py, and the start of a run.
 
-`parse` makes of the command line, a --config file and a checkpoint: settings, a model's shape, and a state.
+`parse` turns the command line, a --config file and a checkpoint into the Settings of a run, the
+Config of its model, and the weights and state to start from.
 """
 
 import math
+import re
 import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from crate_mini import UserError, cli
-from crate_mini.data import batches as data
+from crate_mini import UserError, cli, results
+from crate_mini.cli import setting
+from crate_mini.console import terminal
+from crate_mini.data.tokenizer import load_tokenizer
 from crate_mini.model import KINDS, SIZES, Config, preset
 from crate_mini.training import checkpoint
 
-POSITIVE = ("train_steps", "batch_size", "micro_batch", "log_every", "eval_tokens")
-SHARES = ("beta1", "beta2", "val_fraction")
-OF_KIND = {name for kind in KINDS.values() for name in kind}  # what --model decides
-HELP = {
-    "vocab_size": "rows of the embedding (default the tokenizer's ids, rounded up to a multiple of 64)",
-    "block_size": "T, the longest context (default 256 for 1L 2L 3L, 1024 for S B)",
+DESCRIPTION = """Train a CRATE language model or its GPT-2 twin.
+
+With --task classify, fine-tune a classifier instead; see `train.py --task classify --help`."""
+# Config fields that --model and --preset set, unless the field's flag is given.
+KIND_FIELDS = {name for kind in KINDS.values() for name in kind}
+SIZE_FIELDS = {name for size in SIZES.values() for name in size}
+MODEL_DEFAULTS = {
+    **dict.fromkeys(KIND_FIELDS, "set by --model"),
+    **dict.fromkeys(SIZE_FIELDS, "set by --preset"),
+    "vocab_size": "the tokenizer's ids, rounded up to a multiple of 64",
+    "block_size": "256 for 1L 2L 3L, 1024 for S B",
 }
-DEFAULTS = {
-    **dict.fromkeys(OF_KIND, "as --model says"),
-    **dict.fromkeys(SIZES["S"], "as --preset says"),
-    "min_lr": "lr / 10",
-    "out": "out/MODEL-PRESET",
-}
+ISTA_FIELDS = ("ista_steps", "eta", "lam", "separate_decoder", "learned_lam", "unit_norm")
 
 
 @dataclass
 class Settings:
-    """How to train; what to train is model.Config. The defaults suit the default model on two CPU cores."""
+    """How to train; model.Config is the model to train.
 
-    model: str = "crate"  # crate | gpt2 (the twin) | crate+ (crate with three variants on)
-    preset: str = "3L"  # 1L | 2L | 3L | S | B: layers, heads and width of the paper's models
-    data: str = "pydocs"  # pydocs, a named corpus, a file or folder (.txt .jsonl .parquet .bin)
-    tokenizer: str = (
-        "pydocs:4095"  # pydocs | gpt2 | bytes | a file of ranks; NAME:N keeps the first N ranks
+    The defaults suit the default model on two CPU cores.
+    """
+
+    model: str = setting(
+        "crate", "gpt2 is the twin, crate+ turns on three variants", choices=tuple(KINDS)
     )
-    init: str | None = None  # start from the weights of this checkpoint, ours or foreign
-    out: str | None = None  # folder of the run
-    overwrite: bool = False  # replace the run that --out already holds
-    seed: int = 1337  # of the initial weights, the batches and the sample
-    train_steps: int = 1000  # optimizer steps
-    batch_size: int = 16  # sequences of a step, over all processes and micro-batches
-    micro_batch: int = (
-        16  # sequences a process holds at a time; the rest of its share is accumulated
+    preset: str = setting("3L", "a model size from the paper", choices=tuple(SIZES))
+    data: str = setting(
+        "pydocs", "pydocs, a named corpus, or a file or folder of .txt .jsonl .parquet .bin"
     )
-    lr: float = 3e-3  # peak learning rate
-    min_lr: float | None = None  # learning rate at the end of the cosine
-    warmup: int = 250  # steps of linear warm-up; CRATE needs a long one (eta |D|^2 starts near 2)
-    weight_decay: float = 0.1  # on every tensor of two or more dimensions, as in the paper
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
-    clip: float = 1.0  # largest gradient norm; 0 switches clipping off
-    eval_every: int = 100  # steps between validations, each with a checkpoint; 0 only at the end
-    eval_tokens: int = 65536  # tokens of such a validation; the one at the end takes all
-    save_every: int = 0  # steps between further checkpoints; 0 none
-    log_every: int = 10  # steps between lines in a pipe and rows of log.csv
-    log_sparsity: bool = False  # add the share of non-zero codes (density) to every validation
-    on_nonfinite: str = (
-        "stop"  # stop | skip: what to do with a step whose loss or gradient is not finite
+    tokenizer: str = setting(
+        "pydocs:4095", "pydocs | gpt2 | bytes | a file of ranks; NAME:N keeps the first N ranks"
     )
-    device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
-    dtype: str = "auto"  # auto | bfloat16 | float32: of the products; weights stay float32
-    compile: str = "auto"  # auto | on | off: torch.compile
-    val_fraction: float = 0.1  # share of documents held out for validation
+    init: str | None = setting(
+        None, "start from these weights: a checkpoint, or a file or folder of another project"
+    )
+    out: str | None = setting(None, "folder of the run", shown="out/MODEL-PRESET")
+    overwrite: bool = setting(False, "replace the run that --out already holds")
+    seed: int = setting(1337, "seed of the initial weights, the batches and the sample")
+    train_steps: int = setting(1000, "optimizer steps", low=1)
+    batch_size: int = setting(16, "sequences per step, over all processes", low=1)
+    micro_batch: int = setting(
+        16, "sequences in one forward pass; gradients accumulate over the batch", low=1
+    )
+    lr: float = setting(3e-3, "peak learning rate", above=0)
+    min_lr: float | None = setting(
+        None, "learning rate at the end of the cosine", shown="a tenth of --lr"
+    )
+    warmup: int = setting(
+        250, "steps of linear warm-up; CRATE needs many, because eta |D|^2 starts near 2"
+    )
+    weight_decay: float = setting(
+        0.1, "weight decay of AdamW, on tensors of two or more dimensions"
+    )
+    beta1: float = setting(0.9, "AdamW's decay rate for the gradient", above=0, below=1)
+    beta2: float = setting(0.95, "AdamW's decay rate for the squared gradient", above=0, below=1)
+    clip: float = setting(1.0, "clip the gradient norm to this; 0 turns clipping off")
+    eval_every: int = setting(
+        100, "steps between validations, each followed by a checkpoint; 0: only at the end"
+    )
+    eval_tokens: int = setting(
+        65536, "tokens of each validation except the last, which takes the whole split", low=1
+    )
+    save_every: int = setting(0, "steps between additional checkpoints; 0: none")
+    log_every: int = setting(10, "steps between rows of log.csv and lines in a pipe", low=1)
+    log_sparsity: bool = setting(
+        False, "also measure the density, the share of nonzero codes, at each validation"
+    )
+    on_nonfinite: str = setting(
+        "stop",
+        "if a loss or gradient is not finite, end the run or skip the step",
+        choices=("stop", "skip"),
+    )
+    device: str = setting("auto", "auto | cpu | cuda | cuda:N | mps")
+    dtype: str = setting(
+        "auto",
+        "dtype of the matrix products; weights stay float32",
+        choices=("auto", "bfloat16", "float32"),
+    )
+    compile: str = setting("auto", "whether to use torch.compile", choices=("auto", "on", "off"))
+    val_fraction: float = setting(
+        0.1, "share of the documents held out for validation", above=0, below=1
+    )
 
     def check(self):
-        """Raise UserError for a value that no run can have."""
-        for f in fields(self):
-            value, kind, flag = (
-                getattr(self, f.name),
-                cli.kind_of(f),
-                "--" + f.name.replace("_", "-"),
-            )
-            if value is None and f.default is None:
-                continue
-            allowed = (int, float) if kind is float else kind
-            like = {float: 1e-4, str: "a name"}[kind] if f.default is None else f.default
-            if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
-                raise UserError(f"{flag} {value!r} is not of type {kind.__name__}, like {like!r}.")
-            if kind in (int, float) and not 0 <= value < 2**31:
-                raise UserError(f"{flag} {value} must lie in 0 to 2147483647, for example {like}.")
-            if kind is str and (not value or "\0" in value):
-                what = "holds a zero byte, which no name can" if value else "is empty"
-                raise UserError(f"{flag} {value!r} {what}; leave it out or try {like}.")
-            if f.name in POSITIVE and value < 1:
-                raise UserError(f"{flag} {value} must be at least 1, for example {like}.")
-            if f.name in SHARES and not 0 < value < 1:
-                raise UserError(f"{flag} {value} must be above 0 and below 1, for example {like}.")
-        if self.on_nonfinite not in ("stop", "skip"):
-            raise UserError(
-                f"--on-nonfinite {self.on_nonfinite!r} is unknown; choose stop or skip."
-            )
-        if not self.lr:
-            raise UserError(f"--lr {self.lr} learns nothing; leave it out or try {Settings.lr}.")
+        """Raise UserError for settings that no run can use."""
+        cli.check(self)
         if self.min_lr is not None and self.min_lr > self.lr:
             raise UserError(
                 f"--min-lr {self.min_lr}, the cosine's end, is above its peak, --lr {self.lr}; "
@@ -107,153 +114,210 @@ class Settings:
         low = self.lr / 10 if self.min_lr is None else self.min_lr
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
-        share = (step - self.warmup) / max(1, self.train_steps - 1 - self.warmup)
-        return low + 0.5 * (self.lr - low) * (1 + math.cos(math.pi * min(1.0, share)))
+        progress = (step - self.warmup) / max(1, self.train_steps - 1 - self.warmup)
+        return low + 0.5 * (self.lr - low) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def new_config(s, ids, changes=()):
-    """Config of a new model, for a tokenizer of so many ids: --model and --preset, single fields changed."""
-    size = {"vocab_size": -(-ids // 64) * 64, "block_size": 256 if s.preset.endswith("L") else 1024}
-    try:
-        return preset(s.preset, s.model, **{**size, **dict(changes)})
-    except UserError as error:
-        names = {"preset", "model", *(f.name for f in fields(Config))}
-        raise UserError(cli.as_flags(str(error), names)) from None
-
-
-def idle(config):
-    """{field: why} of the settings that change nothing in this model, such as ISTA's in one with an MLP."""
-    names = (
-        {"activation"}
-        if config.sparsifier == "ista"
-        else {"ista_steps", "eta", "lam", "separate_decoder", "learned_lam", "unit_norm"}
-    )
-    found = dict.fromkeys(names, f"--sparsifier {config.sparsifier}")
-    return found if config.attention == "mssa" else {**found, "query_rank": "--attention mhsa"}
-
-
-def twin(s, config, ids):
-    """Flags of the run to compare this one with: the other kind of model, all other settings as here."""
-    other = replace(s, model="crate" if s.model == "gpt2" else "gpt2")
-    other.out = None if s.out == default_out(s) else f"{s.out}-{other.model}"
-    changed = {
-        f.name: getattr(other, f.name)
-        for f in fields(s)
-        if f.name != "overwrite" and getattr(other, f.name) != f.default
-    }
-    usual, ours = new_config(s, ids), OF_KIND | idle(new_config(other, ids)).keys()
-    changed |= {
-        f.name: getattr(config, f.name)
-        for f in fields(config)
-        if f.name not in ours and getattr(config, f.name) != getattr(usual, f.name)
-    }
-    return cli.flags(changed)
-
-
-def default_out(s):
-    """Where a run goes that was not told where."""
-    if s.init:
-        return f"out/init-{Path(s.init).resolve().parent.name}"
-    return f"out/{s.model}-{s.preset}"
+# ---- from the command line to a run --------------------------------------------------------------
 
 
 def parse(argv=None):
-    """Command line, --config file and checkpoint -> (Settings, Config, what else a run starts from)."""
-    parser = cli.Parser(
-        prog="train.py",
-        description="Train a CRATE language model or its GPT-2 twin; "
-        "with --task classify a classifier, see `train.py --task classify --help`.",
-    )
-    parser.add_argument("--config", help="a JSON file of settings by name; flags win over it")
-    parser.add_argument(
-        "--resume", metavar="FOLDER", help="go on with the run in this folder, exactly"
-    )
-    cli.add_fields(parser, Settings, "training", defaults=DEFAULTS)
-    cli.add_fields(parser, Config, "model", HELP, DEFAULTS)
-    flags = vars(parser.parse_args(argv))
-    config_file, resumed = flags.pop("config"), flags.pop("resume")
-    training, shape = {f.name for f in fields(Settings)}, {f.name for f in fields(Config)}
-    given = {
-        **(
-            cli.read_json(config_file, sorted(training | shape), 'settings like {"lr": 0.001}')
-            if config_file
-            else {}
-        ),
-        **flags,
-    }
-    changes = {name: value for name, value in given.items() if name in shape}
-    given = {name: value for name, value in given.items() if name in training}
-    if "" in (config_file, resumed):
-        raise UserError("--config '' or --resume '' is empty; leave it out or give a name.")
-    if resumed:
-        return resume(resumed, given, changes)
+    """(Settings, Config, start) of a command line, by default this process's.
+
+    start: {} for new weights, else {"weights", "meta" (of their checkpoint)} and, for a resume,
+    "state". Raises UserError for a line that cannot be run.
+    """
+    given, folder = read_flags(argv)
+    changes = {}  # fields of the model's Config
+    for f in fields(Config):
+        if f.name in given:
+            changes[f.name] = given.pop(f.name)
+    if folder:
+        return resume(folder, given, changes)
     s = Settings(**given)
     s.check()
-    start = {}
     s.out = s.out or default_out(s)
     if s.init:
-        lm, meta = checkpoint.load(s.init)
-        config, start = lm.config, {"weights": lm.state_dict(), "meta": meta}
-        refuse(
-            {**changes, **{k: given[k] for k in ("model", "preset") if k in given}}, config, s.init
-        )
-        s.tokenizer = given.get("tokenizer", meta["tokenizer"]["spec"])
+        config, start = from_weights(s, given, changes)
     else:
-        ids = data.load_tokenizer(s.tokenizer).vocab_size
-        config = new_config(s, ids, changes)
-        if config.vocab_size < ids:
-            raise UserError(
-                f"--vocab-size {config.vocab_size} is below the {ids} ids of --tokenizer "
-                f"{s.tokenizer}; leave it out, it follows the tokenizer."
-            )
-        for name, why in idle(config).items():
-            if changes.get(name, getattr(Config, name)) != getattr(Config, name):
-                raise UserError(
-                    f"{shlex.join(cli.flags({name: changes[name]}))} does nothing beside {why}; "
-                    "leave it out."
-                )
+        config, start = new_model(s, changes), {}
     if not s.overwrite and Path(s.out, "last", "config.json").exists():
         raise UserError(
-            f"{s.out} already holds a run; go on with --resume {s.out}, choose another --out, or "
-            "replace it with --overwrite."
+            f"{s.out} already holds a run; continue it with --resume {s.out}, replace it with "
+            "--overwrite, or choose another --out."
         )
     return s, config, start
 
 
+def split_task(words):
+    """(task, the other words) of a command line with --task lm, the default, or classify."""
+    task, others = "lm", []
+    words = iter(words)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--task":
+            task = value if equals else next(words, "")
+        else:
+            others.append(word)
+    if task not in ("lm", "classify"):
+        raise UserError(f"--task {task!r} is unknown; choose lm, a language model, or classify.")
+    return task, others
+
+
+def read_flags(argv):
+    """({setting: value}, folder of --resume or None); flags win over a --config file."""
+    parser = terminal.Parser(prog="train.py", description=DESCRIPTION)
+    parser.add_argument("--config", help="a JSON file of settings by name; flags override it")
+    parser.add_argument("--resume", metavar="FOLDER", help="continue the run in this folder")
+    cli.add_flags(parser, Settings, "training")
+    cli.add_flags(parser, Config, "model", MODEL_DEFAULTS)
+    given = vars(parser.parse_args(argv))
+    config_file = given.pop("config")
+    folder = given.pop("resume")
+    if "" in (config_file, folder):
+        raise UserError("--config '' or --resume '' is empty; leave it out or give a name.")
+    if config_file:
+        known = sorted(f.name for f in (*fields(Settings), *fields(Config)))
+        settings = results.read_json(config_file, known, 'settings like {"lr": 0.001}')
+        given = {**settings, **given}
+    return given, folder
+
+
+def from_weights(s, given, changes):
+    """(Config, start) for the weights of --init; s.tokenizer becomes theirs unless it was given."""
+    model, meta = checkpoint.load(s.init)
+    kind = {name: given[name] for name in ("model", "preset") if name in given}
+    check_shape({**changes, **kind}, model.config, s.init)
+    s.tokenizer = given.get("tokenizer", meta["tokenizer"]["spec"])
+    return model.config, {"weights": model.state_dict(), "meta": meta}
+
+
+def new_model(s, changes):
+    """Config of a new model. Raises UserError for a flag that contradicts another."""
+    n_ids = load_tokenizer(s.tokenizer).vocab_size
+    config = new_config(s, n_ids, changes)
+    if config.vocab_size < n_ids:
+        raise UserError(
+            f"--vocab-size {config.vocab_size} is below the {n_ids} ids of --tokenizer "
+            f"{s.tokenizer}; leave it out, it follows the tokenizer."
+        )
+    for name, reason in unused(config).items():
+        default = getattr(Config, name)
+        if changes.get(name, default) != default:
+            flag = shlex.join(flags({name: changes[name]}))
+            raise UserError(f"{flag} has no effect with {reason}; leave it out.")
+    return config
+
+
+def new_config(s, n_ids, changes=()):
+    """Config for --model, --preset and a tokenizer of n_ids ids, with single fields changed."""
+    size = {
+        "vocab_size": math.ceil(n_ids / 64) * 64,
+        "block_size": 256 if s.preset.endswith("L") else 1024,
+    }
+    try:
+        return preset(s.preset, s.model, **{**size, **dict(changes)})
+    except UserError as error:
+        names = [f.name for f in fields(Config)]
+        message = re.sub(rf"\b({'|'.join(names)})=", as_flag, str(error))
+        # The error names the defaults of Config, which are not those of this command.
+        raise UserError(re.sub(r" for the default.*$", ".", message)) from None
+
+
+def flags(values):
+    """{field: value} as a list of words of a command line."""
+    words = []
+    for name, value in values.items():
+        flag = cli.flag_name(name)
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words += [flag, str(value)]
+    return words
+
+
+def as_flag(match):
+    """--n-head for a match of n_head= in an error about a Config."""
+    return f"{cli.flag_name(match[1])} "
+
+
+def unused(config):
+    """{field: reason} of the Config fields that this model does not use."""
+    ista = config.sparsifier == "ista"
+    names = ("activation",) if ista else ISTA_FIELDS
+    reasons = dict.fromkeys(names, f"--sparsifier {config.sparsifier}")
+    if config.attention != "mssa":
+        reasons["query_rank"] = f"--attention {config.attention}"
+    return reasons
+
+
 def resume(folder, given, changes):
-    """Settings, Config and state of the run in `folder`, with single settings changed."""
+    """(Settings, Config, start) of the run in `folder`, with single settings changed."""
     if Path(folder).name == "last" and Path(folder, "config.json").exists():
         folder = str(Path(folder).parent)
     meta, state, weights = checkpoint.load_resume(Path(folder, "last"))
-    old, config = meta["training"]["settings"], Config(**meta["config"])
+    old = meta["training"]["settings"]
+    config = Config(**meta["config"])
     for name in ("init", "out", "overwrite"):
         if given.get(name):
             raise UserError(
                 f"--{name} does not go with --resume, which continues the run in {folder}."
             )
     for name in ("model", "preset"):
-        if given.get(name, old[name]) != old[name]:
+        value = given.get(name, old[name])
+        if value != old[name]:
             raise UserError(
-                f"--{name} {given[name]} differs from the {old[name]} of {folder}; leave it out."
+                f"--{name} {value} differs from the {old[name]} of {folder}; leave it out."
             )
-    refuse(changes, config, folder)
+    check_shape(changes, config, folder)
     s = Settings(**{**old, **given, "out": folder})
     s.check()
-    finished = "val_loss" in meta["training"]  # else it was killed on the last step
-    if state["step"] > s.train_steps or state["step"] == s.train_steps and finished:
+    finished = "val_loss" in meta["training"]  # else it was killed after the last step
+    if state["step"] > s.train_steps or (state["step"] == s.train_steps and finished):
         raise UserError(
             f"the run in {folder} has done all its {state['step']} steps; "
-            f"add --train-steps {2 * state['step']} to go on."
+            f"add --train-steps {2 * state['step']} to continue."
         )
     return s, config, {"weights": weights, "meta": meta, "state": state}
 
 
-def refuse(changes, config, place):
-    """Weights that exist have their shape: raise UserError for a flag that says otherwise."""
+def check_shape(changes, config, source):
+    """Raise UserError for a flag that contradicts the weights of `source`."""
     for name, value in changes.items():
         old = getattr(config, name, "weights")
         if value != old:
             raise UserError(
-                f"--{name.replace('_', '-')} {value} differs from the {old} of {place}; leave it "
-                "out, or start from new weights."
+                f"{cli.flag_name(name)} {value} differs from the {old} of {source}; leave it out, "
+                "or start from new weights."
             )
+
+
+def default_out(s):
+    """Folder of a run without --out."""
+    if s.init:
+        return f"out/init-{Path(s.init).resolve().parent.name}"
+    return f"out/{s.model}-{s.preset}"
+
+
+# ---- the run to compare with ---------------------------------------------------------------------
+
+
+def twin(s, config, n_ids):
+    """Flags of the run to compare this one with: the other kind of model, all else equal.
+
+    n_ids: vocab_size of the tokenizer.
+    """
+    other = replace(s, model="crate" if s.model == "gpt2" else "gpt2")
+    other.out = None if s.out == default_out(s) else f"{s.out}-{other.model}"
+    changed = {}
+    for f in fields(s):
+        value = getattr(other, f.name)
+        if f.name != "overwrite" and value != f.default:
+            changed[f.name] = value
+    usual = new_config(s, n_ids)
+    not_shared = KIND_FIELDS | unused(new_config(other, n_ids)).keys()
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name not in not_shared and value != getattr(usual, f.name):
+            changed[f.name] = value
+    return flags(changed)

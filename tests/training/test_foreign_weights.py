@@ -1,6 +1,7 @@
-"""Foreign checkpoints, on synthetic files with documented keys: logits against forward passes written here.
+"""Weights of other projects: logits against forward passes that are written here.
 
-These read the foreign state_dict itself, in float64, and share no code with the model.
+These read the foreign state_dict itself, in float64, and share no code with the model. The files
+are synthetic, with the documented keys.
 """
 
 import json
@@ -12,41 +13,54 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import refused
 
 from crate_mini import UserError
 from crate_mini.model import LM, preset
 from crate_mini.training import checkpoint
 from crate_mini.training.foreign_weights import export_foreign, import_foreign
 
-D, HEADS, LAYERS, VOCAB, CONTEXT = 12, 3, 2, 19, 7
+D = 12
+HEADS = 3
+LAYERS = 2
+VOCAB = 19
+CONTEXT = 7
+GPT_MAPS = {
+    "attn.c_attn": (3 * D, D),
+    "attn.c_proj": (D, D),
+    "mlp.c_fc": (4 * D, D),
+    "mlp.c_proj": (D, 4 * D),
+}
 IDS = torch.randint(VOCAB, (2, CONTEXT), generator=torch.Generator().manual_seed(1))
 
 
 def foreign(layout, bias=False):
     """A random state_dict with the keys, shapes and tying of `layout` (crate, gpt or hf)."""
-    g, h = torch.Generator().manual_seed(2), "transformer.h.{}."
     shapes = {"transformer.wte.weight": (VOCAB, D), "transformer.wpe.weight": (CONTEXT, D)}
     for i in range(LAYERS):
-        b = h.format(i)
+        block = f"transformer.h.{i}."
         if layout == "crate":
             norms, maps = ("prenorm_1", "prenorm_2"), {"attn.c_proj": (D, D)}
-            shapes |= {b + "attn.c_attn.weight": (D, D), b + "ista.weight": (4 * D, D)}
+            shapes[block + "attn.c_attn.weight"] = (D, D)
+            shapes[block + "ista.weight"] = (4 * D, D)
         else:
-            norms = ("ln_1", "ln_2")
-            maps = {
-                "attn.c_attn": (3 * D, D),
-                "attn.c_proj": (D, D),
-                "mlp.c_fc": (4 * D, D),
-                "mlp.c_proj": (D, 4 * D),
-            }
+            norms, maps = ("ln_1", "ln_2"), GPT_MAPS
         for name in norms:
-            shapes |= {f"{b}{name}.weight": (D,)} | ({f"{b}{name}.bias": (D,)} if bias else {})
+            add_norm(shapes, block + name, bias)
         for name, (n, m) in maps.items():
-            shapes |= {f"{b}{name}.weight": (m, n) if layout == "hf" else (n, m)}
-            shapes |= {f"{b}{name}.bias": (n,)} if bias else {}
-    shapes |= {"transformer.ln_f.weight": (D,)} | ({"transformer.ln_f.bias": (D,)} if bias else {})
+            shapes[f"{block}{name}.weight"] = (m, n) if layout == "hf" else (n, m)
+            if bias:
+                shapes[f"{block}{name}.bias"] = (n,)
+    add_norm(shapes, "transformer.ln_f", bias)
+    g = torch.Generator().manual_seed(2)
     sd = {name: torch.randn(shape, generator=g) * 0.4 for name, shape in shapes.items()}
     return {**sd, "lm_head.weight": sd["transformer.wte.weight"]}
+
+
+def add_norm(shapes, name, bias):
+    shapes[name + ".weight"] = (D,)
+    if bias:
+        shapes[name + ".bias"] = (D,)
 
 
 def norm(x, sd, name):
@@ -60,9 +74,9 @@ def attend(q, k, v):
     p, out = D // HEADS, []
     later = torch.triu(torch.ones(q.shape[1], q.shape[1], dtype=torch.bool), 1)
     for i in range(HEADS):
-        cut = slice(i * p, (i + 1) * p)
-        score = (q[..., cut] @ k[..., cut].mT / math.sqrt(p)).masked_fill(later, -math.inf)
-        out.append(score.softmax(-1) @ v[..., cut])
+        head = slice(i * p, (i + 1) * p)
+        scores = q[..., head] @ k[..., head].mT / math.sqrt(p)
+        out.append(scores.masked_fill(later, -math.inf).softmax(-1) @ v[..., head])
     return torch.cat(out, -1)
 
 
@@ -76,21 +90,19 @@ def forward(sd, layout, activation=torch.relu):
 
     x = sd["transformer.wte.weight"][IDS] + sd["transformer.wpe.weight"][: IDS.shape[1]]
     for i in range(LAYERS):
-        b = f"transformer.h.{i}."
-        y = linear(
-            norm(x, sd, b + ("prenorm_1" if layout == "crate" else "ln_1")), b + "attn.c_attn"
-        )
-        q, k, v = (y, y, y) if layout == "crate" else y.split(D, -1)
-        x = x + linear(attend(q, k, v), b + "attn.c_proj")
+        block = f"transformer.h.{i}."
         if layout == "crate":
-            y, W = norm(x, sd, b + "prenorm_2"), sd[b + "ista.weight"]
+            u = linear(norm(x, sd, block + "prenorm_1"), block + "attn.c_attn")
+            x = x + linear(attend(u, u, u), block + "attn.c_proj")
+            y, W = norm(x, sd, block + "prenorm_2"), sd[block + "ista.weight"]
             a = torch.relu(0.1 * y @ W.T - 0.01)
             a = torch.relu(a + 0.1 * (y @ W.T - a @ W @ W.T) - 0.01)
             x = a @ W
         else:
-            x = x + linear(
-                activation(linear(norm(x, sd, b + "ln_2"), b + "mlp.c_fc")), b + "mlp.c_proj"
-            )
+            qkv = linear(norm(x, sd, block + "ln_1"), block + "attn.c_attn")
+            x = x + linear(attend(*qkv.split(D, -1)), block + "attn.c_proj")
+            a = activation(linear(norm(x, sd, block + "ln_2"), block + "mlp.c_fc"))
+            x = x + linear(a, block + "mlp.c_proj")
     return norm(x, sd, "transformer.ln_f") @ sd["lm_head.weight"].T
 
 
@@ -127,16 +139,16 @@ def test_export_gives_our_logits_and_import_our_model(layout, kind):
         preset("2L", n_embd=D, n_head=HEADS, vocab_size=VOCAB, block_size=CONTEXT, **kind)
     ).eval()
     g = torch.Generator().manual_seed(3)
-    with (
-        torch.no_grad()
-    ):  # biases and norms too: the init leaves them where a mix-up would not show
+    # Biases and norms too: their initial values would hide a mix-up.
+    with torch.no_grad():
         for w in lm.parameters():
             w.copy_(torch.randn(w.shape, generator=g) * 0.4)
     sd = export_foreign(lm)
-    again = import_foreign(sd, n_head=HEADS)
-    assert again.config == lm.config
-    for (name, a), (_, b) in zip(again.state_dict().items(), lm.state_dict().items()):
-        assert torch.equal(a, b), name
+    imported = import_foreign(sd, n_head=HEADS)
+    assert imported.config == lm.config
+    weights = lm.state_dict()
+    for name, w in imported.state_dict().items():
+        assert torch.equal(w, weights[name]), name
     activation = gelu if layout == "hf" else torch.relu
     torch.testing.assert_close(
         lm.double()(IDS), forward(sd, layout, activation), rtol=1e-9, atol=1e-9
@@ -170,31 +182,22 @@ def test_a_training_checkpoint_with_its_arguments(tmp_path, prefix):
         "best_val_loss": torch.tensor(2.5),
         "config": {"out_dir": "out"},
     }
-    torch.save(
-        {
-            "model": {prefix + name: value for name, value in sd.items()},
-            "model_args": args,
-            **extra,
-        },
-        tmp_path / "ckpt.pt",
-    )
-    lm, meta = checkpoint.load(tmp_path / "ckpt.pt")
-    assert (
-        meta["tokenizer"]["spec"] == "gpt2"
-        and meta["config"]["n_head"] == HEADS
-        and not lm.training
-    )
+    path = tmp_path / "ckpt.pt"
+    wrapped = {prefix + name: value for name, value in sd.items()}
+    torch.save({"model": wrapped, "model_args": args, **extra}, path)
+    lm, meta = checkpoint.load(path)
+    assert meta["tokenizer"]["spec"] == "gpt2" and meta["config"]["n_head"] == HEADS
+    assert not lm.training
     torch.testing.assert_close(lm.double()(IDS), forward(sd, "crate"), rtol=1e-9, atol=1e-9)
-    named = meta["sha256"]  # what results belong to: other weights, another name
-    torch.save({"model": sd, "model_args": args}, tmp_path / "ckpt.pt")
-    assert checkpoint.load(tmp_path / "ckpt.pt")[1]["sha256"] == named
+    torch.save({"model": sd, "model_args": args}, path)
+    assert checkpoint.load(path)[1]["sha256"] == meta["sha256"]  # results are of these weights
     next(iter(sd.values())).view(-1)[0] += 1
-    torch.save({"model": sd, "model_args": args}, tmp_path / "ckpt.pt")
-    assert checkpoint.load(tmp_path / "ckpt.pt")[1]["sha256"] != named
+    torch.save({"model": sd, "model_args": args}, path)
+    assert checkpoint.load(path)[1]["sha256"] != meta["sha256"]
 
 
 def safetensors(sd):
-    """The bytes of a .safetensors file, as its specification has them."""
+    """The bytes of a .safetensors file, as its specification defines them."""
     table, data = {"__metadata__": {"format": "pt"}}, b""
     for name, t in sd.items():
         raw = t.numpy().tobytes()
@@ -214,12 +217,10 @@ def test_a_hugging_face_folder(tmp_path, kind, stem):
     sd = foreign("hf", True)
     del sd["lm_head.weight"]
     theirs = {stem + name.removeprefix("transformer."): t for name, t in sd.items()}
-    theirs[stem + "h.0.attn.bias"] = torch.ones(
-        1, 1, CONTEXT, CONTEXT
-    ).tril()  # the mask in old files
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "gpt2", "n_head": HEADS, "n_embd": D})
-    )
+    mask = torch.ones(1, 1, CONTEXT, CONTEXT).tril()  # in old files
+    theirs[stem + "h.0.attn.bias"] = mask
+    config = {"model_type": "gpt2", "n_head": HEADS, "n_embd": D}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     if kind.endswith("bin"):
         torch.save(theirs, tmp_path / kind)
     else:
@@ -243,56 +244,48 @@ def test_transformers_itself(tmp_path):
             ours.double()(IDS), theirs.double()(IDS).logits, rtol=1e-9, atol=1e-9
         )
     sd = theirs.state_dict()
-    assert all(
-        torch.equal(value.double(), sd[name]) for name, value in export_foreign(ours).items()
-    )
+    for name, value in export_foreign(ours).items():
+        assert torch.equal(value.double(), sd[name]), name
 
 
 def test_half_precision_files_become_float32():
-    lm = import_foreign(
-        {name: value.half() for name, value in foreign("gpt").items()}, n_head=HEADS
-    )
+    half = {name: value.half() for name, value in foreign("gpt").items()}
+    lm = import_foreign(half, n_head=HEADS)
     assert {w.dtype for w in lm.parameters()} == {torch.float32}
 
 
-def refused(match, call, *args, **kwargs):
-    with pytest.raises(UserError, match=match) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
-
-
-def test_what_cannot_be_imported_is_refused_by_name():
+def test_what_cannot_be_imported_is_refused():
     crate, gpt = foreign("crate", True), foreign("gpt")
     first = "transformer.h.0."
     refused("number of heads", import_foreign, gpt)
     refused("does not divide", import_foreign, gpt, n_head=5)
     for match, sd in (
-        ("head of its own", {**gpt, "lm_head.weight": gpt["lm_head.weight"] + 1}),
+        ("untied head", {**gpt, "lm_head.weight": gpt["lm_head.weight"] + 1}),
         ("crate_overcomplete", {**crate, first + "ista.weight": torch.zeros(D, D)}),
         ("mlp.extra", {**gpt, first + "mlp.extra": torch.zeros(1)}),
     ):
         refused(match, import_foreign, sd, n_head=HEADS)
-    refused("is no CRATE-LM", import_foreign, {"some.weight": torch.zeros(1)})
+    refused("is not a CRATE-LM", import_foreign, {"some.weight": torch.zeros(1)})
     refused("no state_dict", import_foreign, {"model": [1], "model_args": {}})
     refused("no state_dict", import_foreign, {"model": {"a": 1}})
     for name in (first + "ln_1.weight", first + "mlp.c_proj.weight", "transformer.ln_f.weight"):
-        refused(
-            f"{name} of shape",
-            import_foreign,
-            {k: v for k, v in gpt.items() if k != name},
-            n_head=HEADS,
-        )
-        refused(f"{name} of shape", import_foreign, {**gpt, name: torch.zeros(2, 3)}, n_head=HEADS)
+        match = f"{name} of shape"
+        missing = {key: value for key, value in gpt.items() if key != name}
+        refused(match, import_foreign, missing, n_head=HEADS)
+        refused(match, import_foreign, {**gpt, name: torch.zeros(2, 3)}, n_head=HEADS)
 
 
-def test_facts_of_a_hugging_face_model_that_we_do_not_compute(tmp_path):
+OTHER_MODELS = {
+    "model_type": "opt",
+    "activation_function": "relu",
+    "layer_norm_epsilon": 1e-6,
+    "scale_attn_by_inverse_layer_idx": True,
+}
+
+
+def test_other_models_of_hugging_face_are_refused_by_what_differs(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(safetensors(foreign("hf", True)))
-    for name, value in {
-        "model_type": "opt",
-        "activation_function": "relu",
-        "layer_norm_epsilon": 1e-6,
-        "scale_attn_by_inverse_layer_idx": True,
-    }.items():
+    for name, value in OTHER_MODELS.items():
         facts = {"model_type": "gpt2", "n_head": HEADS, name: value}
         (tmp_path / "config.json").write_text(json.dumps(facts))
         refused(name, checkpoint.load, tmp_path)
@@ -360,11 +353,13 @@ def files(tmp_path_factory):
 def test_damaged_files_never_give_a_traceback(
     files, tmp_path_factory, name, seed, flips, cut, head
 ):
-    r, data = random.Random(seed), bytearray(files[name])
-    for _ in range(flips):  # the first kilobyte holds the structure, the rest is mostly numbers
-        data[r.randrange(min(len(data), 1000) if head else len(data))] = r.randrange(256)
+    draw, data = random.Random(seed), bytearray(files[name])
+    # The first kilobyte holds the structure, the rest is mostly numbers.
+    size = min(len(data), 1000) if head else len(data)
+    for _ in range(flips):
+        data[draw.randrange(size)] = draw.randrange(256)
     path = tmp_path_factory.getbasetemp() / f"damaged-{name}"
-    path.write_bytes(data[: r.randrange(len(data))] if cut else data)
+    path.write_bytes(data[: draw.randrange(len(data))] if cut else data)
     try:
         assert isinstance(import_foreign(path, n_head=HEADS), LM)
     except UserError as error:

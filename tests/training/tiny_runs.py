@@ -1,63 +1,68 @@
-"""What tests of the trainer share: a small model, a text, runs and what they wrote.
-
-Runs happen inside this process, or in children forked from a server that has the imports, because starting
-Python and PyTorch costs more than the training here.
-"""
+"""Helpers for tests of the trainer: a tiny model, a text, runs in this process or in children."""
 
 import csv
+import functools
 import json
 import os
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import ROOT, run_script, start_script
 
-ROOT = Path(__file__).resolve().parents[2]
+from crate_mini.training import device, loss_curve
+from crate_mini.training.settings import flags
+
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
-TINY = [
-    "--n-layer",
-    "1",
-    "--n-embd",
-    "16",
-    "--n-head",
-    "2",
-    "--block-size",
-    "16",
-    "--batch-size",
-    "4",
-    "--tokenizer",
-    "bytes",
-    "--dtype",
-    "float32",
-    "--eval-tokens",
-    "200",
-    "--log-every",
-    "1",
-    "--warmup",
-    "2",
-    "--eval-every",
-    "4",
-]
+TINY = dict(
+    n_layer=1,
+    n_embd=16,
+    n_head=2,
+    block_size=16,
+    batch_size=4,
+    tokenizer="bytes",
+    dtype="float32",
+    eval_tokens=200,
+    log_every=1,
+    warmup=2,
+    eval_every=4,
+)
+measured_once = functools.cache(device.product_rate)
+
+
+# ---- fixtures ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def figures():
+    """For a test that looks at loss.png; runs of the others do not draw it.
+
+    A figure costs more than the training of a tiny model.
+    """
 
 
 @pytest.fixture(autouse=True)
-def clean_machine(tmp_path_factory, monkeypatch):
-    """Cache of this session, one thread (bitwise equal runs), signal handlers put back."""
+def own_place(request, tmp_path_factory, monkeypatch):
+    """An empty working folder, a cache of this session, one thread, signal handlers put back.
+
+    With one thread, equal runs are equal to the bit. The CPU's peak is measured once for all runs.
+    """
+    monkeypatch.setattr(device, "product_rate", measured_once)
+    if "figures" not in request.fixturenames:
+        monkeypatch.setattr(loss_curve, "loss_curve", lambda log, title: log.with_name("loss.png"))
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
     monkeypatch.setenv("CRATE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    old, threads = (
-        [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)],
-        torch.get_num_threads(),
-    )
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), old):
+    for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
@@ -66,36 +71,62 @@ def text(tmp_path_factory):
     """A corpus of a few hundred lines made from a seed, with enough order in it to be learned."""
     draw = random.Random(0)
     words = ["code", "rate", "step", "sparse", "dictionary", "token", "subspace", "signal", "head"]
-    lines = [
-        " ".join(draw.choice(words) for _ in range(draw.randint(3, 9))) + ".\n" for _ in range(400)
-    ]
+    lines = []
+    for _ in range(400):
+        line = " ".join(draw.choice(words) for _ in range(draw.randint(3, 9)))
+        lines.append(line + ".\n")
     path = tmp_path_factory.mktemp("text") / "corpus.txt"
     path.write_text("".join(lines))
     return str(path)
 
 
-def run(*flags):
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+def tiny(text, out, train_steps, **settings):
+    """The words of a command line that trains a tiny model on a text."""
+    settings = {**TINY, "data": text, "out": out, "train_steps": train_steps, **settings}
+    return flags(settings)
+
+
+def run(*words):
     """train.py's main in this process; returns its exit code, raises its UserError."""
-    return train.main(list(flags))
+    return train.main(list(words))
+
+
+def script(*words, fresh=False, **env):
+    """train.py in a child, to its end."""
+    env = {**os.environ, **env}
+    return run_script(["train.py", *words], env=env, timeout=180, fresh=fresh)
+
+
+def script_at_step(step, words, fresh=False):
+    """train.py in a child that has just printed its progress at `step`."""
+    process = start_script(["train.py", *words], fresh=fresh)
+    for line in process.stdout:
+        if line.startswith(f"step {step}/"):
+            break
+    return process
+
+
+# ---- what a run has written ----------------------------------------------------------------------
 
 
 def rows(out):
-    """log.csv without the column that tells the time."""
+    """The rows of log.csv, without the measured speed."""
     with open(Path(out, "log.csv"), newline="") as file:
-        return [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        del row["tokens_per_s"]
+    return rows
+
+
+def facts(out, name="last"):
+    """The training facts in a checkpoint's config.json."""
+    return json.loads(Path(out, name, "config.json").read_text())["training"]
 
 
 def weights(out, name="last"):
+    """sha256 of a checkpoint's weights."""
     meta = json.loads(Path(out, name, "config.json").read_text())
     return meta["files"]["weights"]["sha256"]
-
-
-def script(*flags, timeout=120, **env):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *flags],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        cwd=ROOT,
-    )
