@@ -1,11 +1,13 @@
-"""Compile csrc/ into crate_mini/_C: C++ always, CUDA whenever nvcc is found, and never a failed install.
+"""Compile csrc/ into crate_mini/_C: C++ always, CUDA if nvcc is found. The install never fails.
 
-csrc does not know torch, so the build runs in pip's isolation and its result outlives torch upgrades. Where
-something is missing, less is built and the closing summary (`pip install -v -e .` shows it) says why:
-no nvcc, or a failing one: CPU only; no OpenMP: one thread; no working compiler: plain PyTorch runs instead.
+csrc knows nothing of torch, so the build runs in pip's isolated environment and the module outlives
+upgrades of torch. Where something is missing, less is built, and the summary at the end (shown by
+`pip install -v -e .`) says why: without nvcc, or if it fails, CPU only; without OpenMP, one thread;
+without a working C++ compiler, no module: plain PyTorch does the work.
 
-Environment: CXX, CXXFLAGS, LDFLAGS as usual; MAX_JOBS caps parallel compilers; CUDA_HOME picks the toolkit;
-CRATE_CUDA_ARCHS="80 90a" picks GPU architectures ("none": no CUDA). A GPU need not be visible.
+Environment: CXX, CXXFLAGS and LDFLAGS as usual; MAX_JOBS limits parallel compilers; CUDA_HOME picks
+the toolkit; CRATE_CUDA_ARCHS="80 90a" picks GPU architectures ("none": no CUDA). No GPU is needed
+to build.
 """
 
 import os
@@ -19,14 +21,14 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-OUT = Path(
-    "build", f"ninja-{sys.implementation.cache_tag}"
-)  # kept, so that the next build is incremental
-SHARED = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-CXX, CXXFLAGS, LDFLAGS = (
-    shlex.split(os.environ.get(name, "")) for name in ("CXX", "CXXFLAGS", "LDFLAGS")
-)
-RULE = f"""builddir = {OUT}
+# Kept between builds, so that the next one compiles only what changed.
+OUT = Path("build", f"ninja-{sys.implementation.cache_tag}")
+ON_MAC = sys.platform == "darwin"
+SHARED = ["-bundle", "-undefined", "dynamic_lookup"] if ON_MAC else ["-shared"]
+CXX = shlex.split(os.environ.get("CXX", ""))
+CXXFLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
+LDFLAGS = shlex.split(os.environ.get("LDFLAGS", ""))
+NINJA_RULE = f"""builddir = {OUT}
 rule run
   command = $words $in -o $out
   depfile = $out.d
@@ -34,96 +36,119 @@ rule run
 """
 
 
-def sources(*kinds):
-    return sorted(str(path) for kind in kinds for path in Path("csrc").glob(kind))
+def sources(*patterns):
+    """Names of the files in csrc/ that match, sorted."""
+    paths = [path for pattern in patterns for path in Path("csrc").glob(pattern)]
+    return sorted(str(path) for path in paths)
 
 
-def sh(*words):
-    """Run quietly: (exit status, all output). A missing program is a failure like any other."""
+def run(*words):
+    """(exit status, output) of a command; a missing program is a failure like any other."""
     return subprocess.getstatusoutput(shlex.join(words))
 
 
+# ---- what this machine has -----------------------------------------------------------------------
+
+
 def version(*compiler):
-    """The line of `compiler --version` that identifies it: g++ and clang say it first, nvcc last."""
-    lines = sh(*compiler, "--version")[1].splitlines() or ["unknown"]
-    return lines[-1 if lines[0].startswith("nvcc") else 0]
+    """The line of `compiler --version` that names it: g++'s and clang's first, nvcc's last."""
+    lines = run(*compiler, "--version")[1].splitlines() or ["unknown"]
+    return lines[-1] if lines[0].startswith("nvcc") else lines[0]
+
+
+def compiles(cxx, code, *flags):
+    """Whether a compiler builds this program; that it exists proves nothing."""
+    probe = OUT / "probe.cpp"
+    probe.write_text(code)
+    return run(*cxx, *flags, f"{probe}", "-o", f"{OUT}/probe")[0] == 0
 
 
 def find_cxx():
-    """(compiler or None, OpenMP flags, what to tell). A file is compiled, because a name proves nothing."""
-    probe, names = OUT / "probe.cpp", [CXX] if CXX else [["c++"], ["g++"], ["clang++"]]
-    for cxx in names:
-        probe.write_text("#include <vector>\nint main() { return int(std::vector<int>(1)[0]); }\n")
-        if sh(*cxx, "-std=c++17", f"{probe}", "-o", f"{OUT}/probe")[0] == 0:
-            probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-            openmp = sh(*cxx, "-fopenmp", f"{probe}", "-o", f"{OUT}/probe")[0] == 0
-            told = f"C++: {version(*cxx)}, " + (
-                "OpenMP" if openmp else "no OpenMP, therefore one thread"
-            )
-            return cxx, ["-fopenmp"] * openmp, told
-    return (
-        None,
-        [],
-        f"C++: no working compiler ({', '.join(map(shlex.join, names))}); install g++ or set CXX",
-    )
+    """(compiler or None, OpenMP flags, line of the summary)."""
+    candidates = [CXX] if CXX else [["c++"], ["g++"], ["clang++"]]
+    program = "#include <vector>\nint main() { return int(std::vector<int>(1)[0]); }\n"
+    cxx = next((words for words in candidates if compiles(words, program, "-std=c++17")), None)
+    if cxx is None:
+        names = ", ".join(map(shlex.join, candidates))
+        return None, [], f"C++: no working compiler ({names}); install g++ or set CXX"
+    program = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
+    if compiles(cxx, program, "-fopenmp"):
+        return cxx, ["-fopenmp"], f"C++: {version(*cxx)}, OpenMP"
+    return cxx, [], f"C++: {version(*cxx)}, no OpenMP, therefore one thread"
 
 
 def find_nvcc():
-    """(path or None, architectures, what to tell). A GPU need not be visible: containers build without."""
-    archs = (
-        os.environ.get("CRATE_CUDA_ARCHS", "80 90a").replace(",", " ").replace("sm_", "").split()
-    )
+    """(path or None, architectures, line of the summary)."""
+    names = os.environ.get("CRATE_CUDA_ARCHS", "80 90a")
+    archs = names.replace(",", " ").replace("sm_", "").split()
+    if archs in ([], ["none"]):
+        return None, [], "CUDA: switched off by CRATE_CUDA_ARCHS, therefore CPU only"
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
     nvcc = next(filter(None, map(shutil.which, places)), None)
-    if not nvcc or archs in ([], ["none"]):
-        why = (
-            f"no nvcc ({' or '.join(places)})"
-            if archs and not nvcc
-            else "switched off by CRATE_CUDA_ARCHS"
-        )
-        return None, [], f"CUDA: {why}, therefore CPU only"
-    return nvcc, archs, f"CUDA: {version(nvcc)}, {' '.join('sm_' + a for a in archs)}"
+    if not nvcc:
+        return None, [], f"CUDA: no nvcc ({' or '.join(places)}), therefore CPU only"
+    return nvcc, archs, f"CUDA: {version(nvcc)}, {' '.join(f'sm_{arch}' for arch in archs)}"
 
 
-def edges(cxx, openmp, nvcc, archs):
-    """The build as (output, inputs, command words): one for each file, one for the link."""
-    stamp = runpy.run_path("crate_mini/_stamp.py")["source_stamp"]()
+# ---- the build -----------------------------------------------------------------------------------
+
+
+def through_nvcc(words):
+    """Words for the host compiler that nvcc calls."""
+    return [f"-Xcompiler={word}" for word in words]
+
+
+def nvcc_command(nvcc, archs, cxx, common, host):
+    """nvcc with machine code for each architecture, and PTX of the first for newer GPUs."""
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets.append(f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}")
+    return [nvcc, *common, *targets, "-ccbin", cxx[-1], *through_nvcc(host)]
+
+
+def binding_flags(cxx, nvcc, archs):
+    """Flags of bindings.cpp alone: facts about the build, and where pybind11 is."""
     compilers = version(*cxx) + (f"; {version(nvcc)}" if nvcc else "")
+    stamp = runpy.run_path("crate_mini/_stamp.py")["source_stamp"]()
     facts = {"STAMP": stamp, "ARCHS": " ".join(archs), "COMPILERS": compilers}
-    binding = [f'-DCRATE_{name}="{value}"' for name, value in facts.items()] + [
-        "-DCRATE_CUDA"
-    ] * bool(nvcc)
-    binding += shlex.split(sh(sys.executable, "-m", "pybind11", "--includes")[1])
-    common, host = ["-O3", "-std=c++17"], ["-fPIC", "-fvisibility=hidden", *openmp, *CXXFLAGS]
-    link, cuda, files = [*cxx, *SHARED, *host, *LDFLAGS], [], sources("*.cpp")
-    if nvcc:  # machine code for each architecture, and PTX of the first: newer GPUs translate it themselves
-        code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        code += [f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}", "-ccbin", cxx[-1]]
-        cuda = [nvcc, *common, *code, *(f"-Xcompiler={word}" for word in host)]
-        # cudart goes inside: the module also imports where no CUDA is installed
-        link = [*cuda, *SHARED, "-cudart=static", *(f"-Xcompiler={word}" for word in LDFLAGS)]
+    flags = [f'-DCRATE_{name}="{value}"' for name, value in facts.items()]
+    if nvcc:
+        flags.append("-DCRATE_CUDA")
+    return flags + shlex.split(run(sys.executable, "-m", "pybind11", "--includes")[1])
+
+
+def build_edges(cxx, openmp, nvcc, archs):
+    """The build as (output, inputs, command words): one edge per file, and one for the link."""
+    common = ["-O3", "-std=c++17"]
+    host = ["-fPIC", "-fvisibility=hidden", *openmp, *CXXFLAGS]
+    compile_cpp = [*cxx, *common, "-Wall", *host]
+    files = sources("*.cpp")
+    link = [*cxx, *SHARED, *host, *LDFLAGS]
+    if nvcc:
         files += sources("*.cu")
-    objects = [f"{OUT}/{Path(file).name}.o" for file in files]
-    for file, out in zip(files, objects):
-        words = cuda if file.endswith(".cu") else [*cxx, *common, "-Wall", *host]
-        yield (
-            out,
-            [file],
-            words + binding * ("bindings" in file) + ["-MMD", "-MF", f"{out}.d", "-c"],
-        )
+        compile_cuda = nvcc_command(nvcc, archs, cxx, common, host)
+        # A static cudart lets the module be imported where no CUDA is installed.
+        link = [*compile_cuda, *SHARED, "-cudart=static", *through_nvcc(LDFLAGS)]
+    objects = []
+    for file in files:
+        words = compile_cuda if file.endswith(".cu") else compile_cpp
+        if "bindings" in file:
+            words = words + binding_flags(cxx, nvcc, archs)
+        target = f"{OUT}/{Path(file).name}.o"
+        objects.append(target)
+        yield target, [file], [*words, "-MMD", "-MF", f"{target}.d", "-c"]
     yield OUT / "_C.so", objects, link
 
 
-def ninja(build):
-    """Run the edges with ninja; True if the module came out."""
-    edge = "build {}: run {}\n  words = {}\n"
-    text = "".join(
-        edge.format(out, " ".join(inputs), shlex.join(words)) for out, inputs, words in build
-    )
-    (OUT / "build.ninja").write_text(RULE + text.replace("$", "$$"))
-    jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
-    status, output = sh(sys.executable, "-m", "ninja", "-f", f"{OUT}/build.ninja", *jobs)
+def run_ninja(edges):
+    """Run the edges with ninja and print its output; True if the module was built."""
+    text = ""
+    for target, inputs, words in edges:
+        text += f"build {target}: run {' '.join(inputs)}\n  words = {shlex.join(words)}\n"
+    (OUT / "build.ninja").write_text(NINJA_RULE + text.replace("$", "$$"))
+    jobs = os.environ.get("MAX_JOBS")
+    options = [f"-j{jobs}"] if jobs else []
+    status, output = run(sys.executable, "-m", "ninja", "-f", f"{OUT}/build.ninja", *options)
     print(output)
     return status == 0
 
@@ -131,40 +156,33 @@ def ninja(build):
 class Build(build_ext):
     """build_ext that answers every failure with a smaller build."""
 
-    def build_extension(self, ext):
+    def build_extension(self, extension):
         OUT.mkdir(parents=True, exist_ok=True)
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.unlink(
-            missing_ok=True
-        )  # an earlier build's would be packed as if it were this one's
-        cxx, openmp, cpu = find_cxx()
-        nvcc, archs, gpu = find_nvcc() if cxx else (None, [], "CUDA: needs a C++ compiler first")
-        built = cxx and ninja(edges(cxx, openmp, nvcc, archs))
-        if cxx and nvcc and not built:
-            gpu += "; it failed (its message is above), therefore CPU only"
-            built = ninja(edges(cxx, openmp, None, []))
+        module = Path(self.get_ext_fullpath(extension.name))
+        module.unlink(missing_ok=True)  # an earlier module must not be packed as this build's
+        cxx, openmp, cpu_line = find_cxx()
+        nvcc, archs = None, []
+        gpu_line = "CUDA: needs a C++ compiler first"
+        built = False
+        if cxx:
+            nvcc, archs, gpu_line = find_nvcc()
+            built = run_ninja(build_edges(cxx, openmp, nvcc, archs))
+        if nvcc and not built:
+            gpu_line += "; it failed (see its message above), therefore CPU only"
+            built = run_ninja(build_edges(cxx, openmp, None, []))
         if built:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(OUT / "_C.so", target)
-        cpu += "; it failed on csrc/ (its message is above)" if cxx and not built else ""
-        head = (
-            "the compiled extension is built."
-            if built
-            else (
-                "no compiled extension; plain PyTorch does the work. After a repair run: pip install -e ."
-            )
-        )
-        print(*(f"crate_mini: {line}" for line in (head, cpu, gpu)), sep="\n", flush=True)
+            module.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(OUT / "_C.so", module)
+            summary = "the compiled extension is built."
+        else:
+            summary = "no compiled extension; plain PyTorch does the work. "
+            summary += "To try again: pip install -e ."
+            if cxx:
+                cpu_line += "; it failed on csrc/ (see its message above)"
+        for line in (summary, cpu_line, gpu_line):
+            print(f"crate_mini: {line}", flush=True)
 
 
-setup(
-    ext_modules=[
-        Extension(
-            "crate_mini._C",
-            sources("*.cpp"),
-            depends=sources("*.h", "*.cuh", "*.cu"),
-            optional=True,
-        )
-    ],
-    cmdclass={"build_ext": Build},
-)
+headers = sources("*.h", "*.cuh", "*.cu")
+module = Extension("crate_mini._C", sources("*.cpp"), depends=headers, optional=True)
+setup(ext_modules=[module], cmdclass={"build_ext": Build})

@@ -1,4 +1,4 @@
-// Python's view of kernels.h: pointers are integers (Tensor.data_ptr(), None stands for null), nothing else.
+// kernels.h for Python: pointers are integers (Tensor.data_ptr()), None stands for null.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,7 +7,7 @@
 
 #include "kernels.h"
 
-#ifndef CRATE_STAMP                                  // setup.py defines the three
+#ifndef CRATE_STAMP  // setup.py defines all three
 #define CRATE_STAMP ""
 #define CRATE_COMPILERS ""
 #define CRATE_ARCHS ""
@@ -16,11 +16,14 @@
 namespace py = pybind11;
 using namespace crate_mini;
 
-// A kernel as Python calls it: each pointer an int or None; the interpreter lock is released while it runs.
-template <class A> using FromPython = std::conditional_t<std::is_pointer_v<A>, std::optional<uintptr_t>, A>;
+// A kernel as Python calls it: each pointer an int or None. It runs without the interpreter lock.
+template <class A>
+using FromPython = std::conditional_t<std::is_pointer_v<A>, std::optional<uintptr_t>, A>;
 template <class A> A convert(FromPython<A> value) {
-  if constexpr (std::is_pointer_v<A>) return reinterpret_cast<A>(value.value_or(0));
-  else return value;
+  if constexpr (std::is_pointer_v<A>)
+    return reinterpret_cast<A>(value.value_or(0));
+  else
+    return value;
 }
 template <class R, class... A> auto kernel(R (*f)(A...)) {
   return [f](FromPython<A>... arguments) {
@@ -49,10 +52,10 @@ static py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
 #define KERNEL(name) m.def(#name, kernel(&name))
+  KERNEL(ista_naive_forward);
+  KERNEL(ista_naive_backward);
   KERNEL(ista_forward_cpu);
   KERNEL(ista_backward_cpu);
-  KERNEL(ista_step_forward_cpu);
-  KERNEL(ista_step_backward_cpu);
   KERNEL(ista_decode_cpu);
   KERNEL(mssa_project_forward_cpu);
   KERNEL(mssa_project_backward_cpu);
@@ -60,8 +63,6 @@ PYBIND11_MODULE(_C, m) {
   KERNEL(ista_workspace_cuda);
   KERNEL(ista_forward_cuda);
   KERNEL(ista_backward_cuda);
-  KERNEL(ista_step_forward_cuda);
-  KERNEL(ista_step_backward_cuda);
   KERNEL(ista_decode_cuda);
   KERNEL(mssa_workspace_cuda);
   KERNEL(mssa_project_forward_cuda);

@@ -1,13 +1,15 @@
-// What the CUDA files share: the launch macro, bf16, 16-byte accesses, warp sums, and the tensor core's
-// instructions, each behind one inline function. Without nvcc the same kernels compile as plain C++ against
-// tests/cuda_cpu/cuda_cpu.h, which runs every CUDA thread as a fiber and holds the twin of each function.
+// What the CUDA files share: the launch macro, bf16, 16-byte accesses, warp sums, and tensor-core
+// instructions, each wrapped in one inline function. Without nvcc the same kernels compile as plain
+// C++ against tests/kernels/cuda_cpu/cuda_cpu.h, which runs every CUDA thread as a fiber and
+// emulates each of these functions.
 #pragma once
 #include <cstdint>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
-#define LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+#define LAUNCH(kernel, grid, block, shared, stream, ...) \
+  kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
 #define SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #else
 #include "cuda_cpu.h"
@@ -17,27 +19,37 @@ namespace crate_mini {
 
 // ---- numbers ----
 
-struct bf16 { uint16_t bits; };  // the upper half of a float
+// The upper half of a float.
+struct bf16 {
+  uint16_t bits;
+};
 
 __host__ __device__ __forceinline__ float to_float(float v) { return v; }
 __host__ __device__ __forceinline__ float to_float(bf16 v) {
-  union { uint32_t bits; float value; } u = {uint32_t(v.bits) << 16};
+  union {
+    uint32_t bits;
+    float value;
+  } u = {uint32_t(v.bits) << 16};
   return u.value;
 }
 
 template <class T> __device__ __forceinline__ T from_float(float v);
 template <> __device__ __forceinline__ float from_float<float>(float v) { return v; }
-template <> __device__ __forceinline__ bf16 from_float<bf16>(float v) {  // to nearest, ties to even
+// To nearest, ties to even.
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float v) {
 #ifdef __CUDACC__
   return {__bfloat16_as_ushort(__float2bfloat16_rn(v))};
 #else
-  union { float value; uint32_t bits; } u = {v};
-  if (v != v) return {uint16_t(u.bits >> 16 | 0x40)};  // rounding must not carry a NaN's payload away
+  union {
+    float value;
+    uint32_t bits;
+  } u = {v};
+  if (v != v) return {uint16_t(u.bits >> 16 | 0x40)};  // rounding could turn a NaN into infinity
   return {uint16_t((u.bits + 0x7FFF + (u.bits >> 16 & 1)) >> 16)};
 #endif
 }
 
-// Leave the calling host function with the first CUDA error.
+// Return the first CUDA error from the calling host function.
 #define TRY(call) \
   if (int error_ = static_cast<int>(call)) return error_
 
@@ -49,32 +61,42 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a
 __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
 __device__ __forceinline__ void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 
-// In PTX, because nvcc 13 cuts the plain store of packed bf16 into four (seen in the machine code).
+// In PTX, because nvcc 13 splits the plain store of packed bf16 into four.
 __device__ __forceinline__ void store16_global(void* p, uint4 v) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x),
-               "r"(v.y), "r"(v.z), "r"(v.w)
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
 #endif
 
-template <class T> struct alignas(16) Eight { T value[8]; };  // 16 bytes of bf16, 32 of float
+// 16 bytes of bf16, 32 of float.
+template <class T> struct alignas(16) Eight {
+  T value[8];
+};
 
-// True if rows of `columns` values from p on can be read 16 bytes at a time: every row starts on a multiple
+// Whether rows of `columns` values can be read 16 bytes at a time: every row starts on a multiple
 // of 16.
 template <class T> __host__ __device__ bool wide(const T* p, int64_t columns) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && columns * int64_t(sizeof(T)) % 16 == 0;
 }
 
 template <class T> __device__ __forceinline__ void load8(const T* p, float out[8]) {
-  union { uint4 raw[sizeof(T) / 2]; Eight<T> eight; } u;
+  union {
+    uint4 raw[sizeof(T) / 2];
+    Eight<T> eight;
+  } u;
 #pragma unroll
-  for (int i = 0; i < int(sizeof(T)) / 2; ++i) u.raw[i] = load16(reinterpret_cast<const uint4*>(p) + i);
+  for (int i = 0; i < int(sizeof(T)) / 2; ++i)
+    u.raw[i] = load16(reinterpret_cast<const uint4*>(p) + i);
 #pragma unroll
   for (int i = 0; i < 8; ++i) out[i] = to_float(u.eight.value[i]);
 }
 
 template <bool kGlobal, class T> __device__ __forceinline__ void store8(T* p, const float in[8]) {
-  union { uint4 raw[sizeof(T) / 2]; Eight<T> eight; } u;
+  union {
+    uint4 raw[sizeof(T) / 2];
+    Eight<T> eight;
+  } u;
 #pragma unroll
   for (int i = 0; i < 8; ++i) u.eight.value[i] = from_float<T>(in[i]);
 #pragma unroll
@@ -86,7 +108,8 @@ template <bool kGlobal, class T> __device__ __forceinline__ void store8(T* p, co
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-__device__ __forceinline__ float warp_sum(float v) {  // every lane receives the sum; the order is fixed
+// Every lane receives the sum; the order is fixed.
+__device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) v += __shfl_xor_sync(kAllLanes, v, distance);
   return v;
@@ -94,30 +117,33 @@ __device__ __forceinline__ float warp_sum(float v) {  // every lane receives the
 
 // ---- tensor cores (Ampere and later) ----
 //
-// A fragment is how the 32 lanes hold a small matrix together; PTX ISA, "Matrix fragments for mma.m16n8k16".
+// A fragment is the layout in which 32 lanes together hold a small matrix; see "Matrix Fragments
+// for mma.m16n8k16" in the PTX ISA manual.
 
 #ifdef __CUDACC__
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Start copying `bytes` (0 to 16) to shared memory, filling up to 16 with zeros; it lands some time before
+// Start copying `bytes` (0 to 16) to shared memory, filled up to 16 with zeros. Complete only after
 // copy_wait.
 __device__ __forceinline__ void copy_async16(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(bytes)
                : "memory");
 }
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Wait until all of this thread's copies have landed but those of the last kMayFly committed groups.
-template <int kMayFly> __device__ __forceinline__ void copy_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kMayFly) : "memory");
+__device__ __forceinline__ void copy_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Four 8x8 matrices of bf16 from shared memory into fragments. Lane i points at row i % 8 of matrix i / 8, 16
-// bytes aligned. Lane l receives of each matrix the elements [l / 4][l % 4 * 2 + (0, 1)], or, transposed, the
-// mirrored ones.
+// Wait for all of this thread's copies except those of the last kPending committed groups.
+template <int kPending> __device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Load four 8x8 matrices of bf16 from shared memory into fragments. Lane i passes the address of
+// row i % 8 of matrix i / 8, aligned to 16 bytes. Lane l receives elements [l / 4][l % 4 * 2 + (0,
+// 1)] of each matrix, or of its transpose.
 __device__ __forceinline__ void load_matrices(uint32_t out[4], const void* row, bool transposed) {
   if (transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -131,9 +157,9 @@ __device__ __forceinline__ void load_matrices(uint32_t out[4], const void* row, 
                  : "memory");
 }
 
-// c (16x8, float) += a (16x16, bf16) b (16x8, bf16). Lane l holds of c the rows l / 4 and l / 4 + 8, columns
-// l % 4 * 2 and the next; of a the 8x8 quadrants (0,0), (8,0), (0,8), (8,8) as load_matrices delivers them;
-// of b, given as its transpose, the halves k < 8 and k >= 8.
+// c (16x8, float) += a (16x16, bf16) b (16x8, bf16). Lane l holds rows l / 4 and l / 4 + 8 of c,
+// columns l % 4 * 2 and the next; the 8x8 quadrants (0,0), (8,0), (0,8), (8,8) of a as
+// load_matrices returns them; and, of b given as its transpose, the halves k < 8 and k >= 8.
 __device__ __forceinline__ void mma_16x8x16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "

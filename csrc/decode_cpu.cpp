@@ -1,10 +1,10 @@
-// ISTA for a few rows without gradient: one or a few tokens at a time, for generation and steering.
+// ISTA for one or a few rows without gradient, as in generation and steering.
 //
-// With so few rows every product is bound by reading D, and after the threshold most codes are zero: products
-// that read codes (D a) take only the atoms of non-zero codes, rows of the transposed dictionary. A step then
-// reads D once, plus the codes' density times D, instead of twice. Codes and residuals stay in acc.
+// With so few rows the time goes into reading D, and after the threshold most codes are zero. So
+// products that read codes (D a) read only the atoms of non-zero codes, which are rows of the
+// transposed dictionary: a step reads D once plus a share as large as the codes' density, instead
+// of twice. Codes and residuals stay in acc.
 #include <algorithm>
-#include <vector>
 
 #include "kernels.h"
 #include "product_cpu.h"
@@ -12,11 +12,12 @@
 namespace crate_mini {
 namespace {
 
-constexpr int64_t BLOCK = 128;                       // columns that a thread sums at once, in registers
+constexpr int64_t BLOCK = 128;  // columns that a thread sums at once, in registers
 
-// out[n][j] = base[n][j] + scale * sum over i of A[n][i] rows[i][j], without reading the rows of zeros in A.
-template <class T> void combine_rows(int64_t N, int64_t K, int64_t n, const Acc<T>* A, const T* rows,
-                                     Acc<T> scale, const Acc<T>* base, Acc<T>* out) {
+// out[r][j] = base[r][j] + scale * sum_i A[r][i] rows[i][j], skipping the rows where A is zero.
+template <class T>
+void combine_rows(int64_t N, int64_t K, int64_t n, const Acc<T>* A, const T* rows, Acc<T> scale,
+                  const Acc<T>* base, Acc<T>* out) {
   const Isa<T>& m = isa<T>();
 #pragma omp for schedule(static)
   for (int64_t b = 0; b < (n + BLOCK - 1) / BLOCK; b++) {
@@ -30,13 +31,15 @@ template <class T> void combine_rows(int64_t N, int64_t K, int64_t n, const Acc<
   }
 }
 
-template <class T> void decode(int64_t N, int64_t d, int64_t h, int64_t S, double eta, double lam, const T* x,
-                               const T* D, const T* Dt, const T* dect, const void* lams, T* y, T* a,
-                               int threads) {
+template <class T>
+void decode(int64_t N, int64_t d, int64_t h, int64_t S, double eta, double lam, const T* x,
+            const T* D, const T* Dt, const T* dect, const void* lams, T* y, T* a, int threads) {
   using A = Acc<T>;
-  A *in = scratch<A>(ROWS_OUT, N * d), *r = scratch<A>(RESIDUALS, N * d), *code = scratch<A>(STEPS, N * h);
+  A* in = scratch<A>(ROWS_OUT, N * d);
+  A* r = scratch<A>(RESIDUALS, N * d);
+  A* code = scratch<A>(STEPS, N * h);
   for (int64_t i = 0; i < N * d; i++) in[i] = lift(x[i]);
-  auto* each = static_cast<const A*>(lams);
+  auto* lam_of_code = static_cast<const A*>(lams);
 #pragma omp parallel num_threads(threads)
   {
     for (int64_t t = 1; t <= S; t++) {
@@ -44,7 +47,7 @@ template <class T> void decode(int64_t N, int64_t d, int64_t h, int64_t S, doubl
       combine_rows<T>(N, d, h, t > 1 ? r : in, D, A(eta), t > 1 ? code : nullptr, code);
 #pragma omp for schedule(static)
       for (int64_t j = 0; j < N * h; j++) {
-        A v = code[j] - A(eta) * (each ? each[j % h] : A(lam));
+        A v = code[j] - A(eta) * (lam_of_code ? lam_of_code[j % h] : A(lam));
         code[j] = v < 0 ? 0 : v;
       }
     }
@@ -57,12 +60,12 @@ template <class T> void decode(int64_t N, int64_t d, int64_t h, int64_t S, doubl
 }  // namespace
 
 void ista_decode_cpu(int dtype, int64_t N, int64_t d, int64_t h, int64_t S, double eta, double lam,
-                     const void* x, const void* D, const void* Dt, const void* dect, const void* lams,
-                     void* y, void* a, int threads) {
+                     const void* x, const void* D, const void* Dt, const void* dect,
+                     const void* lams, void* y, void* a, int threads) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    decode<T>(N, d, h, S, eta, lam, (const T*)x, (const T*)D, (const T*)Dt, (const T*)dect, lams, (T*)y,
-              (T*)a, threads);
+    decode<T>(N, d, h, S, eta, lam, (const T*)x, (const T*)D, (const T*)Dt, (const T*)dect, lams,
+              (T*)y, (T*)a, threads);
   });
 }
 

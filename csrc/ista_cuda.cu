@@ -1,23 +1,24 @@
-// ISTA on CUDA: codes from zero, a_t = ReLU(a_{t-1} + eta D^T (x - D a_{t-1}) - eta lam), and y = decoder a.
+// ISTA on CUDA: the equations of ista_naive.cpp as matrix products.
 //
-// Every product is one call of `multiply` (product_cuda.cuh) with the threshold, residual or mask in its
-// epilogue, so the (N, h) pre-activations never reach memory. The versions are those of the product: v1
-// naive, v2 shared-memory tiles, v3 tensor cores; `version` picks one, 0 the best for the type:
-//     python -m crate_mini.studies.bench --op ista --versions
-// Two steps on N rows are 4 products forward and 8 backward of 2 N d h operations each, 24 N d h in all.
-// Values moved forward, at best: a_1 written and read twice, a_2 written and read, x and r twice each, y:
-// about 5 N h + 5 N d, and D four times. (A v4 that keeps a tile of rows on the chip through all four
-// products would save most of the 5 N h: an exercise.)
+// Every product is one call of `multiply` (product_cuda.cuh) with the threshold, residual or mask
+// in its epilogue, so the (N, h) pre-activations never reach memory. `version` picks the product:
+// v1 naive, v2 shared-memory tiles, v3 tensor cores, 0 the best for the type. On a GPU,
+//     python -m crate_mini.studies bench --op ista --versions
+// checks and times them. Two steps on N rows are 4 products forward and 8 backward of 2 N d h
+// operations each, 24 N d h in all. Values moved forward, at best: a_1 written once and read twice,
+// a_2 written and read, x and r twice each, y once: about 5 N h + 5 N d, plus D four times. (A v4
+// that keeps a tile of rows on the chip through all four products would save most of the 5 N h: an
+// exercise.)
 //
-// ista_decode, for one or a few rows, reads all of D to do next to nothing with it: its kernels are bound by
-// memory, and its products that read codes fetch the atoms of non-zero codes only.
+// ista_decode reads all of D for one or a few rows and computes little with it, so memory bounds
+// it; its products that read codes fetch only the atoms of non-zero codes.
 #include "kernels.h"
 #include "product_cuda.cuh"
 
 namespace crate_mini {
 namespace {
 
-// The sizes and the dictionary's arguments that all pieces share.
+// The sizes and settings of a call.
 template <class T> struct Problem {
   int64_t N, d, h;
   float eta;
@@ -41,42 +42,54 @@ template <class T> struct Problem {
   int splits() const { return choose_splits(d, h, N); }
 };
 
-// parts (splits, d, h) (+)= sum of r^T a over up to three pairs, each with the sign it is added with.
+// parts (splits, d, h) (+)= sum of +- r^T a over up to three pairs of r and a.
 template <class T> struct DictionaryGradient {
   Product<Plain<T>, Plain<T>, Epilogue<T, float>> p;
   float sign = 1;  // of the sum so far
 
   explicit DictionaryGradient(const Problem<T>& s) {
-    p.M = s.d, p.N = s.h, p.K = s.N, p.terms = 0, p.splits = s.splits();
+    p.M = s.d;
+    p.N = s.h;
+    p.K = s.N;
+    p.terms = 0;
+    p.splits = s.splits();
   }
 
-  void term(const Problem<T>& s, const T* r, const T* a, float its_sign) {
-    if (p.terms) p.then[p.terms - 1] = sign * its_sign;  // (A0 B0 s0 s1 + A1 B1) s1 s2 + ...
-    p.a[p.terms] = s.rows(r), p.b[p.terms] = s.codes(a);
-    ++p.terms, sign = its_sign;
+  void term(const Problem<T>& s, const T* r, const T* a, float term_sign) {
+    if (p.terms) p.then[p.terms - 1] = sign * term_sign;  // (A0 B0 s0 s1 + A1 B1) s1 s2 + ...
+    p.a[p.terms] = s.rows(r);
+    p.b[p.terms] = s.codes(a);
+    ++p.terms;
+    sign = term_sign;
   }
-  int run(const Problem<T>& s, float* parts, bool accumulate, float scale = 1) {
-    p.epilogue.out = parts, p.epilogue.alpha = scale * sign, p.epilogue.add = accumulate ? parts : nullptr;
+  int run(const Problem<T>& s, float* parts, bool accumulate) {
+    p.epilogue.out = parts;
+    p.epilogue.alpha = sign;
+    p.epilogue.add = accumulate ? parts : nullptr;
     return multiply<true, false>(p, s.version, s.stream);
   }
 };
 
-template <class T> struct Value {  // of one matrix, for add_columns
+// The elements of a matrix, for add_columns.
+template <class T> struct Value {
   const T* data;
   int64_t columns;
-  __device__ float operator()(int64_t r, int64_t c) const { return to_float(data[r * columns + c]); }
+  __device__ float operator()(int64_t r, int64_t c) const {
+    return to_float(data[r * columns + c]);
+  }
 };
 
 // out = scale * g where code is positive (or NaN), else zero; g may be null.
 template <class T>
 __global__ void mask_gradient(T* out, const T* g, const T* code, float scale, int64_t size) {
   int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  if (i < size) out[i] = from_float<T>(!g || to_float(code[i]) <= 0.f ? 0.f : scale * to_float(g[i]));
+  if (i < size)
+    out[i] = from_float<T>(!g || to_float(code[i]) <= 0.f ? 0.f : scale * to_float(g[i]));
 }
 
-template <class T> __global__ void add_into(T* out, const T* more, int64_t size) {
+template <class T> __global__ void add_into(T* out, const T* addend, int64_t size) {
   int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  if (i < size) out[i] = from_float<T>(to_float(out[i]) + to_float(more[i]));
+  if (i < size) out[i] = from_float<T>(to_float(out[i]) + to_float(addend[i]));
 }
 
 template <class T> struct BackwardSpace {
@@ -86,7 +99,8 @@ template <class T> struct BackwardSpace {
   float* parts;      // (splits, d, h)
   float* lam_parts;  // (slices, h)
   BackwardSpace(void* base, const Problem<T>& s) : space{static_cast<char*>(base)} {
-    G = space.take<T>(s.N * s.h), gr = space.take<T>(s.N * s.d);
+    G = space.take<T>(s.N * s.h);
+    gr = space.take<T>(s.N * s.d);
     parts = space.take<float>(s.splits() * s.d * s.h);
     lam_parts = space.take<float>(column_slices(s.N) * s.h);
   }
@@ -98,42 +112,54 @@ int forward(const Problem<T>& s, int64_t S, float lam, const T* x, const T* D, c
   const float threshold = lams ? s.eta : s.eta * lam;
   const T* before = nullptr;
   for (int64_t t = 1; t <= S; ++t) {
-    T* codes = trail_a && t < S ? trail_a + (t - 1) * s.N * s.h : a;  // without a trail: a, in place
+    // Without a trail each step overwrites a.
+    T* codes = trail_a && t < S ? trail_a + (t - 1) * s.N * s.h : a;
     T* r = trail_r && t > 1 ? trail_r + (t - 2) * s.N * s.d : scratch_r;
     if (t > 1) {
       Epilogue<T, T> residual;
-      residual.out = r, residual.alpha = -1, residual.add = x;
+      residual.out = r;
+      residual.alpha = -1;
+      residual.add = x;
       TRY(s.to_rows(before, D, residual));
     }
     Epilogue<T, T> step;
-    step.out = codes, step.alpha = s.eta, step.add = before, step.threshold = threshold, step.lam = lams;
+    step.out = codes;
+    step.alpha = s.eta;
+    step.add = before;
+    step.threshold = threshold;
+    step.lam = lams;
     step.relu = true;
     TRY(s.to_codes(t > 1 ? r : x, D, step));
     before = codes;
   }
   Epilogue<T, T> plain;
   plain.out = y;
-  return s.to_rows(a, decoder, plain);
+  return s.to_rows(a, decoder ? decoder : D, plain);
 }
 
-// G_S = eta m_S (gy Dec + ga)
+// G_S = eta m_S (decoder^T gy + ga)
 template <class T>
-int first_gradient(const Problem<T>& s, const T* gy, const T* ga, const T* decoder, const T* a, T* G) {
+int first_gradient(const Problem<T>& s, const T* gy, const T* ga, const T* decoder, const T* a,
+                   T* G) {
   if (s.N * s.h == 0) return cudaSuccess;
   if (gy) {
     Epilogue<T, T> e;
-    e.out = G, e.alpha = e.beta = s.eta, e.add = ga, e.mask = a;
+    e.out = G;
+    e.alpha = s.eta;
+    e.beta = s.eta;
+    e.add = ga;
+    e.mask = a;
     return s.to_codes(gy, decoder, e);
   }
-  LAUNCH((mask_gradient<T>), static_cast<unsigned>(ceil_div(s.N * s.h, 256)), 256, 0, s.stream, G, ga, a,
-         s.eta, s.N * s.h);
+  const unsigned blocks = static_cast<unsigned>(ceil_div(s.N * s.h, 256));
+  LAUNCH((mask_gradient<T>), blocks, 256, 0, s.stream, G, ga, a, s.eta, s.N * s.h);
   return cudaGetLastError();
 }
 
 template <class T>
 int backward(const Problem<T>& s, int64_t S, const T* gy, const T* ga, const T* x, const T* D,
-             const T* decoder, const T* a, const T* trail_a, const T* trail_r, T* gx, T* gD, T* gdec,
-             float* glam, void* workspace) {
+             const T* decoder, const T* a, const T* trail_a, const T* trail_r, T* gx, T* gD,
+             T* gdec, float* glam, void* workspace) {
   BackwardSpace<T> w(workspace, s);
   const int slices = column_slices(s.N);
   if (gdec) {
@@ -142,11 +168,12 @@ int backward(const Problem<T>& s, int64_t S, const T* gy, const T* ga, const T* 
     TRY(g.run(s, w.parts, false));
     TRY(add_slices(gdec, w.parts, s.d * s.h, s.splits(), 1, s.stream));
   }
-  TRY(first_gradient(s, gy, ga, decoder, a, w.G));
+  TRY(first_gradient(s, gy, ga, decoder ? decoder : D, a, w.G));
   for (int64_t t = S; t >= 1; --t) {
-    T* gr = t == S ? gx : w.gr;  // the first one starts the sum gx = sum_t D G_t
+    T* gr = t == S ? gx : w.gr;  // gr_S starts the sum gx = sum_t gr_t
     Epilogue<T, T> back;
-    back.out = t == 1 ? gx : gr, back.add = t == 1 && S > 1 ? gx : nullptr;
+    back.out = t == 1 ? gx : gr;
+    back.add = t == 1 && S > 1 ? gx : nullptr;
     DictionaryGradient<T> g(s);
     const T* codes = t > 1 ? trail_a + (t - 2) * s.N * s.h : nullptr;
     TRY(s.to_rows(w.G, D, back));
@@ -157,45 +184,26 @@ int backward(const Problem<T>& s, int64_t S, const T* gy, const T* ga, const T* 
     if (glam) TRY(add_columns(w.lam_parts, Value<T>{w.G, s.h}, s.N, s.h, t < S, s.stream));
     if (t == 1) break;
     if (t < S && s.N * s.d > 0) {
-      LAUNCH((add_into<T>), static_cast<unsigned>(ceil_div(s.N * s.d, 256)), 256, 0, s.stream, gx, gr,
-             s.N * s.d);
+      const unsigned blocks = static_cast<unsigned>(ceil_div(s.N * s.d, 256));
+      LAUNCH((add_into<T>), blocks, 256, 0, s.stream, gx, gr, s.N * s.d);
       TRY(cudaGetLastError());
     }
     Epilogue<T, T> before;  // G_{t-1} = m_{t-1} (G_t - eta gr D), in place
-    before.out = w.G, before.add = w.G, before.alpha = -s.eta, before.mask = codes;
+    before.out = w.G;
+    before.add = w.G;
+    before.alpha = -s.eta;
+    before.mask = codes;
     TRY(s.to_codes(gr, D, before));
   }
   if (glam) TRY(add_slices(glam, w.lam_parts, s.h, slices, -1, s.stream));
   return add_slices(gD, w.parts, s.d * s.h, s.splits(), 1, s.stream);
 }
 
-template <class T>
-int step_backward(const Problem<T>& s, const T* g, const T* out, const T* r, const T* D, T* ga, T* gr, T* gD,
-                  float* glam, void* workspace) {
-  BackwardSpace<T> w(workspace, s);
-  T* masked = ga ? ga : w.G;
-  if (s.N * s.h > 0) {
-    LAUNCH((mask_gradient<T>), static_cast<unsigned>(ceil_div(s.N * s.h, 256)), 256, 0, s.stream, masked, g,
-           out, 1.f, s.N * s.h);
-    TRY(cudaGetLastError());
-  }
-  Epilogue<T, T> back;
-  back.out = gr, back.alpha = s.eta;
-  TRY(s.to_rows(masked, D, back));
-  DictionaryGradient<T> gradient(s);
-  gradient.term(s, r, masked, 1);
-  TRY(gradient.run(s, w.parts, false, s.eta));
-  TRY(add_slices(gD, w.parts, s.d * s.h, s.splits(), 1, s.stream));
-  if (!glam) return cudaSuccess;
-  TRY(add_columns(w.lam_parts, Value<T>{masked, s.h}, s.N, s.h, false, s.stream));
-  return add_slices(glam, w.lam_parts, s.h, column_slices(s.N), -s.eta, s.stream);
-}
-
 // ---- decoding: one or a few rows ----
 
-// out (N, h) = ReLU(a + eta r D - threshold). A block makes 64 codes of one row: 8 threads read 8 columns
-// each of D's row k, 32 such groups take every 32nd k, and their sums meet in shared memory. D is read once,
-// 16 bytes at a time.
+// out (N, h) = ReLU(a + eta D^T r - threshold). A block computes 64 codes of one row: 8 threads
+// read 8 columns each of row k of D, 32 such groups take every 32nd k, and shared memory collects
+// their sums. D is read once, 16 bytes at a time.
 template <class T>
 __global__ void decode_step(const Plain<T> D, const T* r, Epilogue<T, T> epilogue, bool wide) {
   SHARED(memory);
@@ -211,16 +219,16 @@ __global__ void decode_step(const Plain<T> D, const T* r, Epilogue<T, T> epilogu
   }
   for (int i = 0; i < 8; ++i) sums[group * 64 + threadIdx.x % 8 * 8 + i] = sum[i];
   __syncthreads();
-  const int64_t mine = blockIdx.x * 64 + threadIdx.x;
-  if (threadIdx.x >= 64 || mine >= D.columns) return;
+  const int64_t code = blockIdx.x * 64 + threadIdx.x;
+  if (threadIdx.x >= 64 || code >= D.columns) return;
   float total = 0;
   for (int g = 0; g < 32; ++g) total += sums[g * 64 + threadIdx.x];
-  epilogue.one(row * D.columns + mine, mine, total);
+  epilogue.one(row * D.columns + code, code, total);
 }
 
-// out (N, d) = base + scale * a Dt, Dt (h, d): only the atoms of non-zero codes are read. A block makes 64
-// columns of one row; its 16 warps take 32 codes at a time, find the non-zero ones by a ballot and walk
-// through those.
+// out (N, d) = base + scale * Dt^T a, Dt (h, d): reads only the atoms of non-zero codes. A block
+// computes 64 columns of one row; each of its 16 warps takes 32 codes at a time, finds the non-zero
+// ones by a ballot and walks through them.
 template <class T>
 __global__ void decode_sparse(const Plain<T> Dt, const T* a, const T* base, float scale, T* out) {
   SHARED(memory);
@@ -230,52 +238,58 @@ __global__ void decode_sparse(const Plain<T> Dt, const T* a, const T* base, floa
   float sum[2] = {};
   for (int64_t k = warp * 32; k < Dt.rows; k += 16 * 32) {
     const float code = k + lane < Dt.rows ? to_float(a[row * Dt.rows + k + lane]) : 0.f;
-    for (unsigned alive = __ballot_sync(kAllLanes, code != 0.f); alive; alive &= alive - 1) {
-      const int from = __ffs(alive) - 1;
+    unsigned non_zero = __ballot_sync(kAllLanes, code != 0.f);
+    for (; non_zero; non_zero &= non_zero - 1) {
+      const int from = __ffs(non_zero) - 1;
       const float v = __shfl_sync(kAllLanes, code, from);
       sum[0] += v * Dt.at(k + from, column + lane);
       sum[1] += v * Dt.at(k + from, column + 32 + lane);
     }
   }
-  sums[warp * 64 + lane] = sum[0], sums[warp * 64 + 32 + lane] = sum[1];
+  sums[warp * 64 + lane] = sum[0];
+  sums[warp * 64 + 32 + lane] = sum[1];
   __syncthreads();
-  const int64_t mine = column + threadIdx.x, index = row * Dt.columns + mine;
-  if (threadIdx.x >= 64 || mine >= Dt.columns) return;
+  const int64_t j = column + threadIdx.x, index = row * Dt.columns + j;
+  if (threadIdx.x >= 64 || j >= Dt.columns) return;
   float total = 0;
   for (int w = 0; w < 16; ++w) total += sums[w * 64 + threadIdx.x];
   out[index] = from_float<T>((base ? to_float(base[index]) : 0.f) + scale * total);
 }
 
 template <class T>
-int decode(const Problem<T>& s, int64_t S, float lam, const T* x, const T* D, const T* Dt, const T* dect,
-           const float* lams, T* y, T* a, T* r) {
+int decode(const Problem<T>& s, int64_t S, float lam, const T* x, const T* D, const T* Dt,
+           const T* dect, const float* lams, T* y, T* a, T* r) {
   if (s.N == 0) return cudaSuccess;
   if (s.N > 65535) return cudaErrorInvalidValue;
-  const Plain<T> dictionary = s.dictionary(D);
+  const Plain<T> dictionary = s.dictionary(D), atoms{Dt, s.h, s.d}, decoder_atoms{dect, s.h, s.d};
   const dim3 code_grid(static_cast<unsigned>(ceil_div(s.h, 64)), static_cast<unsigned>(s.N));
   const dim3 row_grid(static_cast<unsigned>(ceil_div(s.d, 64)), static_cast<unsigned>(s.N));
   const bool is_wide = wide(D, s.h);
   Epilogue<T, T> step;
-  step.out = a, step.alpha = s.eta, step.relu = true;
-  step.threshold = lams ? s.eta : s.eta * lam, step.lam = lams;
+  step.out = a;
+  step.alpha = s.eta;
+  step.relu = true;
+  step.threshold = lams ? s.eta : s.eta * lam;
+  step.lam = lams;
   for (int64_t t = 1; t <= S; ++t) {
     if (t > 1 && s.d > 0)
-      LAUNCH((decode_sparse<T>), row_grid, 512, 16 * 64 * 4, s.stream, Plain<T>{Dt, s.h, s.d}, a, x, -1.f, r);
+      LAUNCH((decode_sparse<T>), row_grid, 512, 16 * 64 * 4, s.stream, atoms, a, x, -1.f, r);
     if (s.h > 0)
-      LAUNCH((decode_step<T>), code_grid, 256, 32 * 64 * 4, s.stream, dictionary, t > 1 ? r : x, step,
-             is_wide);
+      LAUNCH((decode_step<T>), code_grid, 256, 32 * 64 * 4, s.stream, dictionary, t > 1 ? r : x,
+             step, is_wide);
     step.add = a;
   }
   const T* nothing = nullptr;
   if (s.d > 0)
-    LAUNCH((decode_sparse<T>), row_grid, 512, 16 * 64 * 4, s.stream, Plain<T>{dect, s.h, s.d}, a, nothing,
-           1.f, y);
+    LAUNCH((decode_sparse<T>), row_grid, 512, 16 * 64 * 4, s.stream, decoder_atoms, a, nothing, 1.f,
+           y);
   return cudaGetLastError();
 }
 
-// Calls f with a Problem of the right type.
+// Call f with a Problem of the type that a dtype code names, and a value of that type.
 template <class F>
-int with_type(int dtype, int64_t N, int64_t d, int64_t h, double eta, int version, void* stream, F f) {
+int with_type(int dtype, int64_t N, int64_t d, int64_t h, double eta, int version, void* stream,
+              F f) {
   const float step = static_cast<float>(eta);
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   if (dtype == F32) return f(Problem<float>{N, d, h, step, version, s}, float());
@@ -295,53 +309,34 @@ int64_t ista_workspace_cuda(int dtype, int64_t N, int64_t d, int64_t h) {
 }
 
 int ista_forward_cuda(int dtype, int64_t N, int64_t d, int64_t h, int64_t S, double eta, double lam,
-                      const void* x, const void* D, const void* decoder, const void* lams, void* y, void* a,
-                      void* trail_a, void* trail_r, void* workspace, int version, void* stream) {
+                      const void* x, const void* D, const void* decoder, const void* lams, void* y,
+                      void* a, void* trail_a, void* trail_r, void* workspace, int version,
+                      void* stream) {
   return with_type(dtype, N, d, h, eta, version, stream, [&](auto s, auto type) {
     using T = decltype(type);
-    return forward<T>(s, S, float(lam), (const T*)x, (const T*)D, (const T*)decoder, (const float*)lams,
-                      (T*)y, (T*)a, (T*)trail_a, (T*)trail_r, (T*)workspace);
+    return forward<T>(s, S, float(lam), (const T*)x, (const T*)D, (const T*)decoder,
+                      (const float*)lams, (T*)y, (T*)a, (T*)trail_a, (T*)trail_r, (T*)workspace);
   });
 }
 
-int ista_backward_cuda(int dtype, int64_t N, int64_t d, int64_t h, int64_t S, double eta, const void* gy,
-                       const void* ga, const void* x, const void* D, const void* decoder, const void* a,
-                       const void* trail_a, const void* trail_r, void* gx, void* gD, void* gdec, void* glam,
-                       void* workspace, int version, void* stream) {
+int ista_backward_cuda(int dtype, int64_t N, int64_t d, int64_t h, int64_t S, double eta,
+                       const void* gy, const void* ga, const void* x, const void* D,
+                       const void* decoder, const void* a, const void* trail_a, const void* trail_r,
+                       void* gx, void* gD, void* gdec, void* glam, void* workspace, int version,
+                       void* stream) {
   return with_type(dtype, N, d, h, eta, version, stream, [&](auto s, auto type) {
     using T = decltype(type);
-    return backward<T>(s, S, (const T*)gy, (const T*)ga, (const T*)x, (const T*)D, (const T*)decoder,
-                       (const T*)a, (const T*)trail_a, (const T*)trail_r, (T*)gx, (T*)gD, (T*)gdec,
-                       (float*)glam, workspace);
-  });
-}
-
-int ista_step_forward_cuda(int dtype, int64_t N, int64_t d, int64_t h, double eta, double lam, const void* a,
-                           const void* r, const void* D, const void* lams, void* out, int version,
-                           void* stream) {
-  return with_type(dtype, N, d, h, eta, version, stream, [&](auto s, auto type) {
-    using T = decltype(type);
-    Epilogue<T, T> step;
-    step.out = (T*)out, step.alpha = s.eta, step.add = (const T*)a, step.relu = true;
-    step.threshold = lams ? s.eta : s.eta * float(lam), step.lam = (const float*)lams;
-    return s.to_codes((const T*)r, (const T*)D, step);
-  });
-}
-
-int ista_step_backward_cuda(int dtype, int64_t N, int64_t d, int64_t h, double eta, const void* g,
-                            const void* out, const void* r, const void* D, void* ga, void* gr, void* gD,
-                            void* glam, void* workspace, int version, void* stream) {
-  return with_type(dtype, N, d, h, eta, version, stream, [&](auto s, auto type) {
-    using T = decltype(type);
-    return step_backward<T>(s, (const T*)g, (const T*)out, (const T*)r, (const T*)D, (T*)ga, (T*)gr, (T*)gD,
-                            (float*)glam, workspace);
+    return backward<T>(s, S, (const T*)gy, (const T*)ga, (const T*)x, (const T*)D,
+                       (const T*)decoder, (const T*)a, (const T*)trail_a, (const T*)trail_r, (T*)gx,
+                       (T*)gD, (T*)gdec, (float*)glam, workspace);
   });
 }
 
 int ista_decode_cuda(int dtype, int64_t N, int64_t d, int64_t h, int64_t S, double eta, double lam,
-                     const void* x, const void* D, const void* Dt, const void* dect, const void* lams,
-                     void* y, void* a, void* workspace, void* stream) {
-  return with_type(dtype, N, d, h, eta, 0, stream, [&](auto s, auto type) {
+                     const void* x, const void* D, const void* Dt, const void* dect,
+                     const void* lams, void* y, void* a, void* workspace, int version,
+                     void* stream) {
+  return with_type(dtype, N, d, h, eta, version, stream, [&](auto s, auto type) {
     using T = decltype(type);
     return decode<T>(s, S, float(lam), (const T*)x, (const T*)D, (const T*)Dt, (const T*)dect,
                      (const float*)lams, (T*)y, (T*)a, (T*)workspace);

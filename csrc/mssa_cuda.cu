@@ -1,24 +1,25 @@
-// MSSA's projection on CUDA: u = LayerNorm(z; weight, bias, eps) U, u (N, d) read as (N, K, p), heads side by
-// side.
+// MSSA's projection on CUDA: u = LayerNorm(z; weight, bias, eps) U, u (N, d) read as (N, K, p), its
+// heads side by side.
 //
 // The product is that of product_cuda.cuh with LayerNorm applied while A is read (`Normed`), so the
-// normalised rows never exist in memory: v1 one thread an output, v2 shared-memory tiles, v3 tensor cores
-// with the normalised rows staged as bf16. A first pass over z leaves mean and 1 / deviation of each row, 8
-// bytes a token.
-//     python -m crate_mini.studies.bench --op mssa --versions
-// Bytes at best, z float32 and the rest bf16: N d (4 + 4 + 2) + 2 d^2 forward, for 2 N d^2 operations; the
-// reference writes the normalised rows and reads them back, N d (2 + 2) more.
+// normalised rows never exist in memory: v1 one thread per output, v2 shared-memory tiles, v3
+// tensor cores with the normalised rows staged as bf16. A first pass over z stores mean and 1 /
+// deviation of each row, 8 bytes per token.
+//     python -m crate_mini.studies bench --op mssa --versions
+// Bytes at best, with z float32 and the rest bf16: N d (4 + 4 + 2) + 2 d^2 forward, for 2 N d^2
+// operations; the reference writes the normalised rows and reads them back, N d (2 + 2) more.
 //
-// Backward keeps nothing of forward but z: the statistics are computed again, gx = gu U^T stays in float, and
-// gU = LayerNorm(z)^T gu normalises z once more while reading.
+// Backward needs only z from the forward pass: it computes the statistics again, keeps gx = gu U^T
+// in float, and normalises z again while reading it for gU = LayerNorm(z)^T gu.
 #include "kernels.h"
 #include "product_cuda.cuh"
 
 namespace crate_mini {
 namespace {
 
-// One warp a row; two passes, because E[z^2] - E[z]^2 loses everything for a row far from zero.
-template <class Z> __global__ void row_stats(RowStats* stats, const Z* z, int64_t N, int64_t d, float eps) {
+// One warp per row; two passes, because E[z^2] - E[z]^2 cancels for a row far from zero.
+template <class Z>
+__global__ void row_stats(RowStats* stats, const Z* z, int64_t N, int64_t d, float eps) {
   const int64_t row = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) / 32;
   const int lane = threadIdx.x % 32;
   if (row >= N) return;  // the whole warp leaves
@@ -33,7 +34,8 @@ template <class Z> __global__ void row_stats(RowStats* stats, const Z* z, int64_
   if (lane == 0) stats[row] = {mean, 1.f / sqrtf(variance + eps)};
 }
 
-// gz = rstd (g - mean(g) - xhat mean(g xhat)), g = gx weight, xhat = (z - mean) rstd. One warp a row.
+// gz = rstd (g - mean(g) - xhat mean(g xhat)), g = gx weight, xhat = (z - mean) rstd. One warp per
+// row.
 template <class Z> __global__ void norm_backward(Z* gz, const float* gx, const Normed<Z> z) {
   const int64_t row = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) / 32, d = z.columns;
   const int lane = threadIdx.x % 32;
@@ -42,45 +44,53 @@ template <class Z> __global__ void norm_backward(Z* gz, const float* gx, const N
   float sum = 0, along = 0;
   for (int64_t c = lane; c < d; c += 32) {
     const float g = gx[row * d + c] * z.weight[c];
-    sum += g, along += g * (to_float(z.data[row * d + c]) - s.mean) * s.rstd;
+    sum += g;
+    along += g * (to_float(z.data[row * d + c]) - s.mean) * s.rstd;
   }
-  sum = warp_sum(sum) / d, along = warp_sum(along) / d;
+  sum = warp_sum(sum) / d;
+  along = warp_sum(along) / d;
   for (int64_t c = lane; c < d; c += 32) {
     const float xhat = (to_float(z.data[row * d + c]) - s.mean) * s.rstd;
     gz[row * d + c] = from_float<Z>(s.rstd * (gx[row * d + c] * z.weight[c] - sum - xhat * along));
   }
 }
 
-template <class Z> struct WeightShare {  // of one element in gweight = sum over rows of gx xhat
+// What an element adds to gweight = sum over rows of gx xhat.
+template <class Z> struct WeightShare {
   const float* gx;
   Normed<Z> z;
   __device__ float operator()(int64_t r, int64_t c) const {
-    return gx[r * z.columns + c] * (to_float(z.data[r * z.columns + c]) - z.stats[r].mean) * z.stats[r].rstd;
+    return gx[r * z.columns + c] * (to_float(z.data[r * z.columns + c]) - z.stats[r].mean) *
+           z.stats[r].rstd;
   }
 };
 
-struct BiasShare {  // in gbias = sum over rows of gx
+// What an element adds to gbias = sum over rows of gx.
+struct BiasShare {
   const float* gx;
   int64_t columns;
   __device__ float operator()(int64_t r, int64_t c) const { return gx[r * columns + c]; }
 };
 
-struct Space {  // forward uses the statistics alone
+// Working memory; forward uses only the statistics.
+struct Space {
   Workspace space;
   RowStats* stats;  // (N,)
   float* gx;        // (N, d)
   float* parts;     // (splits, d, d)
   float* columns;   // (slices, d)
   Space(void* base, int64_t N, int64_t d) : space{static_cast<char*>(base)} {
-    stats = space.take<RowStats>(N), gx = space.take<float>(N * d);
-    parts = space.take<float>(choose_splits(d, d, N) * d * d),
+    stats = space.take<RowStats>(N);
+    gx = space.take<float>(N * d);
+    parts = space.take<float>(choose_splits(d, d, N) * d * d);
     columns = space.take<float>(column_slices(N) * d);
   }
 };
 
 template <class Z>
 int statistics(RowStats* stats, const Z* z, int64_t N, int64_t d, float eps, cudaStream_t stream) {
-  LAUNCH((row_stats<Z>), static_cast<unsigned>(ceil_div(N, 8)), 256, 0, stream, stats, z, N, d, eps);
+  LAUNCH((row_stats<Z>), static_cast<unsigned>(ceil_div(N, 8)), 256, 0, stream, stats, z, N, d,
+         eps);
   return cudaGetLastError();
 }
 
@@ -97,8 +107,8 @@ int forward(const Normed<Z>& z, RowStats* stats, float eps, const T* U, T* u, in
 }
 
 template <class Z, class T>
-int backward(const Normed<Z>& z, const Space& w, float eps, const T* gu, const T* U, Z* gz, float* gweight,
-             float* gbias, T* gU, int version, cudaStream_t stream) {
+int backward(const Normed<Z>& z, const Space& w, float eps, const T* gu, const T* U, Z* gz,
+             float* gweight, float* gbias, T* gU, int version, cudaStream_t stream) {
   const int64_t N = z.rows, d = z.columns;
   if (d == 0) return cudaSuccess;
   if (N > 0) {
@@ -134,11 +144,13 @@ template <class F> int with_types(int zdtype, int dtype, F f) {
 
 }  // namespace
 
-int64_t mssa_workspace_cuda(int64_t N, int64_t d) { return Space(nullptr, N, d).space.used; }
+int64_t mssa_workspace_cuda(int, int, int64_t N, int64_t d) {
+  return Space(nullptr, N, d).space.used;
+}
 
-int mssa_project_forward_cuda(int zdtype, int dtype, int64_t N, int64_t d, double eps, const void* z,
-                              const void* weight, const void* bias, const void* U, void* u, void* workspace,
-                              int version, void* stream) {
+int mssa_project_forward_cuda(int zdtype, int dtype, int64_t N, int64_t d, double eps,
+                              const void* z, const void* weight, const void* bias, const void* U,
+                              void* u, void* workspace, int version, void* stream) {
   return with_types(zdtype, dtype, [&](auto ztype, auto type) {
     using Z = decltype(ztype);
     using T = decltype(type);
@@ -149,10 +161,10 @@ int mssa_project_forward_cuda(int zdtype, int dtype, int64_t N, int64_t d, doubl
   });
 }
 
-int mssa_project_backward_cuda(int zdtype, int dtype, int64_t N, int64_t d, double eps, const void* gu,
-                               const void* z, const void* weight, const void* bias, const void* U, void* gz,
-                               void* gweight, void* gbias, void* gU, void* workspace, int version,
-                               void* stream) {
+int mssa_project_backward_cuda(int zdtype, int dtype, int64_t N, int64_t d, double eps,
+                               const void* gu, const void* z, const void* weight, const void* bias,
+                               const void* U, void* gz, void* gweight, void* gbias, void* gU,
+                               void* workspace, int version, void* stream) {
   return with_types(zdtype, dtype, [&](auto ztype, auto type) {
     using Z = decltype(ztype);
     using T = decltype(type);

@@ -1,58 +1,23 @@
-// C = finish(A B) on the CPU, and the rows of LayerNorm: the arithmetic under ista_cpu.cpp and mssa_cpu.cpp.
+// The arithmetic under ista_cpu.cpp and mssa_cpu.cpp, compiled once per instruction set: the matrix
+// product C = finish(A B), and LayerNorm. From slow to fast:
 //
-//   naive        three loops and one element at a time: the specification
-//   baseline     v2: B packed to be read in order, sums in registers, vectors of any machine (SSE2, NEON)
-//   avx2         v3: the same text with registers twice as wide, and multiply-add in one instruction
-//   avx512       v4: four times as wide, 24 sums in flight instead of 12
-//   avx512_bf16  v5: bf16 pairs multiplied and added in float by one instruction, no conversion
-// Check and time each: python -m crate_mini.studies.bench --op ista_step --versions
+//   naive        not here but in ista_naive.cpp: plain loops, one element at a time
+//   baseline     v2: B packed so that it is read in order, sums in registers, vectors that every
+//                machine has (SSE2, NEON)
+//   avx2         v3: the same code, registers twice as wide, multiply-add in one instruction
+//   avx512       v4: registers four times as wide, 24 sums in flight instead of 12
+//   avx512_bf16  v5: one instruction multiplies pairs of bf16 and adds in float, no conversion
+// Check and time them all: python -m crate_mini.studies bench --op ista --versions
 #include "kernels.h"
 #include "product_cpu.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define CRATE_X86 1
 #include <immintrin.h>
-#if defined(__GNUC__) && !defined(__clang__)         // GCC 12 says so of its own immintrin.h (its bug 105593)
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns about its own immintrin.h (bug 105593)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #endif
-
-namespace crate_mini {
-namespace naive {
-
-constexpr int64_t C = 32, ROWS = 6;                  // columns of a panel, rows of a strip
-
-template <class T> void pack(int64_t K, int64_t n, const T* src, int64_t row, int64_t col, void* panel) {
-  for (int64_t k = 0; k < K; k++)
-    for (int64_t j = 0; j < n; j++) static_cast<T*>(panel)[k * C + j] = src[k * row + j * col];
-}
-
-template <class T> void finish_element(const Finish<T>& f, int64_t i, int64_t j, Acc<T> v) {
-  int64_t at = i * f.ld + j;
-  v *= f.scale;
-  if (f.base) v += f.base_scale * lift(f.base[at]);
-  if (f.wide_base) v += f.base_scale * f.wide_base[at];
-  if (f.shift) v += f.shift[j];
-  if (f.mask && lift(f.mask[at]) <= 0) v = 0;
-  if (f.relu && v < 0) v = 0;
-  if (f.wide_out) f.wide_out[at] = v;
-  else lower(v, f.out[at]);
-}
-
-template <class T>
-void product(int64_t M, int64_t N, int64_t K, const Left<T>& A, const void* B, const Finish<T>& f) {
-  for (int64_t i = 0; i < M; i++)
-    for (int64_t j = 0; j < N; j++) {
-      const T *a = A.at + i / ROWS * A.strip + i % ROWS * A.row,
-              *b = static_cast<const T*>(B) + j / C * K * C + j % C;
-      Acc<T> sum = 0;
-      for (int64_t k = 0; k < K; k++) sum += Acc<T>(lift(a[k * A.next])) * lift(b[k * C]);
-      finish_element(f, i, j, sum);
-    }
-}
-
-}  // namespace naive
-}  // namespace crate_mini
 
 #define ISA baseline
 #define VEC_BYTES 16
@@ -114,8 +79,9 @@ void product(int64_t M, int64_t N, int64_t K, const Left<T>& A, const void* B, c
 #undef NATIVE_BF16
 #ifdef __clang__
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,avx512bf16"))), \
-                             apply_to = function)
+#pragma clang attribute push(                                                     \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,avx512bf16"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512bf16")
 #endif
@@ -132,20 +98,13 @@ void product(int64_t M, int64_t N, int64_t K, const Left<T>& A, const void* B, c
 
 namespace crate_mini {
 
-struct Version {                                     // one rung of the ladder
+struct Version {  // one rung of the ladder
   const char* name;
-  bool (*runs)();                                    // on this machine
+  bool (*runs)();  // on this machine
   Isa<float> f32;
   Isa<bf16> b16;
-  Isa<double> f64;                                   // for tests: its own path would gain nothing but code
+  Isa<double> f64;  // for tests only, so always the baseline
 };
-
-template <class T> constexpr Isa<T> naive_table() {
-  Isa<T> t = baseline::table<T>();  // LayerNorm and combine have no naive version of their own
-  t.cols = naive::C, t.group = 1, t.packed = sizeof(T), t.pack = naive::pack<T>,
-  t.product = naive::product<T>;
-  return t;
-}
 
 static bool always() { return true; }
 #if CRATE_X86
@@ -157,10 +116,10 @@ static bool has_avx512() {
 static bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-// constexpr: nothing here may run at start-up, it could be an instruction this machine lacks.
+// constexpr, because code that runs at start-up could hold an instruction this machine lacks.
 static constexpr Version versions[] = {
-    {"naive", always, naive_table<float>(), naive_table<bf16>(), naive_table<double>()},
-#define RUNG(isa, runs) {#isa, runs, isa::table<float>(), isa::table<bf16>(), baseline::table<double>()}
+#define RUNG(isa, runs) \
+  {#isa, runs, isa::table<float>(), isa::table<bf16>(), baseline::table<double>()}
     RUNG(baseline, always),
 #if CRATE_X86
     RUNG(avx2, has_avx2),

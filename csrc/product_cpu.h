@@ -1,5 +1,6 @@
-// The one matrix product that every CPU kernel is made of: C = finish(A B), where `finish` is done while the
-// sums are still in registers. What differs between instruction sets is gathered in one table, Isa.
+// The matrix product that every CPU kernel is made of: C = finish(A B), with `finish` applied while
+// the sums are still in registers. Everything that differs between instruction sets is in one table
+// of functions, Isa.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -13,7 +14,10 @@
 
 namespace crate_mini {
 
-struct bf16 { uint16_t bits; };                      // the upper half of a float: 8 bits of precision
+// The upper half of a float: 8 bits of precision.
+struct bf16 {
+  uint16_t bits;
+};
 
 inline float lift(bf16 v) {
   uint32_t wide = uint32_t(v.bits) << 16;
@@ -24,7 +28,8 @@ inline float lift(bf16 v) {
 inline float lift(float v) { return v; }
 inline double lift(double v) { return v; }
 
-inline void lower(float v, bf16& out) {              // round to nearest, ties to even; NaN stays NaN
+// Round to nearest, ties to even; a NaN stays a NaN.
+inline void lower(float v, bf16& out) {
   uint32_t wide;
   memcpy(&wide, &v, 4);
   uint32_t rounded = wide + 0x7fff + ((wide >> 16) & 1);
@@ -36,52 +41,67 @@ inline void lower(double v, double& out) { out = v; }
 inline bf16 minus(bf16 v) { return {uint16_t(v.bits ^ 0x8000)}; }
 template <class T> T minus(T v) { return -v; }
 
-template <class T> struct AccOf { using type = float; };          // the type sums are kept in
-template <> struct AccOf<double> { using type = double; };
+// The type that sums are kept in.
+template <class T> struct AccOf {
+  using type = float;
+};
+template <> struct AccOf<double> {
+  using type = double;
+};
 template <class T> using Acc = typename AccOf<T>::type;
 
-// What happens to element (i, j) of a product before it is stored; every matrix here has row stride ld.
+// What happens to element (i, j) of a product before it is stored; every matrix here has row stride
+// ld.
 //   v = scale * product + base_scale * base + shift[j];  ReLU or mask;  out = v
 template <class T> struct Finish {
   int64_t ld = 0;
   Acc<T> scale = 1, base_scale = 1;
   const T* base = nullptr;
-  const Acc<T>* wide_base = nullptr;                 // base kept in acc: partial sums of a long product
-  const Acc<T>* shift = nullptr;                     // one value per column
-  const T* mask = nullptr;                           // v = 0 where mask <= 0 (a NaN in mask lets v pass)
-  bool relu = false;                                 // v = 0 where v < 0 (a NaN passes)
+  const Acc<T>* wide_base = nullptr;  // a base in acc: partial sums of a long product
+  const Acc<T>* shift = nullptr;      // one value per column
+  const T* mask = nullptr;            // v = 0 where mask <= 0 (a NaN in mask lets v pass)
+  bool relu = false;                  // v = 0 where v < 0 (a NaN passes)
   T* out = nullptr;
-  Acc<T>* wide_out = nullptr;                        // store in acc instead of T
+  Acc<T>* wide_out = nullptr;  // store here, in acc, instead
 };
 
-// The left side A of a product, with rows and group of the Isa that multiplies: element (i, k) is
-// at[i / rows * strip + i % rows * row + k / group * next + k % group]. A plain matrix has strip = rows * row
-// and next = group; a transposed one is copied so that what an inner loop reads lies together.
+// The left side A of a product. With rows and group of the Isa that multiplies, element (i, k) is
+// data[i / rows * strip + i % rows * row + k / group * next + k % group]. A plain matrix has
+// strip = rows * row and next = group; a transposed one is copied so that the values one inner loop
+// reads are neighbours.
 template <class T> struct Left {
-  const T* at;
+  const T* data;
   int64_t row, next, strip;
 };
 
-// One instruction set's way to multiply T. B is packed in panels of `cols` columns; inside a panel, `group`
-// neighbours along k lie together because one instruction multiplies that many (2 for AVX512-BF16).
+// The functions of one instruction set for type T. B is packed in panels of `cols` columns; inside
+// a panel, `group` neighbours along k lie together because one instruction multiplies that many (2
+// for AVX512-BF16).
 template <class T> struct Isa {
-  int64_t rows, cols, group;                         // rows of A whose sums are held at once
-  size_t packed;                                     // bytes of a packed element
-  // One panel of K rows, n <= cols columns: B[k][j] = src[k * row + j * col], row or col 1; zeros beyond.
+  int64_t rows;  // rows of A whose sums are held at once
+  int64_t cols, group;
+  size_t packed;  // bytes of a packed element
+  // One panel of K rows and n <= cols columns, B[k][j] = src[k * row + j * col], where row or col
+  // is 1; zeros beyond.
   void (*pack)(int64_t K, int64_t n, const T* src, int64_t row, int64_t col, void* panel);
-  void (*product)(int64_t M, int64_t N, int64_t K, const Left<T>& A, const void* B, const Finish<T>& finish);
-  // Rows k.. k + M of X^T as a left side that sums over K rows, from X (M, n); k is a multiple of group. Laid
-  // out as `transposed` says: strips of `rows` columns of X, in them one row (or pair of rows) after another,
-  // the last completed with zeros. strips has room for n + rows columns, K rounded up.
-  void (*interleave)(int64_t K, int64_t k, int64_t M, int64_t n, const T* X, bool negate, T* strips);
-  // Rows of LayerNorm, z of type T or float: x = normalised(z) * weight + bias.
+  void (*product)(int64_t M, int64_t N, int64_t K, const Left<T>& A, const void* B,
+                  const Finish<T>& finish);
+  // Store X (M, n) as rows k.. k + M of X^T, a left side that sums over K rows; k is a multiple of
+  // group. Laid out as `transposed` describes: strips of `rows` columns of X, in each strip one row
+  // (or pair of rows) after another, the last filled up with zeros. strips has room for n + rows
+  // columns, K rounded up.
+  void (*interleave)(int64_t K, int64_t k, int64_t M, int64_t n, const T* X, bool negate,
+                     T* strips);
+  // LayerNorm of M rows, z of type T or acc: x = normalised(z) * weight + bias.
   void (*norm)(int64_t M, int64_t d, const void* z, bool z_is_acc, double eps, const Acc<T>* weight,
                const Acc<T>* bias, T* x);
-  // Its gradient: gz from gx; gweight and gbias (d) are added to; x as by norm, for what else needs it.
-  void (*norm_backward)(int64_t M, int64_t d, const void* z, bool z_is_acc, double eps, const Acc<T>* weight,
-                        const Acc<T>* bias, const Acc<T>* gx, void* gz, Acc<T>* gweight, Acc<T>* gbias, T* x);
-  // One row A (K) times a matrix (K, n) of rows `stride` apart; those that meet a zero of A are not read.
-  void (*combine)(int64_t K, const Acc<T>* A, const T* rows, int64_t stride, int64_t n, Acc<T>* sums);
+  // Its gradient: gz from gx; adds to gweight and gbias (d); writes x as norm does.
+  void (*norm_backward)(int64_t M, int64_t d, const void* z, bool z_is_acc, double eps,
+                        const Acc<T>* weight, const Acc<T>* bias, const Acc<T>* gx, void* gz,
+                        Acc<T>* gweight, Acc<T>* gbias, T* x);
+  // One row A (K) times a matrix (K, n) of rows `stride` apart, skipping the rows where A is zero.
+  void (*combine)(int64_t K, const Acc<T>* A, const T* rows, int64_t stride, int64_t n,
+                  Acc<T>* sums);
 
   Left<T> plain(const T* A, int64_t columns) const { return {A, columns, group, rows * columns}; }
   Left<T> transposed(const T* strips, int64_t K) const {
@@ -93,30 +113,37 @@ template <class T> struct Isa {
   size_t packed_bytes(int64_t K, int64_t N) const { return panel_bytes(K) * size_t(panels(N)); }
 };
 
-template <class T> const Isa<T>& isa();  // the table in use: chosen once, see use_isa in kernels.h
+template <class T> const Isa<T>& isa();  // the table in use, see use_isa in kernels.h
 
 // ---- shared by the files that compose products ----
 
-// Working memory of the calling thread, kept from call to call and grown when needed: fresh pages cost more
-// than the arithmetic that would fill them. Each use within one call has its own slot.
-enum Slot { FORTH, BACK, DECODER_FORTH, DECODER_BACK, SHIFT, STEPS, RESIDUALS, LEFT, PARTIAL, PANELS,
-            DECODER_LEFT, DECODER_PARTIAL, DECODER_PANELS, ROWS_OUT, SUMS, ASIDE, SLOTS };
+// Working memory of the calling thread, kept from call to call and grown when needed: touching
+// fresh pages costs more than the arithmetic that fills them. Each use within one call has its own
+// slot.
+enum Slot {
+  FORTH, BACK, DECODER_FORTH, DECODER_BACK, SHIFT, STEPS, RESIDUALS, LEFT, PARTIAL, PANELS,
+  DECODER_LEFT, DECODER_PARTIAL, DECODER_PANELS, ROWS_OUT, SUMS, PADDED, SLOTS
+};
 
 inline char* scratch_bytes(Slot slot, size_t size) {
   struct Block {
-    char* at = nullptr;
+    char* data = nullptr;
     size_t size = 0;
-    void release() { ::operator delete(at, std::align_val_t(64)), at = nullptr, size = 0; }
+    void release() {
+      ::operator delete(data, std::align_val_t(64));
+      data = nullptr;
+      size = 0;
+    }
     ~Block() { release(); }
   };
   static thread_local Block blocks[SLOTS];
   Block& block = blocks[slot];
   if (block.size < size) {
     block.release();
-    block.at = static_cast<char*>(::operator new(size, std::align_val_t(64)));
+    block.data = static_cast<char*>(::operator new(size, std::align_val_t(64)));
     block.size = size;
   }
-  return block.at;
+  return block.data;
 }
 template <class E> E* scratch(Slot slot, int64_t count) {
   return reinterpret_cast<E*>(scratch_bytes(slot, size_t(count) * sizeof(E)));
@@ -130,21 +157,27 @@ inline int thread_number() {
 #endif
 }
 
-// Pack all of B (K, N). Every thread of a parallel region calls it, they share the panels; a barrier ends it.
+// Pack all of B (K, N). Every thread of a parallel region calls it; they share the panels, and a
+// barrier ends it.
 template <class T>
-void pack_all(const Isa<T>& m, int64_t K, int64_t N, const T* src, int64_t row, int64_t col, char* packed) {
+void pack_all(const Isa<T>& m, int64_t K, int64_t N, const T* src, int64_t row, int64_t col,
+              char* packed) {
 #pragma omp for schedule(static)
   for (int64_t p = 0; p < m.panels(N); p++) {
     int64_t j = p * m.cols;
-    m.pack(K, N - j < m.cols ? N - j : m.cols, src + j * col, row, col, packed + p * m.panel_bytes(K));
+    m.pack(K, N - j < m.cols ? N - j : m.cols, src + j * col, row, col,
+           packed + p * m.panel_bytes(K));
   }
 }
 
-// Call `body` with T bound to the type that a dtype code names.
+// Call `body` with a value of the type that a dtype code names.
 template <class Body> inline void with_type(int dtype, Body body) {
-  if (dtype == F32) body(float{});
-  else if (dtype == BF16) body(bf16{});
-  else body(double{});
+  if (dtype == F32)
+    body(float{});
+  else if (dtype == BF16)
+    body(bf16{});
+  else
+    body(double{});
 }
 
 }  // namespace crate_mini

@@ -1,27 +1,30 @@
-// The matrix product behind every step of ISTA and MSSA, forward and backward, with what follows it fused:
+// The matrix product behind every step of ISTA and MSSA, forward and backward, with a fused
+// epilogue:
 //
-//     out = mask(relu(alpha * sum_t A_t B_t + beta * add - threshold)),  out (M, N), A_t (M, K), B_t (K, N)
+//     out = mask(relu(alpha * sum_t A_t B_t + beta * add - threshold))
 //
-// v1  One thread, one output. Every operand is read from memory anew for each output: 2 K reads for 2 K
-//     operations.
-// v2  A block makes a 64 x 64 tile from slices of 64 x 16 in shared memory. A value read serves 64 outputs,
-//     so memory traffic falls 64 times; a thread keeps 4 x 4 sums, so 8 shared reads feed 16 multiply-adds.
-//     Ships for float32.
-// v3  Tensor cores: one warp instruction does 16 x 8 x 16 bf16 multiply-adds into float sums. To feed it,
-//     slices arrive by 16-byte asynchronous copies, two ahead of the arithmetic; ldmatrix deals them out to
-//     the lanes, transposing where needed; the epilogue passes through shared memory, so that it moves 16
-//     bytes at a time, too. Ships for bf16, with tiles of 128 x 128, or of 64 x 64 when those would leave the
-//     GPU idle.
+// with out (M, N), A_t (M, K), B_t (K, N).
 //
-// Bytes at best, every operand moved once: (M K + K N + M N (1 + add + mask)) * size, for 2 M N K operations.
-// For a threshold step in bf16 with many rows, h = 4 d, that is 2 d h / (2 d + 4 h) = 0.44 d operations a
-// byte: with d = 128 memory decides and the fused epilogue is what counts, with d = 768 arithmetic decides.
+// v1  One thread per output, which reads its operands from memory: 2 K reads for 2 K operations.
+// v2  A block computes a 64 x 64 tile from slices of 64 x 16 in shared memory. Each value read
+//     serves 64 outputs, so memory traffic falls 64-fold; a thread keeps 4 x 4 sums, so 8 shared
+//     reads feed 16 multiply-adds. Ships for float32.
+// v3  Tensor cores: one warp instruction does 16 x 8 x 16 bf16 multiply-adds into float sums.
+//     Slices arrive by 16-byte asynchronous copies, two slices ahead of the arithmetic; ldmatrix
+//     hands them to the lanes, transposed where needed; the epilogue goes through shared memory, so
+//     that it too moves 16 bytes at a time. Ships for bf16, with tiles of 128 x 128, or 64 x 64
+//     where those would leave multiprocessors idle.
+//
+// Bytes at best, every operand moved once: (M K + K N + M N (1 + add + mask)) * size, for 2 M N K
+// operations. For a threshold step in bf16 with many rows and h = 4 d, that is
+// 2 d h / (2 d + 4 h) = 0.44 d operations per byte: d = 128 is bound by memory, so the fused
+// epilogue is what counts; d = 768 is bound by arithmetic.
 #pragma once
 #include "cuda_common.cuh"
 
 namespace crate_mini {
 
-// ---- operands: a matrix as it lies in memory, row after row without gaps ----
+// ---- operands: matrices in memory, row-major without gaps ----
 
 template <class S> struct Plain {
   using Element = S;
@@ -29,7 +32,8 @@ template <class S> struct Plain {
   const S* data;
   int64_t rows, columns;
 
-  __device__ float at(int64_t r, int64_t c) const {  // zero outside: a tail adds nothing to a sum
+  // Zero outside, so that a tail adds nothing to a sum.
+  __device__ float at(int64_t r, int64_t c) const {
     return r < rows && c < columns ? to_float(data[r * columns + c]) : 0.f;
   }
   __device__ void eight(int64_t r, int64_t c, bool wide, float out[8]) const {
@@ -39,7 +43,10 @@ template <class S> struct Plain {
   }
 };
 
-struct RowStats { float mean, rstd; };  // of one token's d values; rstd = 1 / sqrt(variance + eps)
+// Of one token's d values; rstd = 1 / sqrt(variance + eps).
+struct RowStats {
+  float mean, rstd;
+};
 
 // LayerNorm applied while reading: the normalised rows never exist in memory.
 template <class S> struct Normed {
@@ -81,7 +88,7 @@ template <class T, class O> struct Epilogue {
   bool relu = false;
   const T* mask = nullptr;  // (M, N); where it is not positive the result is zero
 
-  // Written with <= so that a NaN stays a NaN, as PyTorch's relu and its backward keep it.
+  // With <=, so that a NaN stays a NaN, as in PyTorch's relu and its gradient.
   __device__ float value(float sum, float added, float masked, int64_t column) const {
     float v = alpha * sum - (lam ? threshold * lam[column] : threshold);
     if (add) v += beta * added;
@@ -103,11 +110,12 @@ template <class T, class O> struct Epilogue {
   bool is_wide(int64_t N) const { return wide(out, N) && wide(add, N) && wide(mask, N); }
 };
 
-// ---- the product: up to three terms, possibly cut along K ----
+// ---- the product: up to three terms, possibly split along K ----
 //
-// Terms nest as ((A0 B0) * then[0] + A1 B1) * then[1] + A2 B2, so one set of sums serves all of them. With
-// splits > 1 block row s sums its own part of K and stores it in slice s of `out` (splits, M, N), for
-// sum_slices to add up in a fixed order: repeatable to the bit, which atomic additions are not.
+// Terms nest as ((A0 B0) * then[0] + A1 B1) * then[1] + A2 B2, so one set of sums serves all of
+// them. With splits > 1, block row s sums its own part of K and stores it in slice s of `out`
+// (splits, M, N); sum_slices adds the slices in a fixed order. That is repeatable to the bit, which
+// atomic additions are not.
 
 constexpr int kTerms = 3, kSlice = 32;
 
@@ -120,11 +128,14 @@ template <class A, class B, class E> struct Product {
   float then[kTerms - 1] = {1, 1};
   bool wide_a = false, wide_b = false, wide_out = false;
 
-  __host__ __device__ int64_t split_length() const { return ceil_div(ceil_div(K, kSlice), splits) * kSlice; }
+  __host__ __device__ int64_t split_length() const {
+    return ceil_div(ceil_div(K, kSlice), splits) * kSlice;
+  }
 };
 
-// kAT: a term's A lies in memory as its transpose (K, M); kBT: its B as (N, K).
-template <bool kAT, bool kBT, class A, class B, class E> __global__ void product_v1(Product<A, B, E> p) {
+// kAT: A lies in memory transposed, (K, M); kBT: B lies in memory transposed, (N, K).
+template <bool kAT, bool kBT, class A, class B, class E>
+__global__ void product_v1(Product<A, B, E> p) {
   int64_t index = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
   if (index >= p.M * p.N) return;
   int64_t i = index / p.N, j = index % p.N;
@@ -138,11 +149,12 @@ template <bool kAT, bool kBT, class A, class B, class E> __global__ void product
   p.epilogue.one(blockIdx.y * p.M * p.N + index, j, sum);
 }
 
-// Rows of shared memory are longer than the tile by 4, so that a column's values lie in different banks.
+// Rows of shared memory are 4 values longer than the tile, so that the values of a column lie in
+// different banks.
 constexpr int kTile2 = 64, kSlice2 = 16, kPitch2 = kTile2 + 4;
 
-// A slice of 64 outputs x 16 steps of K into tile[k][output]; neighbouring threads read neighbouring
-// addresses.
+// Load a slice of 64 outputs x 16 steps of K into tile[k][output]; neighbouring threads read
+// neighbouring addresses.
 template <bool kOutputsFirst, class Operand>
 __device__ void load_slice_v2(float* tile, const Operand& from, int64_t output, int64_t k) {
   for (int n = threadIdx.x; n < kTile2 * kSlice2; n += blockDim.x) {
@@ -174,7 +186,7 @@ __global__ void __launch_bounds__(256) product_v2(Product<A, B, E> p) {
 #pragma unroll
         for (int n = 0; n < 16; ++n) sum[n / 4][n % 4] += a[n / 4] * b[n % 4];
       }
-      __syncthreads();  // nobody reads them any more
+      __syncthreads();  // no thread reads them any more
     }
   }
 #pragma unroll
@@ -185,32 +197,34 @@ __global__ void __launch_bounds__(256) product_v2(Product<A, B, E> p) {
   }
 }
 
-// The shape of a v3 block: kWarpsM x kWarpsN warps share its tile; each has kM x kN instruction tiles of 16 x
-// 8. A slice keeps the order it has in memory; 8 values more per row put the 8 rows that ldmatrix reads into
-// different banks.
+// The shape of a v3 block: kWarpsM x kWarpsN warps share its tile, each with kM x kN instruction
+// tiles of 16 x 8. A slice keeps its order in memory; 8 extra values per row put the 8 rows that
+// ldmatrix reads into different banks.
 template <int kTileM, int kTileN, int kWarpsM, int kWarpsN, bool kAT, bool kBT> struct Shape {
   static constexpr int kThreads = kWarpsM * kWarpsN * 32, kStages = 3;
   static constexpr int kM = kTileM / kWarpsM / 16, kN = kTileN / kWarpsN / 8;
   static constexpr int kRowsA = kAT ? kSlice : kTileM, kColumnsA = kAT ? kTileM : kSlice;
   static constexpr int kRowsB = kBT ? kTileN : kSlice, kColumnsB = kBT ? kSlice : kTileN;
   static constexpr int kPitchA = kColumnsA + 8, kPitchB = kColumnsB + 8, kPitchOut = kTileN + 8;
-  static constexpr int kSizeA = kRowsA * kPitchA, kStage = kSizeA + kRowsB * kPitchB;  // in bf16 values
+  static constexpr int kSizeA = kRowsA * kPitchA,
+                       kStage = kSizeA + kRowsB * kPitchB;  // in bf16 values
   static constexpr int kRing = kStages * kStage * int(sizeof(bf16));
   static constexpr int kOut = kTileM * kPitchOut * int(sizeof(float));
   static constexpr int kShared = kRing > kOut ? kRing : kOut;
 };
 
-// kRows x kColumns values from (row, column) on, in their order, into shared memory; zeros outside the
-// matrix.
+// Load kRows x kColumns values from (row, column) on into shared memory; zeros outside the matrix.
 template <int kRows, int kColumns, class Operand>
-__device__ void load_slice_v3(bf16* tile, const Operand& from, int64_t row, int64_t column, bool wide) {
+__device__ void load_slice_v3(bf16* tile, const Operand& from, int64_t row, int64_t column,
+                              bool wide) {
   for (int n = threadIdx.x; n < kRows * kColumns / 8; n += blockDim.x) {
     int r = n / (kColumns / 8), c = n % (kColumns / 8) * 8;
     bf16* to = tile + r * (kColumns + 8) + c;
     if constexpr (!Operand::kNormed) {
       if (wide) {
         bool inside = row + r < from.rows && column + c < from.columns;
-        copy_async16(to, from.data + (inside ? (row + r) * from.columns + column + c : 0), inside ? 16 : 0);
+        copy_async16(to, from.data + (inside ? (row + r) * from.columns + column + c : 0),
+                     inside ? 16 : 0);
         continue;
       }
     }
@@ -220,7 +234,7 @@ __device__ void load_slice_v3(bf16* tile, const Operand& from, int64_t row, int6
   }
 }
 
-// One slice of K (32 steps) added to a warp's sums; i, j: where the warp's part of the tile begins.
+// Add one slice of K (32 steps) to a warp's sums; its part of the tile begins at (i, j).
 template <class S, bool kAT, bool kBT>
 __device__ __forceinline__ void multiply_slice(const bf16* a, const bf16* b, int i, int j,
                                                float sum[S::kM][S::kN][4]) {
@@ -231,15 +245,16 @@ __device__ __forceinline__ void multiply_slice(const bf16* a, const bf16* b, int
     uint32_t fa[S::kM][4], fb[S::kN / 2][4];
 #pragma unroll
     for (int m = 0; m < S::kM; ++m) {  // quadrants in the order (0,0), (8,0), (0,8), (8,8)
-      const bf16* mine = kAT ? a + (k + row8) * S::kPitchA + i + m * 16 + half8
-                             : a + (i + m * 16 + low) * S::kPitchA + k + high;
-      load_matrices(fa[m], mine, kAT);
+      const bf16* address = kAT ? a + (k + row8) * S::kPitchA + i + m * 16 + half8
+                                : a + (i + m * 16 + low) * S::kPitchA + k + high;
+      load_matrices(fa[m], address, kAT);
     }
 #pragma unroll
-    for (int n = 0; n < S::kN / 2; ++n) {  // for two instruction tiles at once: both halves of k of each
-      const bf16* mine = kBT ? b + (j + n * 16 + row8) * S::kPitchB + k + half8
-                             : b + (k + low) * S::kPitchB + j + n * 16 + high;
-      load_matrices(fb[n], mine, !kBT);
+    for (int n = 0; n < S::kN / 2;
+         ++n) {  // two instruction tiles at once, both halves of k of each
+      const bf16* address = kBT ? b + (j + n * 16 + row8) * S::kPitchB + k + half8
+                                : b + (k + low) * S::kPitchB + j + n * 16 + high;
+      load_matrices(fb[n], address, !kBT);
     }
 #pragma unroll
     for (int m = 0; m < S::kM; ++m)
@@ -248,7 +263,8 @@ __device__ __forceinline__ void multiply_slice(const bf16* a, const bf16* b, int
   }
 }
 
-// Sums to shared memory, then eight neighbours a thread through the epilogue.
+// Write the sums to shared memory, then pass them through the epilogue, eight neighbours per
+// thread.
 template <class S, int kTileM, int kTileN, class P>
 __device__ void store_tile(float* tile, const P& p, int64_t i0, int64_t j0, int i, int j,
                            float sum[S::kM][S::kN][4]) {
@@ -259,7 +275,8 @@ __device__ void store_tile(float* tile, const P& p, int64_t i0, int64_t j0, int 
     for (int n = 0; n < S::kN; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int row = i + m * 16 + lane / 4 + e / 2 * 8, column = j + n * 8 + lane % 4 * 2 + e % 2;
+        const int row = i + m * 16 + lane / 4 + e / 2 * 8,
+                  column = j + n * 8 + lane % 4 * 2 + e % 2;
         tile[row * S::kPitchOut + column] = sum[m][n][e];
       }
   __syncthreads();
@@ -275,7 +292,8 @@ __device__ void store_tile(float* tile, const P& p, int64_t i0, int64_t j0, int 
   }
 }
 
-template <int kTileM, int kTileN, int kWarpsM, int kWarpsN, bool kAT, bool kBT, class A, class B, class E>
+template <int kTileM, int kTileN, int kWarpsM, int kWarpsN, bool kAT, bool kBT, class A, class B,
+          class E>
 __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, 2) product_v3(Product<A, B, E> p) {
   using S = Shape<kTileM, kTileN, kWarpsM, kWarpsN, kAT, kBT>;
   SHARED(memory);
@@ -283,25 +301,29 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, 2) product_v3(Product<
   const int64_t across = ceil_div(p.N, kTileN);
   const int64_t i0 = blockIdx.x / across * kTileM, j0 = blockIdx.x % across * kTileN;
   const int64_t first = blockIdx.y * p.split_length(), left = p.K - first;
-  const int slices = left > 0 ? int(ceil_div(left < p.split_length() ? left : p.split_length(), kSlice)) : 0;
+  const int slices =
+      left > 0 ? int(ceil_div(left < p.split_length() ? left : p.split_length(), kSlice)) : 0;
   const int total = slices * p.terms, warp = threadIdx.x / 32;
   const int i = warp / kWarpsN * S::kM * 16, j = warp % kWarpsN * S::kN * 8;
   float sum[S::kM][S::kN][4] = {};
 
-  auto fetch = [&](int n) {  // slice n of all terms, into stage n % kStages of the ring
-    if (n < total) {
-      bf16* stage = ring + n % S::kStages * S::kStage;
-      const int t = n / slices;
-      const int64_t k = first + int64_t(n % slices) * kSlice;
-      load_slice_v3<S::kRowsA, S::kColumnsA>(stage, p.a[t], kAT ? k : i0, kAT ? i0 : k, p.wide_a);
-      load_slice_v3<S::kRowsB, S::kColumnsB>(stage + S::kSizeA, p.b[t], kBT ? j0 : k, kBT ? k : j0, p.wide_b);
-    }
-    copy_commit();  // also when nothing was copied, so that the groups go on counting slices
-  };
+  auto fetch =
+      [&](int n) {  // start copying slice n of all terms into stage n % kStages of the ring
+        if (n < total) {
+          bf16* stage = ring + n % S::kStages * S::kStage;
+          const int t = n / slices;
+          const int64_t k = first + int64_t(n % slices) * kSlice;
+          load_slice_v3<S::kRowsA, S::kColumnsA>(stage, p.a[t], kAT ? k : i0, kAT ? i0 : k,
+                                                 p.wide_a);
+          load_slice_v3<S::kRowsB, S::kColumnsB>(stage + S::kSizeA, p.b[t], kBT ? j0 : k,
+                                                 kBT ? k : j0, p.wide_b);
+        }
+        copy_commit();  // even when nothing was copied, so that groups keep counting slices
+      };
   for (int n = 0; n < S::kStages - 1; ++n) fetch(n);
   for (int n = 0; n < total; ++n) {
-    copy_wait<S::kStages - 2>();  // my part of slice n has landed,
-    __syncthreads();              // everybody's has, and the stage that the next fetch overwrites is read out
+    copy_wait<S::kStages - 2>();  // this thread's part of slice n has arrived,
+    __syncthreads();  // every thread's has, and no thread still reads the stage to overwrite
     fetch(n + S::kStages - 1);
     if (n && n % slices == 0)  // a new term begins
 #pragma unroll
@@ -311,13 +333,13 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, 2) product_v3(Product<
     multiply_slice<S, kAT, kBT>(stage, stage + S::kSizeA, i, j, sum);
   }
   copy_wait<0>();
-  __syncthreads();  // the ring is free and becomes the tile of sums
+  __syncthreads();  // the ring is free; it becomes the tile of sums
   store_tile<S, kTileM, kTileN>(reinterpret_cast<float*>(memory), p, i0, j0, i, j, sum);
 }
 
 // ---- choosing a version ----
 
-#ifndef CRATE_MULTIPROCESSORS  // the emulator lowers these two, so that small test matrices reach every path
+#ifndef CRATE_MULTIPROCESSORS  // the emulator lowers both, so that small matrices reach every path
 #define CRATE_MULTIPROCESSORS 132
 #define CRATE_SPLIT_ROWS 512
 #endif
@@ -332,7 +354,7 @@ int launch_v3(const Product<A, B, E>& p, dim3 grid, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Runs a product; version 0 takes the best for the type, and v3 on float32 means v2. Returns a CUDA error
+// Run a product. Version 0 is the best for the type; v3 on float32 means v2. Returns a CUDA error
 // code.
 template <bool kAT, bool kBT, class A, class B, class E>
 int multiply(Product<A, B, E> p, int version, cudaStream_t stream) {
@@ -358,15 +380,17 @@ int multiply(Product<A, B, E> p, int version, cudaStream_t stream) {
       }
       p.wide_out = p.epilogue.is_wide(p.N);
       const int64_t large = ceil_div(p.M, 128) * ceil_div(p.N, 128);
-      if (large * p.splits < CRATE_MULTIPROCESSORS) return launch_v3<64, 2, 2, kAT, kBT>(p, grid, stream);
-      return launch_v3<128, 2, 4, kAT, kBT>(p, dim3(static_cast<unsigned>(large), p.splits), stream);
+      if (large * p.splits < CRATE_MULTIPROCESSORS)
+        return launch_v3<64, 2, 2, kAT, kBT>(p, grid, stream);
+      return launch_v3<128, 2, 4, kAT, kBT>(p, dim3(static_cast<unsigned>(large), p.splits),
+                                            stream);
     }
   }
   return cudaGetLastError();
 }
 
-// How many parts to cut K into, so that an (M, N) result keeps two blocks on each multiprocessor busy; a pure
-// function of the sizes, because it decides the order of summation.
+// Into how many parts to split K so that an (M, N) result keeps two blocks on each multiprocessor
+// busy. A pure function of the sizes, because it decides the order of summation.
 inline int choose_splits(int64_t M, int64_t N, int64_t K) {
   const int64_t tiles = ceil_div(M, 128) * ceil_div(N, 128), most = ceil_div(K, CRATE_SPLIT_ROWS);
   int64_t splits = tiles ? 2 * CRATE_MULTIPROCESSORS / tiles : 1;
@@ -376,7 +400,7 @@ inline int choose_splits(int64_t M, int64_t N, int64_t K) {
 
 // ---- the small kernels around the products ----
 
-// out (size,) = scale * the sum over slices of parts (slices, size), always in the same order.
+// out (size,) = scale * sum over slices of parts (slices, size), always in the same order.
 template <class O>
 __global__ void sum_slices(O* out, const float* parts, int64_t size, int slices, float scale) {
   int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
@@ -387,24 +411,27 @@ __global__ void sum_slices(O* out, const float* parts, int64_t size, int slices,
 }
 
 template <class O>
-int add_slices(O* out, const float* parts, int64_t size, int slices, float scale, cudaStream_t stream) {
+int add_slices(O* out, const float* parts, int64_t size, int slices, float scale,
+               cudaStream_t stream) {
   if (size == 0) return cudaSuccess;
-  LAUNCH((sum_slices<O>), static_cast<unsigned>(ceil_div(size, 256)), 256, 0, stream, out, parts, size,
-         slices, scale);
+  LAUNCH((sum_slices<O>), static_cast<unsigned>(ceil_div(size, 256)), 256, 0, stream, out, parts,
+         size, slices, scale);
   return cudaGetLastError();
 }
 
-// Sums down the columns, for gradients of vectors that all rows share: rows are cut into slices, each thread
-// adds up one column of one slice, and add_slices adds the slices. value(row, column) may combine several
-// matrices.
+// Sums of columns, for gradients of vectors that all rows share: rows are split into slices, each
+// thread sums one column of one slice, and add_slices adds the slices. value(row, column) may
+// combine several matrices.
 inline int column_slices(int64_t rows) {
   const int64_t slices = ceil_div(rows, 64);
   return static_cast<int>(slices < 1 ? 1 : slices > 256 ? 256 : slices);
 }
 
 template <class Value>
-__global__ void sum_columns(float* parts, Value value, int64_t rows, int64_t columns, bool accumulate) {
-  int64_t column = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, length = ceil_div(rows, gridDim.y);
+__global__ void sum_columns(float* parts, Value value, int64_t rows, int64_t columns,
+                            bool accumulate) {
+  int64_t column = blockIdx.x * int64_t(blockDim.x) + threadIdx.x,
+          length = ceil_div(rows, gridDim.y);
   if (column >= columns) return;
   float sum = accumulate ? parts[blockIdx.y * columns + column] : 0.f;
   for (int64_t r = blockIdx.y * length; r < rows && r < (blockIdx.y + 1) * length; ++r)
@@ -421,7 +448,8 @@ int add_columns(float* parts, Value value, int64_t rows, int64_t columns, bool a
   return cudaGetLastError();
 }
 
-// A workspace cut into parts that each start on a multiple of 256 bytes. With a null base it only counts.
+// A workspace divided into parts that each start on a multiple of 256 bytes. With a null base it
+// only counts bytes.
 struct Workspace {
   char* base;
   int64_t used = 0;

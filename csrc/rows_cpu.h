@@ -1,5 +1,5 @@
-// Included by product_cpu.cpp after vector_cpu.h, once per instruction set: what is done to rows without a
-// product, LayerNorm forward and backward, the few rows of decoding; and the table of all.
+// Included by product_cpu.cpp after vector_cpu.h, once per instruction set: work on rows other than
+// the product (LayerNorm forward and backward, decoding), and the table of all functions.
 
 namespace crate_mini {
 namespace ISA {
@@ -25,7 +25,7 @@ inline void moments(int64_t d, const Z* z, double eps, Acc<T>& mean, Acc<T>& rst
   for (int64_t j = 0; j < d; j += W<T>) sum += load(z + j, d - j);
   mean = total(sum) / Acc<T>(d);
   int64_t j = 0;
-  for (; j + W<T> <= d; j += W<T>) {  // a second pass: no cancellation when |mean| >> deviation
+  for (; j + W<T> <= d; j += W<T>) {  // a second pass: nothing cancels if |mean| >> deviation
     Vec<T> centred = load(z + j) - mean;
     square = multiply_add(centred, centred, square);
   }
@@ -35,7 +35,8 @@ inline void moments(int64_t d, const Z* z, double eps, Acc<T>& mean, Acc<T>& rst
 }
 
 template <class T, class Z>
-void norm_rows(int64_t M, int64_t d, const Z* z, double eps, const Acc<T>* weight, const Acc<T>* bias, T* x) {
+void norm_rows(int64_t M, int64_t d, const Z* z, double eps, const Acc<T>* weight,
+               const Acc<T>* bias, T* x) {
   for (int64_t i = 0; i < M; i++, z += d, x += d) {
     Acc<T> mean, rstd;
     moments<T>(d, z, eps, mean, rstd);
@@ -50,21 +51,26 @@ void norm_rows(int64_t M, int64_t d, const Z* z, double eps, const Acc<T>* weigh
 template <class T>
 void norm(int64_t M, int64_t d, const void* z, bool z_is_acc, double eps, const Acc<T>* weight,
           const Acc<T>* bias, T* x) {
-  if (z_is_acc) norm_rows<T>(M, d, static_cast<const Acc<T>*>(z), eps, weight, bias, x);
-  else norm_rows<T>(M, d, static_cast<const T*>(z), eps, weight, bias, x);
+  if (z_is_acc)
+    norm_rows<T>(M, d, static_cast<const Acc<T>*>(z), eps, weight, bias, x);
+  else
+    norm_rows<T>(M, d, static_cast<const T*>(z), eps, weight, bias, x);
 }
 
-// With unit = (z - mean) rstd, g = gx weight: gz = rstd (g - mean(g) - unit mean(g unit)). x comes along.
+// With unit = (z - mean) rstd and g = gx weight: gz = rstd (g - mean(g) - unit mean(g unit)). Also
+// writes x, the normalised rows.
 template <class T, class Z>
 void norm_backward_rows(int64_t M, int64_t d, const Z* z, double eps, const Acc<T>* weight,
-                        const Acc<T>* bias, const Acc<T>* gx, Z* gz, Acc<T>* gweight, Acc<T>* gbias, T* x) {
+                        const Acc<T>* bias, const Acc<T>* gx, Z* gz, Acc<T>* gweight, Acc<T>* gbias,
+                        T* x) {
   for (int64_t i = 0; i < M; i++, z += d, gx += d, gz += d, x += d) {
     Acc<T> mean, rstd;
     moments<T>(d, z, eps, mean, rstd);
     Vec<T> sum_g{}, sum_gn{};
-    for (int64_t j = 0; j < d; j += W<T>) {          // gx is 0 past the end, and with it every term
+    for (int64_t j = 0; j < d; j += W<T>) {  // past the end gx is loaded as 0, and every term is 0
       int64_t n = d - j;
-      Vec<T> up = load(gx + j, n), w = load(weight + j, n), unit = (load(z + j, n) - mean) * rstd, g = up * w;
+      Vec<T> up = load(gx + j, n), w = load(weight + j, n);
+      Vec<T> unit = (load(z + j, n) - mean) * rstd, g = up * w;
       sum_g += g;
       sum_gn = multiply_add(g, unit, sum_gn);
       store(gweight + j, multiply_add(up, unit, load(gweight + j, n)), n);
@@ -81,17 +87,18 @@ void norm_backward_rows(int64_t M, int64_t d, const Z* z, double eps, const Acc<
 }
 
 template <class T>
-void norm_backward(int64_t M, int64_t d, const void* z, bool z_is_acc, double eps, const Acc<T>* weight,
-                   const Acc<T>* bias, const Acc<T>* gx, void* gz, Acc<T>* gweight, Acc<T>* gbias, T* x) {
+void norm_backward(int64_t M, int64_t d, const void* z, bool z_is_acc, double eps,
+                   const Acc<T>* weight, const Acc<T>* bias, const Acc<T>* gx, void* gz,
+                   Acc<T>* gweight, Acc<T>* gbias, T* x) {
   if (z_is_acc)
     norm_backward_rows<T>(M, d, static_cast<const Acc<T>*>(z), eps, weight, bias, gx,
                           static_cast<Acc<T>*>(gz), gweight, gbias, x);
   else
-    norm_backward_rows<T>(M, d, static_cast<const T*>(z), eps, weight, bias, gx, static_cast<T*>(gz), gweight,
-                          gbias, x);
+    norm_backward_rows<T>(M, d, static_cast<const T*>(z), eps, weight, bias, gx,
+                          static_cast<T*>(gz), gweight, gbias, x);
 }
 
-// ---- decoding: sums[j] = sum over i of A[i] rows[i][j], zeros of A skipped, sums in 8 registers ----
+// ---- decoding: sums[j] = sum_i A[i] rows[i][j], zeros of A skipped, sums in 8 registers ----
 template <class T>
 void combine(int64_t K, const Acc<T>* A, const T* rows, int64_t stride, int64_t n, Acc<T>* sums) {
   int64_t j = 0;
@@ -101,7 +108,8 @@ void combine(int64_t K, const Acc<T>* A, const T* rows, int64_t stride, int64_t 
       if (A[i] == 0) continue;
       Vec<T> a = A[i] - Vec<T>{};
 #pragma GCC unroll 8
-      for (int v = 0; v < 8; v++) c[v] = multiply_add(a, load(rows + i * stride + j + v * W<T>), c[v]);
+      for (int v = 0; v < 8; v++)
+        c[v] = multiply_add(a, load(rows + i * stride + j + v * W<T>), c[v]);
     }
     for (int v = 0; v < 8; v++) store(sums + j + v * W<T>, c[v]);
   }
@@ -111,8 +119,8 @@ void combine(int64_t K, const Acc<T>* A, const T* rows, int64_t stride, int64_t 
 }
 
 template <class T> constexpr Isa<T> table() {
-  return {ROWS, 2 * W<T>, GROUP<T>, sizeof(Packed<T>), pack<T>, product<T>, interleave<T>, norm<T>,
-          norm_backward<T>, combine<T>};
+  return {ROWS, 2 * W<T>, GROUP<T>, sizeof(Packed<T>), pack<T>, product<T>, interleave<T>,
+          norm<T>, norm_backward<T>, combine<T>};
 }
 
 }  // namespace ISA

@@ -1,186 +1,55 @@
-"""What all tests share: how close is close enough, guarded memory, hypothesis profiles, fuzzing by minutes.
+"""Options, hypothesis profiles and fixtures of all tests.
 
-The tolerance policy, in one place (`assert_close`). A kernel is judged against the equation in float64, on
-inputs as rounded to the kernel's dtype, so that only its own error counts. It may err as much as two things
-that are legitimate in that dtype, times FACTOR: the error of plain PyTorch, and how far the float64 result
-moves when the inputs move by their own rounding. The second keeps a lucky PyTorch (small tensors often hit
-exactly) from making the bound absurd. Sums are kept in float or double: where that is also the result's type,
-one sum of n terms in a row drifts sqrt(n) times as far as inputs jitter. No test has a number of its own.
-
-Codes pass through a threshold, and a code near zero may fall on either side of it in low precision (0.05 % do
-in bf16). Values are compared, which is safe because ReLU is continuous; supports never are; gradients are
-compared on the support that the forward pass chose.
-
-    python -m pytest                      the fixed examples of CI
-    python -m pytest --fuzz-minutes 10    random examples for ten minutes; a failure prints how to repeat it
+python -m pytest                      the fixed examples of CI
+python -m pytest --fuzz-minutes 10    new random examples for ten minutes; a failure prints the
+                                      command that repeats it
 """
 
 import itertools
 import os
+import shlex
+import shutil
+import tempfile
 import time
-from importlib import util
 
+import background_builds
 import hypothesis
 import pytest
 import torch
+from compiled import load_extension
 from hypothesis import settings
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from crate_mini._stamp import source_stamp
 
-FACTOR, ULPS = 4, 4  # of legitimate errors, and of the largest value's own rounding
-GUARD = int(os.environ.get("CRATE_GUARD", 64))  # elements on both sides of a guarded tensor
-
-QUIET = dict(deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
-settings.register_profile("ci", derandomize=True, max_examples=25, **QUIET)
-settings.register_profile("brief", derandomize=True, max_examples=6, **QUIET)
-settings.register_profile("fuzz", print_blob=True, max_examples=100, **QUIET)
+CHECKS = list(hypothesis.HealthCheck)
+COMMON = dict(deadline=None, database=None, suppress_health_check=CHECKS)
+settings.register_profile("ci", derandomize=True, max_examples=25, **COMMON)
+settings.register_profile("brief", derandomize=True, max_examples=6, **COMMON)
+settings.register_profile("fuzz", print_blob=True, max_examples=100, **COMMON)
 settings.load_profile("ci")
-torch.set_num_threads(1)  # tensors are small here: threads cost more than they give
-
-
-# ---- closeness -------------------------------------------------------------------------------------------
-
-
-def _double(values, jitter=None):
-    """Floating tensors as float64; jitter (a generator) moves each element by up to its dtype's rounding."""
-
-    def one(t):
-        if not isinstance(t, torch.Tensor) or not t.is_floating_point():
-            return t
-        wide, eps = t.detach().double().cpu(), torch.finfo(t.dtype).eps
-        if jitter is not None:
-            wide = wide * (1 + eps * torch.empty_like(wide).uniform_(-1, 1, generator=jitter))
-        return wide
-
-    return [one(t) for t in values]
-
-
-def _same_odd(got, own):
-    """NaN and infinities in the same places, with the same signs."""
-
-    def odd(t):
-        return torch.where(t.isfinite(), 0.0, t.double()).nan_to_num(
-            nan=7e77, posinf=8e88, neginf=-8e88
-        )
-
-    return torch.equal(odd(got), odd(own))
-
-
-def assert_close(got, equation, *inputs, names=None, draws=None, terms=()):
-    """Hold tensors `got` to `equation(*inputs)`, a function of tensors in any dtype that returns as many.
-
-    None in `got` is an output that was not asked for. NaN and infinities must appear exactly where the
-    equation in the inputs' own dtype has them. draws: how often inputs are jittered to see what moves; more
-    often where an output has few values that can move, because then all of them may be lucky. terms: for an
-    output (by its number) in which large terms cancel by construction, how large they are.
-    """
-    jitter = torch.Generator().manual_seed(0)
-    exact, plain = equation(*_double(inputs)), equation(*inputs)
-    few = min((t.count_nonzero() for t, out in zip(exact, got) if out is not None), default=0) < 100
-    moved = [equation(*_double(inputs, jitter)) for _ in range(draws or (8 if few else 2))]
-    longest = max((n for t in inputs if isinstance(t, torch.Tensor) for n in t.shape), default=1)
-    for i, out in enumerate(got):
-        if out is None:
-            continue
-        name = f"{names[i] if names else f'output {i}'} {tuple(out.shape)} {out.dtype}".replace(
-            "torch.", ""
-        )
-        want, own, value = exact[i], plain[i].detach().cpu(), out.detach().cpu()
-        assert value.shape == want.shape, f"{name}: expected shape {tuple(want.shape)}"
-        assert _same_odd(value, own), f"{name}: NaN or infinity in the wrong places"
-        fine = own.isfinite() & want.isfinite()
-        if not fine.any():
-            continue
-        want, own, value = want[fine], own[fine].double(), value[fine].double()
-        legitimate = max((t - want).abs().max() for t in (own, *(m[i][fine] for m in moved)))
-        eps = torch.finfo(out.dtype).eps
-        drift = 1 if eps > 1e-4 else max(1, longest**0.5 / 4)
-        bound = FACTOR * drift * legitimate + ULPS * eps * max(
-            want.abs().max(), dict(terms).get(i, 0)
-        )
-        error, at = (value - want).abs().max(0)
-        assert error <= bound, (
-            f"{name}: error {error:.3g} exceeds {bound:.3g} (got {value[at]:.6g}, exact "
-            f"{want[at]:.6g}, PyTorch {own[at]:.6g}; element {at} of the finite ones)"
-        )
-
-
-# ---- memory ----------------------------------------------------------------------------------------------
-
-
-class Guarded:
-    """A contiguous tensor between two bands of NaN: reads beyond it spoil results, writes beyond it are seen.
-
-    Guarded(shape, dtype) is an output, poisoned with NaN: an element nobody writes stays NaN.
-    Guarded.copy(t) is an input: `check` also sees whether it was written to.
-    """
-
-    def __init__(self, shape, dtype, device="cpu"):
-        size = 1
-        for n in shape:
-            size *= n
-        self.memory = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype, device=device)
-        self.tensor = self.memory[GUARD : GUARD + size].view(shape)
-        self.original = None
-
-    @classmethod
-    def copy(cls, t):
-        guarded = cls(t.shape, t.dtype, t.device)
-        guarded.tensor.copy_(t)
-        guarded.original = t.clone()
-        return guarded
-
-    @property
-    def pointer(self):
-        return self.tensor.data_ptr()
-
-    def check(self, name):
-        end = GUARD + self.tensor.numel()
-        for band, where in ((self.memory[:GUARD], "before"), (self.memory[end:], "after")):
-            assert band.isnan().all(), f"{name}: written {where} its memory"
-        if self.original is not None:
-            assert torch.equal(
-                self.tensor.nan_to_num(nan=7e37), self.original.nan_to_num(nan=7e37)
-            ), f"{name}: an input was changed"
-
-
-# ---- which backend, which device -------------------------------------------------------------------------
-
-
-def load_extension(path=None):
-    """The compiled module: this checkout's, or another file (builds with faults or sanitizers); or None."""
-    try:
-        if path is None:
-            from crate_mini import _C
-
-            return _C
-        spec = util.spec_from_file_location("planted._C", path)
-        module = util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    except ImportError:
-        return None
+STORAGE = tempfile.mkdtemp(prefix="hypothesis-")  # not in the working folder
+set_hypothesis_home_dir(STORAGE)
+os.environ.setdefault("MPLCONFIGDIR", STORAGE)  # matplotlib's cache: not in the home folder
+OWNER = os.getpid()  # tests fork processes that share what is cleared up at the end
+torch.set_num_threads(1)  # tensors are small here: threads cost more than they save
 
 
 @pytest.fixture(scope="session")
 def extension():
     """The module under test: CRATE_TEST_MODULE if set, else crate_mini._C.
 
-    If there is none, tests are skipped, except where CRATE_REQUIRE_FUSED=1 says that it must be there (CI).
+    Without one, tests are skipped, unless CRATE_REQUIRE_FUSED=1 (CI) demands it.
     """
-    module = load_extension(os.environ.get("CRATE_TEST_MODULE"))
+    path = os.environ.get("CRATE_TEST_MODULE")
+    module = load_extension(path)
     if module is None:
-        message = (
-            "crate_mini._C is not compiled: run `pip install -e .` (with -v it says why it was not)"
-        )
-        (pytest.fail if os.environ.get("CRATE_REQUIRE_FUSED") == "1" else pytest.skip)(message)
-    if "CRATE_TEST_MODULE" not in os.environ and module.build_info()["stamp"] not in (
-        "",
-        source_stamp(),
-    ):
-        pytest.fail(
-            "crate_mini._C was compiled from other sources than these: run `pip install -e .`"
-        )
+        message = "crate_mini._C is not compiled: run `pip install -v -e .` to see why"
+        if os.environ.get("CRATE_REQUIRE_FUSED") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    if path is None and module.build_info()["stamp"] not in ("", source_stamp()):
+        pytest.fail("crate_mini._C was compiled from other sources: run `pip install -e .`")
     return module
 
 
@@ -209,27 +78,47 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: give --slow"))
+    items.sort(key=background_builds.order)
+
+
+def pytest_collection_finish(session):
+    """Start compiling what the selected tests will need, while the first of them run."""
+    if not session.config.option.collectonly:
+        background_builds.start(session.items)
+
+
+def pytest_unconfigure():
+    if os.getpid() == OWNER:
+        background_builds.stop()
+        shutil.rmtree(STORAGE, ignore_errors=True)
 
 
 def pytest_runtestloop(session):
-    """With --fuzz-minutes: rounds over the fuzz tests, each with a new seed, until time or luck ends."""
+    """With --fuzz-minutes: run the fuzz tests again and again, each round with a new seed."""
     minutes, config = session.config.getoption("--fuzz-minutes"), session.config
     if not minutes or not session.items or config.option.collectonly:
         return None
-    end, seed = time.monotonic() + 60 * minutes, time.time_ns() % 2**32
+    end = time.monotonic() + 60 * minutes
+    seed = time.time_ns() % 2**32
+    following = session.items[1:] + session.items[:1]
     for config.rounds in itertools.count(1):
         hypothesis.core.global_force_seed = seed + config.rounds
-        for item, following in zip(session.items, session.items[1:] + session.items[:1]):
-            config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        for item, next_item in zip(session.items, following):
+            config.hook.pytest_runtest_protocol(item=item, nextitem=next_item)
             if session.testsfailed:
-                config.repeat = f'"{item.nodeid}" --hypothesis-seed={seed + config.rounds}'
+                # The same files, because hypothesis draws from the constants of loaded modules.
+                selection = [*config.args, "-k", item.originalname]
+                config.repeat = f"{shlex.join(selection)} --hypothesis-seed={seed + config.rounds}"
                 raise session.Failed("stopped at the first failure")
             if time.monotonic() > end:
                 return True
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if hasattr(config, "rounds"):
-        command = "repeat with: python -m pytest --hypothesis-profile=fuzz"
-        found = f"{command} {config.repeat}" if hasattr(config, "repeat") else "no failure"
-        terminalreporter.line(f"fuzzed in {config.rounds} rounds; {found}")
+    if not hasattr(config, "rounds"):
+        return
+    outcome = "no failure"
+    if hasattr(config, "repeat"):
+        command = "python -m pytest --hypothesis-profile=fuzz"
+        outcome = f"repeat with: {command} {config.repeat}"
+    terminalreporter.line(f"fuzzed in {config.rounds} rounds; {outcome}")

@@ -1,52 +1,44 @@
-"""`python -m crate_mini.studies.gpu [STAGE ...]`: all that a GPU can tell of this project, in one call.
-
-    build      the extension; says which compilers and architectures
-    tests      python -m pytest -m gpu: the fuzz on the device, streams, graphs, training
-    floors     this card's ceilings, and what they allow at each shape: operations, bytes, times, what binds
-    kernels    ISTA and MSSA: fused, eager, compiled with max-autotune, and the matrix products alone
-    versions   ista_step from the naive to the shipped version, checked and timed
-    decode     one token, at several densities
-    steps      training steps of CRATE S and B on either backend, and of the GPT-2 twin; all compiled
-    agree      100 training steps on the kernels and on PyTorch: how far apart their losses are
-    sanitize   the tests small, under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
-    code       what nvcc made of each kernel: tensor-core, 16-byte and spilling instructions, to
-               results/sass.json. Needs no GPU, but cuobjdump and nvdisasm, of the CUDA toolkit
-
-Each stage is a process of its own with a time limit. results/CARD/COMMIT.json is written after each, failures
-included, and keeps what earlier calls of that commit on that card found: the stages, half an hour in all, can
-be spread over calls. --commit names the source where git is not. Timings are medians, contestants in turns
-(see bench.py), random data, bfloat16.
-"""
+"""All that a GPU can tell about this project, in one call; see Settings for the stages."""
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
-from crate_mini import UserError, atomic_write, cli, fused, model, ops
-from crate_mini.studies import bench, sass
-from crate_mini.training import device as machine
+from crate_mini import UserError, fused, model, ops, results
+from crate_mini.cli import setting
+from crate_mini.console.terminal import Command
+from crate_mini.studies import benchmarks
+from crate_mini.training.device import choose_device, flops_per_token
 
-ROOT = Path(__file__).resolve().parents[2]
 TOKENS, WIDTHS = (8192, 65536), (128, 768, 1600)  # N and d; h = 4 d
-PYTEST = sys.executable, "-m", "pytest", "-q", "-m", "gpu"
-SANITIZED = "-k", "ista or mssa or training", "tests/test_cuda_emulated.py", "tests/test_gpu.py"
-COMMANDS = {  # stage: [command, ...]
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-m", "gpu")
+SANITIZED = ("tests/kernels/test_cuda_emulated.py", "tests/kernels/test_gpu.py")
+SMALL = "(ista or mssa or training) and not real_sizes"
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+def sanitizer(tool):
+    """The command that runs small tests under a tool of compute-sanitizer."""
+    options = "--tool", tool, "--error-exitcode", "1"
+    return "compute-sanitizer", *options, *PYTEST, "-k", SMALL, *SANITIZED
+
+
+COMMANDS = {  # stage: [command, ...]; the other stages measure
     "build": [(sys.executable, "setup.py", "build_ext", "--inplace")],
     "tests": [PYTEST],
-    "sanitize": [
-        ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *PYTEST, *SANITIZED)
-        for tool in ("memcheck", "racecheck", "initcheck", "synccheck")
-    ],
+    "sanitize": [sanitizer(tool) for tool in SANITIZERS],
 }
-LIMITS = {
+LIMITS = {  # seconds of one command of a stage
     "build": 300,
     "tests": 480,
     "floors": 120,
@@ -57,46 +49,43 @@ LIMITS = {
     "agree": 120,
     "sanitize": 300,
     "code": 300,
-}  # seconds of a command
+}
+NEED_GPU = tuple(stage for stage in LIMITS if stage != "code")
 
 
-# ---- what a stage measures: generators of JSON-able rows -------------------------------------------------
+# ---- what the stages measure: generators of rows for JSON ----------------------------------------
 
 
 def measured(case, device, repeats=7):
-    """A bench.Case as a row, timed."""
-    found = case.measure(device, repeats)
-    return {
-        "name": case.name,
-        "note": case.note,
-        "operations": case.operations,
-        "bytes": case.moved,
-        "ms": {n: {"median": m, "half_quartiles": s} for n, (m, s) in found.ms.items()},
-    }
+    return case.measure(device, repeats).row()
 
 
 def ceilings(device, side=8192, values=1 << 29):
-    """{"tflops", "tb_s"} of this card: a large product of random bf16, a copy (bytes read and written)."""
+    """{"tflops", "tb_s"} of this card: a large product of random bf16, and a copy."""
     a, b, out = torch.randn(3, side, side, device=device, dtype=torch.bfloat16)
     x, y = torch.randn(2, values, device=device, dtype=torch.bfloat16)
-    case = bench.Case(
-        "", {"product": lambda: torch.mm(a, b, out=out), "copy": lambda: y.copy_(x)}, 0, 0
-    )
-    ms = {name: middle for name, (middle, _) in case.measure(device, 7).ms.items()}
-    return {"tflops": 2 * side**3 / ms["product"] / 1e9, "tb_s": 4 * values / ms["copy"] / 1e9}
+    contestants = {"product": lambda: torch.mm(a, b, out=out), "copy": lambda: y.copy_(x)}
+    ms = benchmarks.Case("", contestants, 0, 0).measure(device, 7).ms
+    operations, moved = 2 * side**3, 4 * values  # bytes read and written
+    return {"tflops": operations / ms["product"][0] / 1e9, "tb_s": moved / ms["copy"][0] / 1e9}
 
 
 def problems(device, tokens=TOKENS, widths=WIDTHS):
+    """(name, N, d, Problem) of each op at each shape."""
     for op, N, d in product(("ista", "mssa"), tokens, widths):
-        yield op, N, d, bench.problem(op, N, d, torch.bfloat16, device)
+        problem = benchmarks.problem(op, N, d, torch.bfloat16, device)
+        yield f"{op} {N}x{d}", N, d, problem
 
 
 def floors(device, **sizes):
-    top = ceilings(device) if device.type == "cuda" else ceilings(device, 64, 1 << 12)
+    """What the card's ceilings allow, and which of them binds."""
+    sides = {} if device.type == "cuda" else {"side": 64, "values": 1 << 12}
+    top = ceilings(device, **sides)
     yield {"name": "ceilings", **top}
-    for op, N, d, problem in problems(device, **sizes):
-        for case in problem.cases(f"{op} {N}x{d}"):
-            products, memory = case.operations / top["tflops"] / 1e9, case.moved / top["tb_s"] / 1e9
+    for name, N, d, problem in problems(device, **sizes):
+        for case in problem.cases(name):
+            products = case.operations / top["tflops"] / 1e9
+            memory = case.moved / top["tb_s"] / 1e9
             yield {
                 "name": case.name,
                 "operations": case.operations,
@@ -104,40 +93,39 @@ def floors(device, **sizes):
                 "ms_of_products": products,
                 "ms_of_bytes": memory,
                 "binds": "products" if products > memory else "bytes",
+                # (N, h) written and read again
                 "ms_of_a_pre_activation": 16 * N * d / top["tb_s"] / 1e9,
-            }  # (N, h) written, read again
+            }
 
 
 def kernels(device, mode="max-autotune", **sizes):
-    for op, N, d, problem in problems(device, **sizes):
-        for case in problem.cases(f"{op} {N}x{d}", mode):
+    for name, _, _, problem in problems(device, **sizes):
+        for case in problem.cases(name, mode):
             yield measured(case, device)
 
 
 def versions(device, widths=WIDTHS[:2]):
     for d in widths:
-        for case in bench.ladder("ista_step", TOKENS[0], d, torch.bfloat16, device):
+        for case in benchmarks.ladder("ista", TOKENS[0], d, torch.bfloat16, device):
             yield measured(case, device)
 
 
 def decode(device, widths=WIDTHS[1:]):
     for d in widths:
-        for case in bench.decode(d, torch.bfloat16, device):
+        for case in benchmarks.decode(d, torch.bfloat16, device):
             yield measured(case, device)
 
 
-def trainer(config, idx, targets, device, compile=True):
-    """A function that takes one training step, and returns its loss."""
+def trainer(config, ids, targets, device, compile=True):
+    """A function that takes one training step, on batch number i, and returns its loss."""
     torch.manual_seed(0)
     lm = model.LM(config).to(device)
-    net, adam = (
-        torch.compile(lm) if compile else lm,
-        torch.optim.AdamW(lm.parameters(), 6e-4, fused=True),
-    )
+    net = torch.compile(lm) if compile else lm
+    adam = torch.optim.AdamW(lm.parameters(), 6e-4, fused=True)
 
     def step(i=0):
         with torch.autocast(device.type, torch.bfloat16):
-            loss = net(idx[i % len(idx)], targets[i % len(idx)])
+            loss = net(ids[i % len(ids)], targets[i % len(ids)])
         loss.backward()
         adam.step()
         adam.zero_grad()
@@ -146,177 +134,254 @@ def trainer(config, idx, targets, device, compile=True):
     return step
 
 
-def tokens_of(config, batch, device, n=1):
+def random_tokens(config, batch, device, n=1):
     """Random ids and targets (n, batch, T)."""
-    shape, g = (2, n, batch, config.block_size), torch.Generator().manual_seed(0)
-    return torch.randint(config.vocab_size, shape, generator=g).to(device)
+    shape = (2, n, batch, config.block_size)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, shape, generator=generator).to(device)
 
 
-def steps(device, presets=("S", "B"), batch=16, compile=True, **more):
+def steps(device, presets=("S", "B"), batch=16, compile=True, **changes):
+    """Training steps of CRATE on either backend, and of the GPT-2 twin."""
     for name in presets:
-        config = {kind: model.preset(name, kind, **more) for kind in ("crate", "gpt2")}
-        idx, targets = tokens_of(config["crate"], batch, device)
-        contestants = {
-            label: bench.on(backend, trainer(config[kind], idx, targets, device, compile))
-            for label, kind, backend in (
-                ("fused", "crate", "fused"),
-                ("eager", "crate", "reference"),
-                ("gpt2", "gpt2", "reference"),
-            )
-        }
-        T = config["crate"].block_size
-        count, operations = batch * T, batch * T * model.flops_per_token(config["crate"], T)
-        row = measured(bench.Case(f"{name} {batch}x{T}", contestants, operations, 0), device)
-        yield {**row, "tokens_per_s": {n: 1e3 * count / m["median"] for n, m in row["ms"].items()}}
+        crate, gpt2 = (model.preset(name, kind, **changes) for kind in ("crate", "gpt2"))
+        ids, targets = random_tokens(crate, batch, device)
+        contestants = {}
+        for label, config, backend in (
+            ("fused", crate, "fused"),
+            ("eager", crate, "reference"),
+            ("gpt2", gpt2, "reference"),
+        ):
+            step = trainer(config, ids, targets, device, compile)
+            contestants[label] = benchmarks.on(backend, step)
+        T = crate.block_size
+        operations = batch * T * flops_per_token(crate, T)
+        row = measured(benchmarks.Case(f"{name} {batch}x{T}", contestants, operations, 0), device)
+        rates = {label: 1e3 * batch * T / ms["median"] for label, ms in row["ms"].items()}
+        yield {**row, "tokens_per_s": rates}
 
 
-def agree(device, n=100, batch=8, **more):
-    config = model.preset("3L", "crate", **{"vocab_size": 4096, "block_size": 256, **more})
-    idx, targets = tokens_of(config, batch, device, 4)
+def agree(device, n=100, batch=8, **changes):
+    """The losses of one training on the kernels and on PyTorch."""
+    config = model.preset("3L", "crate", **{"vocab_size": 4096, "block_size": 256, **changes})
+    ids, targets = random_tokens(config, batch, device, 4)
     losses = []
     for backend in ("fused", "reference"):
-        step = trainer(config, idx, targets, device, compile=False)
+        step = trainer(config, ids, targets, device, compile=False)
         with ops.use_backend(backend):
             losses.append(torch.stack([step(i) for i in range(n)]).tolist())
     yield {
         "name": f"{n} steps",
-        "first": [v[0] for v in losses],
-        "last": [v[-1] for v in losses],
+        "first": [run[0] for run in losses],
+        "last": [run[-1] for run in losses],
         "largest_difference": max(abs(a - b) for a, b in zip(*losses)),
     }
 
 
+# ---- what nvcc made of each kernel ---------------------------------------------------------------
+
+# HMMA, HGMMA: tensor cores (Ampere's, Hopper's). LDGSTS, LDG.E.128, STG.E.128: 16 bytes a thread.
+# LDL, STL: a register array that lies in memory, which no kernel should have.
+INSTRUCTIONS = (
+    r"\b(?:HGMMA|HMMA|LDSM|UTMALDG|LDGSTS[.\w]*|(?:LD|ST)[GL](?:\.E)?(?:\.(?:64|128|U16))?)\b"
+)
+RESOURCES = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+
+
 def code(device):
+    """For each kernel and architecture: registers per thread, bytes of stack, static shared and
+    local memory, and how often each instruction occurs.
+    """
     if not fused._C:
+        raise UserError("no compiled extension to look into; `pip install -v -e .` shows why.")
+    if not shutil.which("cuobjdump") or not shutil.which("nvdisasm"):
         raise UserError(
-            "there is no compiled extension to look into; `pip install -e . -v` says why."
+            "cuobjdump and nvdisasm are missing; they come with the CUDA toolkit, or as the "
+            "packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm."
         )
-    yield from sass.counts(fused._C.__file__, fused._C.build_info()["archs"].split())
+    for arch in fused._C.build_info()["archs"].split():
+        used = resources(cuobjdump("-res-usage", arch))
+        for name, counts in instructions(cuobjdump("-sass", arch)):
+            yield {"name": name, "arch": f"sm_{arch}", **used.get(name, {}), **counts}
+
+
+def cuobjdump(what, arch):
+    """The output of cuobjdump for one architecture of the compiled module."""
+    command = ["cuobjdump", what, "-arch", f"sm_{arch}", fused._C.__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resources(text):
+    """{kernel: {"registers", "stack", "shared", "local"}} from `cuobjdump -res-usage`."""
+    names = ("registers", "stack", "shared", "local")
+    found = {}
+    for kernel, *numbers in re.findall(RESOURCES, text):
+        found[kernel] = dict(zip(names, map(int, numbers)))
+    return found
+
+
+def instructions(text):
+    """[(kernel, {instruction: count})] from `cuobjdump -sass`."""
+    kernels = []
+    for line in text.splitlines():
+        if "Function : " in line:
+            kernels.append((line.split(" : ")[1].strip(), {}))
+        elif kernels:
+            counts = kernels[-1][1]
+            for name in re.findall(INSTRUCTIONS, line):
+                counts[name] = counts.get(name, 0) + 1
+    return kernels
 
 
 MEASURES = {f.__name__: f for f in (floors, kernels, versions, decode, steps, agree, code)}
-STAGES = ["build", "tests", "floors", "kernels", "versions", "decode", "steps", "agree", "sanitize"]
 
 
-# ---- running stages --------------------------------------------------------------------------------------
+# ---- running stages ------------------------------------------------------------------------------
 
 
-def write(path, value):
-    with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=1, allow_nan=False).encode() + b"\n")
-
-
-def only(name, path):
-    """One measuring stage in this process: its rows, as far as they are, in a JSON file."""
-    rows, device = [], machine.choose_device("cpu" if name == "code" else "cuda")
-    for row in MEASURES[name](device):
+def measure(stage, path):
+    """Run one measuring stage in this process; its rows go to a JSON file as they come."""
+    device = choose_device("cpu" if stage == "code" else "cuda")
+    rows = []
+    for row in MEASURES[stage](device):
         rows.append(row)
-        write(path, rows)
+        results.write_json(path, rows)
         print(json.dumps(row), flush=True)
 
 
-def timed(words, limit, folder):
-    """Run a command: {"command", "seconds", "code" (None: the time was up), "tail"}."""
-    began, env = time.monotonic(), {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+def run_command(words, limit, folder):
+    """Run a command: {"command", "seconds", "code" (None: out of time), "tail" of its output}."""
+    environment = None
+    if words[0] == "compute-sanitizer":
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    start = time.monotonic()
     with open(Path(folder, "log"), "w+", encoding="utf-8", errors="replace") as log:
+        streams = dict(stdout=log, stderr=subprocess.STDOUT)
         try:
-            status = subprocess.run(
-                words,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                timeout=limit,
-                env=env if words[0] == "compute-sanitizer" else None,
-            ).returncode
+            done = subprocess.run(
+                words, **streams, cwd=results.ROOT, timeout=limit, env=environment
+            )
+            status = done.returncode
         except subprocess.TimeoutExpired:
             status = None
         except OSError as error:
             status = str(error)
         log.seek(0)
-        tail = log.read().splitlines()[-12:]
+        lines = log.read().splitlines()
     return {
         "command": " ".join("python" if word == sys.executable else word for word in words),
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(time.monotonic() - start, 1),
         "code": status,
-        "tail": [s[-300:] for s in tail],
+        "tail": [line[-300:] for line in lines[-12:]],
     }
 
 
-def stage(name):
-    """{"runs": what its commands came to, "rows": what it measured}."""
+def run_stage(name):
+    """{"runs": the outcomes of its commands, "rows": what it measured}."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "rows.json")
-        own = [
-            (sys.executable, "-m", "crate_mini.studies.gpu", "--only", name, "--json", str(path))
-        ]
-        runs = [timed(words, LIMITS[name], folder) for words in COMMANDS.get(name, own)]
+        words = sys.executable, "-m", "crate_mini.studies", "gpu", "--only", name
+        commands = COMMANDS.get(name, [(*words, "--json", str(path))])
+        runs = [run_command(words, LIMITS[name], folder) for words in commands]
         for run in runs:
             run["command"] = run["command"].removesuffix(f" --json {path}")
-        return {"runs": runs, "rows": json.loads(path.read_text()) if path.exists() else []}
+        rows = json.loads(path.read_text()) if path.exists() else []
+        return {"runs": runs, "rows": rows}
 
 
-def earlier(path, facts):
-    """{stage: what it came to} of a file by the same known commit and machine; nothing of any other."""
+def earlier_stages(path, machine):
+    """{stage: outcome} from a file by the same known commit and machine; {} from any other."""
     try:
-        found = json.loads(path.read_text())
-        same = found["machine"] == facts and not facts["commit"].endswith(("+", "unknown"))
-        return found["stages"] if same else {}
+        file = json.loads(path.read_text())
+        same = file["machine"] == machine and not machine["commit"].endswith(("+", "unknown"))
+        return file["stages"] if same else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def all_of(names, path, facts):
-    """Stages one after the other, into a file beside those of earlier calls; the exit code."""
-    stages, status = earlier(path, facts), 0
+def run_stages(names, path, machine):
+    """Run stages one after the other, into a file with those of earlier calls; the exit code."""
+    stages = earlier_stages(path, machine)
+    failed = False
     for name in names:
-        one = stages[name] = stage(name)
-        status |= any(run["code"] != 0 for run in one["runs"])
-        write(
-            path,
-            {
-                "schema": 1,
-                "command": f"python -m crate_mini.studies.gpu {' '.join(stages)}",
-                "machine": facts,
-                "stages": stages,
-            },
-        )
-        told = ("TIME UP" if r["code"] is None else f"code {r['code']}" for r in one["runs"])
-        print(
-            f"{name:9s} {sum(r['seconds'] for r in one['runs']):6.1f} s  {', '.join(told)}, "
-            f"{len(one['rows'])} rows",
-            flush=True,
-        )
+        stages[name] = outcome = run_stage(name)
+        result = {
+            "schema": 1,
+            "command": f"python -m crate_mini.studies gpu {' '.join(stages)}",
+            "machine": machine,
+            "stages": stages,
+        }
+        results.write_json(path, result)
+        codes = [run["code"] for run in outcome["runs"]]
+        failed = failed or any(code != 0 for code in codes)
+        states = ", ".join("TIME UP" if code is None else f"code {code}" for code in codes)
+        seconds = sum(run["seconds"] for run in outcome["runs"])
+        rows = len(outcome["rows"])
+        print(f"{name:9s} {seconds:6.1f} s  {states}, {rows} rows", flush=True)
     print(f"file      {path}")
-    return status
+    return int(failed)
 
 
-def main():
-    parser = cli.Parser(prog="-m crate_mini.studies.gpu", description=__doc__)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="(default all but code)")
-    parser.add_argument("--json", help="file of the results (default results/CARD/COMMIT.json)")
-    parser.add_argument("--commit", help="name of this source (default: git's)")
-    parser.add_argument("--only", help="measure one stage in this process")
-    args = parser.parse_args()
-    names, known = [args.only] if args.only else args.stages or STAGES, [*STAGES, "code"]
-    if set(names) - set(known) or args.only and (args.only not in MEASURES or not args.json):
-        raise UserError(
-            f"unknown stages in {' '.join(names)!r}; choose some of {', '.join(known)}."
-        )
-    if names != ["code"] and not torch.cuda.is_available():
-        raise UserError(
-            "there is no GPU here; without one only `python -m crate_mini.studies.gpu code` works."
-        )
-    if args.only:
-        return only(args.only, args.json)
-    facts = machine.describe(machine.choose_device("auto")) | (
-        {"commit": args.commit} if args.commit else {}
+@dataclass
+class Settings:
+    """All that a GPU can tell about this project, in one call, stage by stage.
+
+    build      the extension, with its compilers and architectures
+    tests      python -m pytest -m gpu: fuzz on the device, streams, graphs, training
+    floors     the card's ceilings, and what they allow at each shape
+    kernels    ISTA and MSSA: fused, eager, compiled with max-autotune, products alone
+    versions   ISTA's kernels from naive to shipped, checked and timed
+    decode     one token, at several densities
+    steps      compiled training steps of CRATE S and B, either backend, and of GPT-2
+    agree      100 training steps on the kernels and on PyTorch: how the losses differ
+    sanitize   small tests under compute-sanitizer
+    code       what nvcc made of each kernel -> results/sass.json; needs no GPU, but
+               cuobjdump and nvdisasm of the CUDA toolkit
+
+    Each stage is a process of its own with a time limit. results/CARD/COMMIT.json is
+    written after each of them, failures included, and keeps what earlier calls found
+    with that commit on that card: the stages, half an hour in all, can be spread over
+    several calls. Timings are medians of contestants that take turns, on random data,
+    in bfloat16.
+    """
+
+    stages: tuple[str, ...] = setting(
+        NEED_GPU, "which, in this order", choices=tuple(LIMITS), shown="all but code"
     )
-    card = re.search(r"[A-Z]+\d\w*", facts["device"].upper())
-    place = f"{card[0].lower() if card else 'gpu'}/{facts['commit'].strip('+')}.json"
-    path = Path(args.json or ROOT / "results" / ("sass.json" if names == ["code"] else place))
+    json: str | None = setting(
+        None, "file of the results", shown="results/CARD/COMMIT.json, sass.json for code"
+    )
+    commit: str | None = setting(None, "name of this source", shown="git's")
+    only: str | None = setting(
+        None, "measure one stage in this process, into --json", choices=tuple(MEASURES)
+    )
+
+
+def run(settings):
+    stages = (settings.only,) if settings.only else settings.stages
+    if set(stages) != {"code"} and not torch.cuda.is_available():
+        raise UserError(
+            "no GPU here; without one only `python -m crate_mini.studies gpu code` works."
+        )
+    if settings.only:
+        if not settings.json:
+            raise UserError(f"--only {settings.only} needs --json, a file for its rows.")
+        return measure(settings.only, settings.json)
+    machine = results.machine(choose_device("auto"))
+    if settings.commit:
+        machine["commit"] = settings.commit
+    path = Path(settings.json) if settings.json else default_path(stages, machine)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return all_of(names, path, facts)
+    return run_stages(stages, path, machine)
 
 
-if __name__ == "__main__":
-    cli.run(main)
+def default_path(stages, machine):
+    """results/CARD/COMMIT.json, e.g. results/h200/1a2b3c4d5e6f.json."""
+    folder = results.ROOT / "results"
+    if set(stages) == {"code"}:
+        return folder / "sass.json"
+    card = re.search(r"[A-Z]+\d\w*", machine["device"].upper())
+    return folder / (card[0].lower() if card else "gpu") / f"{machine['commit'].strip('+')}.json"
+
+
+COMMAND = Command(Settings, run, checkpoint=False, positional=("stages",))

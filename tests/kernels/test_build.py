@@ -1,7 +1,8 @@
-"""What setup.py does where something is missing, and what the package says about what it finds.
+"""What setup.py does where something is missing, and what the package reports about its module.
 
-The builds are of a module of three lines, in a folder of their own: the subject is setup.py, and the real
-kernels are compiled by the install that runs these tests. Each case is an install that failed somebody once.
+The builds are of a module of a few lines in a folder of their own: the subject is setup.py, and the
+real kernels are compiled by the install that runs these tests. Every case is an install that once
+failed for somebody.
 """
 
 import importlib.machinery
@@ -35,8 +36,8 @@ SOURCES = {
         #ifdef CRATE_CUDA
           cuda = device_error();
         #endif
-          return Py_BuildValue("{s:i,s:i,s:i,s:s,s:s}", "two", twice(1), "openmp", openmp, "cuda", cuda,
-                               "stamp", CRATE_STAMP, "archs", CRATE_ARCHS);
+          return Py_BuildValue("{s:i,s:i,s:i,s:s,s:s}", "two", twice(1), "openmp", openmp,
+                               "cuda", cuda, "stamp", CRATE_STAMP, "archs", CRATE_ARCHS);
         }
         static PyMethodDef methods[] = {{"f", f, METH_NOARGS, ""}, {}};
         static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "", -1, methods};
@@ -48,7 +49,7 @@ pytestmark = needs_compiler
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """A copy of the package with the toy sources; its path has a space in it, as home folders do."""
+    """A copy of the package with the toy sources; its path contains a space, as homes may."""
     folder = copy_package(tmp_path_factory.mktemp("build") / "with space")
     (folder / "csrc").mkdir()
     for name, text in SOURCES.items():
@@ -56,16 +57,28 @@ def toy(tmp_path_factory):
     return folder
 
 
-def ask(folder):
-    """What the module of that folder says, in a new process."""
+@pytest.fixture
+def edited_header(toy):
+    """A function that edits kernels.h; the edit is undone after the test."""
+    header = toy / "csrc" / "kernels.h"
+
+    def edit():
+        header.write_text(SOURCES["kernels.h"] + "// edited\n")
+
+    yield edit
+    header.write_text(SOURCES["kernels.h"])
+
+
+def facts(folder):
+    """What the module of that folder returns, in a new process."""
     script = "from crate_mini import _C; print(_C.f())"
     return eval(subprocess.check_output([sys.executable, "-c", script], cwd=folder, text=True))
 
 
-def summary(said):
+def summary(output):
     """The three lines that setup.py ends with."""
-    lines = [line for line in said.splitlines() if line.startswith("crate_mini: ")]
-    assert len(lines) == 3, said
+    lines = [line for line in output.splitlines() if line.startswith("crate_mini: ")]
+    assert len(lines) == 3, output
     return lines
 
 
@@ -79,39 +92,36 @@ def compiler_without(folder, flag):
     return shlex.quote(str(script))
 
 
-def test_a_build_carries_its_stamp(toy):
-    module, said = build(toy)
-    built, cpp, cuda = summary(said)
+def test_a_build_carries_its_stamp(toy, edited_header):
+    module, output = build(toy)
+    built, cpp, cuda = summary(output)
     assert module and "is built" in built and "OpenMP" in cpp and "switched off" in cuda
-    facts = ask(toy)
-    assert facts["two"] == 2 and facts["stamp"] == source_stamp(toy) and facts["archs"] == ""
-    (toy / "csrc" / "kernels.h").write_text(SOURCES["kernels.h"] + "// edited\n")
-    assert facts["stamp"] != source_stamp(toy), "an edit must make the binary stale"
-    (toy / "csrc" / "kernels.h").write_text(SOURCES["kernels.h"])
+    known = facts(toy)
+    assert known["two"] == 2 and known["archs"] == ""
+    assert known["stamp"] == source_stamp(toy)
+    edited_header()
+    assert known["stamp"] != source_stamp(toy), "an edit must make the module stale"
 
 
-def test_headers_are_tracked(toy):
-    """A second build compiles nothing but after an edit of a header what includes it."""
+def test_headers_are_tracked(toy, edited_header):
+    """A second build compiles nothing, except what includes an edited header."""
     build(toy)
     assert "twice_cpu" not in build(toy)[1]
-    (toy / "csrc" / "kernels.h").write_text(SOURCES["kernels.h"] + "// edited\n")
-    try:
-        assert "-c csrc/twice_cpu.cpp" in build(toy, MAX_JOBS="1")[1]
-    finally:
-        (toy / "csrc" / "kernels.h").write_text(SOURCES["kernels.h"])
+    edited_header()
+    assert "-c csrc/twice_cpu.cpp" in build(toy, MAX_JOBS="1")[1]
 
 
 @pytest.mark.parametrize("compiler", ["false", "/nowhere/g++"])
 def test_without_a_compiler_the_install_still_works(toy, compiler):
-    module, said = build(toy, CXX=compiler)
-    built, cpp, cuda = summary(said)
+    module, output = build(toy, CXX=compiler)
+    built, cpp, cuda = summary(output)
     assert module is None and "plain PyTorch" in built and "pip install -e ." in built
     assert "no working compiler" in cpp and compiler in cpp and "CUDA" in cuda
 
 
 def test_nothing_on_the_path(toy):
-    module, said = build(toy, PATH="/nowhere", CUDA_HOME="/nowhere")
-    assert module is None and "no working compiler" in said
+    module, output = build(toy, PATH="/nowhere", CUDA_HOME="/nowhere")
+    assert module is None and "no working compiler" in output
 
 
 def test_a_failing_build_leaves_no_old_module_to_be_packed(toy):
@@ -119,46 +129,45 @@ def test_a_failing_build_leaves_no_old_module_to_be_packed(toy):
     assert build(toy)[0]
     (toy / "csrc" / "broken_cpu.cpp").write_text("int broken( {\n")
     try:
-        module, said = build(toy)
+        module, output = build(toy)
     finally:
         (toy / "csrc" / "broken_cpu.cpp").unlink()
-    assert module is None and "failed on csrc/" in said and "error" in said
+    assert module is None and "failed on csrc/" in output and "error" in output
     assert not [p for p in (toy / "build").rglob("_C*") if "ninja" not in str(p)]
 
 
 def test_without_openmp_one_thread(toy):
-    module, said = build(toy, CXX=compiler_without(toy, "-fopenmp"))
-    assert module and "no OpenMP, therefore one thread" in said and ask(toy)["openmp"] == 0
+    module, output = build(toy, CXX=compiler_without(toy, "-fopenmp"))
+    assert module and "no OpenMP, therefore one thread" in output
+    assert facts(toy)["openmp"] == 0
 
 
 def test_without_nvcc_cpu_only(toy):
-    module, said = build(toy, CRATE_CUDA_ARCHS="80", CUDA_HOME="/nowhere")
-    assert (
-        module
-        and "no nvcc (/nowhere/bin/nvcc), therefore CPU only" in said
-        and ask(toy)["cuda"] == -1
-    )
+    module, output = build(toy, CRATE_CUDA_ARCHS="80", CUDA_HOME="/nowhere")
+    assert module and "no nvcc (/nowhere/bin/nvcc), therefore CPU only" in output
+    assert facts(toy)["cuda"] == -1
 
 
 @needs_nvcc
 def test_cuda_is_built_without_a_gpu_and_imports_without_one(toy):
-    """No visible device, static cudart: the module loads, and a launch returns an error instead of dying."""
-    module, said = build(toy, CRATE_CUDA_ARCHS="sm_80,90a", CUDA_VISIBLE_DEVICES="")
-    assert module and "sm_80 sm_90a" in summary(said)[2]
-    facts = ask(toy)
-    assert facts["archs"] == "80 90a" and facts["cuda"] >= 0
+    """No visible device, static cudart: the module loads, and a launch returns an error."""
+    module, output = build(toy, CRATE_CUDA_ARCHS="sm_80,90a", CUDA_VISIBLE_DEVICES="")
+    assert module and "sm_80 sm_90a" in summary(output)[2]
+    known = facts(toy)
+    assert known["archs"] == "80 90a" and known["cuda"] >= 0
     if shutil.which("ldd"):
         assert "libcudart" not in subprocess.check_output(["ldd", str(module)], text=True)
 
 
 @needs_nvcc
 def test_a_failing_nvcc_leaves_the_cpu(toy):
-    module, said = build(toy, CRATE_CUDA_ARCHS="13")
-    assert module and "therefore CPU only" in summary(said)[2] and ask(toy)["cuda"] == -1
+    module, output = build(toy, CRATE_CUDA_ARCHS="13")
+    assert module and "therefore CPU only" in summary(output)[2]
+    assert facts(toy)["cuda"] == -1
 
 
 def test_torch_is_not_needed(toy):
-    """Neither to build (pip's isolation has none) nor as a build requirement (a second torch would come)."""
+    """Not to build, in pip's isolation, and not as a build requirement: pip would install two."""
     (toy / "torch.py").write_text("raise ImportError('torch must not be imported by the build')\n")
     try:
         assert build(toy)[0]
@@ -169,20 +178,19 @@ def test_torch_is_not_needed(toy):
 
 
 def test_a_source_archive_holds_the_sources(toy):
-    subprocess.check_output(
-        [sys.executable, "setup.py", "-q", "sdist"], cwd=toy, stderr=subprocess.STDOUT
-    )
+    command = [sys.executable, "setup.py", "-q", "sdist"]
+    subprocess.check_output(command, cwd=toy, stderr=subprocess.STDOUT)
     [path] = (toy / "dist").glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {"setup.py", "pyproject.toml", *(f"csrc/{name}" for name in SOURCES)} <= names
 
 
-# ---- what the package says about the module it finds -----------------------------------------------------
+# ---- what the package reports about the module it finds ------------------------------------------
 
 
 def backend(folder, **environment):
-    """ops.backend() in a copy of the package, in a process that cannot fall back on an editable install."""
+    """ops.backend() in a copy of the package, without falling back on an editable install."""
     script = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]\n"
         "from crate_mini import ops; print(*ops.backend(), sep='|')"
@@ -211,12 +219,9 @@ def test_a_stale_module_is_not_used(installed):
     assert "older than its sources" not in backend(installed)
     with open(installed / "csrc" / "kernels.h", "a") as file:
         file.write("// edited after the build\n")
-    told = backend(installed)
-    assert (
-        told.startswith("reference|")
-        and "older than its sources" in told
-        and "pip install -e ." in told
-    )
+    message = backend(installed)
+    assert message.startswith("reference|")
+    assert "older than its sources" in message and "pip install -e ." in message
     assert "UserError" in backend(installed, CRATE_BACKEND="fused")
 
 
@@ -234,12 +239,9 @@ def test_a_module_that_cannot_be_imported(installed, how):
         module.write_bytes(b"no module")
     else:
         module.unlink()
-    told = backend(installed)
-    assert (
-        told.startswith("reference|")
-        and "cannot be imported" in told
-        and "pip install -e ." in told
-    )
+    message = backend(installed)
+    assert message.startswith("reference|")
+    assert "cannot be imported" in message and "pip install -e ." in message
 
 
 def test_the_install_that_runs_these_tests(extension):
@@ -251,12 +253,13 @@ def test_the_install_that_runs_these_tests(extension):
 
 
 def test_extras_and_requirements_are_declared():
-    """What pip is told: torch at run time, and no extra needed by the package itself."""
+    """What pip learns: torch at run time, and that the package itself needs no extra."""
     try:
         requires = importlib.metadata.requires("crate_mini")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("crate_mini is imported from a folder, not installed")
-    plain = {
-        r.split(";")[0].strip().split("<")[0].split(">")[0] for r in requires if "extra ==" not in r
-    }
-    assert plain == {"torch", "numpy", "tiktoken", "matplotlib"}
+    names = set()
+    for requirement in requires:
+        if "extra ==" not in requirement:
+            names.add(requirement.split(";")[0].strip().split("<")[0].split(">")[0])
+    assert names == {"torch", "numpy", "tiktoken", "matplotlib"}

@@ -1,16 +1,15 @@
-"""The study of a GPU where there is none: its stages small on the CPU, and what becomes of failures."""
+"""The study of a GPU, where there is none: small stages on the CPU, and what is kept."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from crate_mini import UserError, fused
-from crate_mini.studies import gpu as study_gpu
-from crate_mini.studies import sass
+from crate_mini import UserError, fused, results
+from crate_mini.studies import __main__ as studies
+from crate_mini.studies import benchmarks, gpu
 
 CPU = torch.device("cpu")
 SIZES = {"tokens": (64,), "widths": (32,)}
@@ -18,48 +17,54 @@ TINY = {"vocab_size": 97, "block_size": 16, "n_embd": 32, "n_head": 2}
 built = pytest.mark.skipif(not fused._C, reason="no compiled extension")
 
 
-def test_floors_say_what_binds():
-    top, *rows = study_gpu.floors(CPU, **SIZES)
+# ---- the stages ----------------------------------------------------------------------------------
+
+
+def test_floors_name_what_binds():
+    top, *rows = gpu.floors(CPU, **SIZES)
     assert top["name"] == "ceilings" and top["tflops"] > 0 and top["tb_s"] > 0
     assert [row["name"] for row in rows] == [
-        f"{op} 64x32 {way}" for op in ("ista", "mssa") for way in ("forward", "both")
+        "ista 64x32 forward",
+        "ista 64x32 both",
+        "mssa 64x32 forward",
+        "mssa 64x32 both",
     ]
     for row in rows:
-        assert row["binds"] == (
-            "products" if row["ms_of_products"] > row["ms_of_bytes"] else "bytes"
-        )
+        products_bind = row["ms_of_products"] > row["ms_of_bytes"]
+        assert row["binds"] == ("products" if products_bind else "bytes")
         assert row["ms_of_products"] == pytest.approx(row["operations"] / top["tflops"] / 1e9)
     assert rows[1]["operations"] == 12 * 2 * 64 * 32 * 128  # of an ISTA block: twelve products
 
 
 @built
 def test_kernels_decode_and_agreement():
-    rows = list(study_gpu.kernels(CPU, None, **SIZES))
-    assert len(rows) == 4 and all(
-        set(row["ms"]) == {"fused", "eager", "compile", "products"} for row in rows
-    )
-    assert len(list(study_gpu.decode(CPU, (32,)))) == 3
-    (found,) = study_gpu.agree(CPU, 5, 2, **TINY)
-    assert found["first"][0] > 4 and 0 <= found["largest_difference"] < 0.05
-    assert found["largest_difference"] >= abs(found["last"][0] - found["last"][1])
+    rows = list(gpu.kernels(CPU, None, **SIZES))
+    assert len(rows) == 4
+    for row in rows:
+        assert set(row["ms"]) == {"fused", "eager", "compile", "products"}
+    assert len(list(gpu.decode(CPU, (32,)))) == 3
+    [row] = gpu.agree(CPU, 5, 2, **TINY)
+    assert row["first"][0] > 4 and 0 <= row["largest_difference"] < 0.05
+    assert row["largest_difference"] >= abs(row["last"][0] - row["last"][1])
 
 
 @built
 def test_steps_of_all_contestants(monkeypatch):
-    ran = []
-    real = study_gpu.ops.use_backend
+    backends = []
+    use_backend = benchmarks.ops.use_backend
 
-    def noted(name):
-        ran.append(name)
-        return real(name)
+    def recorded(name):
+        backends.append(name)
+        return use_backend(name)
 
-    monkeypatch.setattr(study_gpu.bench.ops, "use_backend", noted)
-    (row,) = study_gpu.steps(CPU, ("1L",), 2, compile=False, **TINY)
-    assert set(row["tokens_per_s"]) == {"fused", "eager", "gpt2"} and set(ran) == {
-        "fused",
-        "reference",
-    }
+    monkeypatch.setattr(benchmarks.ops, "use_backend", recorded)
+    [row] = gpu.steps(CPU, ("1L",), 2, compile=False, **TINY)
+    assert set(row["tokens_per_s"]) == {"fused", "eager", "gpt2"}
+    assert set(backends) == {"fused", "reference"}
     assert row["tokens_per_s"]["gpt2"] == pytest.approx(1e3 * 32 / row["ms"]["gpt2"]["median"])
+
+
+# ---- machine code --------------------------------------------------------------------------------
 
 
 def test_instructions_are_counted_by_kernel():
@@ -74,12 +79,11 @@ def test_instructions_are_counted_by_kernel():
         /*0000*/  LDGSTS.E.BYPASS.128 [R4], desc[UR6][R2.64] ;
         /*0000*/  HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
     """
-    assert sass.instructions(text) == [
-        (
-            "_ZN10crate_mini1aEv",
-            {"HMMA": 1, "LDG.E.128": 1, "STG.E.U16": 1, "STG.E.128": 1, "STL": 1},
-        ),
-        ("_ZN10crate_mini1bEv", {"LDGSTS.E.BYPASS.128": 1, "HGMMA": 1}),
+    first = {"HMMA": 1, "LDG.E.128": 1, "STG.E.U16": 1, "STG.E.128": 1, "STL": 1}
+    second = {"LDGSTS.E.BYPASS.128": 1, "HGMMA": 1}
+    assert gpu.instructions(text) == [
+        ("_ZN10crate_mini1aEv", first),
+        ("_ZN10crate_mini1bEv", second),
     ]
 
 
@@ -90,7 +94,7 @@ def test_resources_are_those_of_the_kernel():
  Function _Z1bv:
   REG:25 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:584 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
-    assert sass.resources(text) == {
+    assert gpu.resources(text) == {
         "_Z1av": {"registers": 37, "stack": 0, "shared": 1024, "local": 8},
         "_Z1bv": {"registers": 25, "stack": 16, "shared": 0, "local": 0},
     }
@@ -99,7 +103,7 @@ def test_resources_are_those_of_the_kernel():
 @built
 def test_the_shipped_tensor_core_kernels_spill_nothing_and_store_16_bytes():
     try:
-        rows = [row for row in study_gpu.code(CPU) if "product_v3" in row["name"]]
+        rows = [row for row in gpu.code(CPU) if "product_v3" in row["name"]]
     except UserError as error:
         pytest.skip(str(error))
     if not rows:
@@ -107,71 +111,72 @@ def test_the_shipped_tensor_core_kernels_spill_nothing_and_store_16_bytes():
     for row in rows:
         assert row["HMMA"] >= 16 and row["STG.E.128"] >= 1 and row["LDGSTS.E.BYPASS.128"] >= 2, row
         assert not {"LDL", "STL"} & set(row) and row["stack"] == row["local"] == 0, row
-        assert 0 < row["registers"] <= 65536 / (2 * 256), row  # so two blocks of 256 threads fit
-
-
-def test_failures_are_kept_and_the_next_stage_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        study_gpu,
-        "COMMANDS",
-        {
-            "build": [(sys.executable, "-c", "print('came so far'); raise SystemExit(3)")],
-            "tests": [
-                (sys.executable, "-c", "import time; print('slow', flush=True); time.sleep(60)"),
-                ("no-such-program",),
-            ],
-            "floors": [(sys.executable, "-c", "print('fine')")],
-        },
-    )
-    monkeypatch.setitem(study_gpu.LIMITS, "tests", 2)
-    path = tmp_path / "found.json"
-    assert study_gpu.all_of(["build", "tests", "floors"], path, {"device": "none"}) == 1
-    found = json.loads(path.read_text())["stages"]
-    codes = {name: [run["code"] for run in one["runs"]] for name, one in found.items()}
-    assert codes["build"] == [3] and codes["floors"] == [0] and codes["tests"][0] is None
-    assert "No such file" in codes["tests"][1]
-    assert found["build"]["runs"][0]["tail"] == ["came so far"]
-    assert found["tests"]["runs"][0]["tail"] == ["slow"]
-    assert found["build"]["runs"][0]["command"].startswith("python -c")
-
-
-def test_a_later_call_adds_to_what_the_same_commit_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        study_gpu,
-        "COMMANDS",
-        {
-            name: [(sys.executable, "-c", f"raise SystemExit({code})")]
-            for name, code in (("build", 1), ("tests", 0))
-        },
-    )
-    path, here = tmp_path / "found.json", {"device": "none", "commit": "a"}
-    assert study_gpu.all_of(["build"], path, here) == 1
-    assert study_gpu.all_of(["tests"], path, here) == 0  # its own stages, not those before
-    found = json.loads(path.read_text())
-    assert list(found["stages"]) == ["build", "tests"] and found["command"].endswith(
-        "study_gpu build tests"
-    )
-    for commit in ("b", "b+", "unknown"):  # the last two do not say which source it was
-        for name in ("build", "tests"):
-            study_gpu.all_of([name], path, {**here, "commit": commit})
-        assert (list(json.loads(path.read_text())["stages"]) == ["tests"]) == (commit != "b")
-    path.write_text("half a fi")
-    assert study_gpu.all_of(["tests"], path, here) == 0
+        assert 0 < row["registers"] <= 65536 / (2 * 256), row  # so that two blocks of 256 fit
 
 
 def test_without_an_extension_there_is_no_code_to_count(monkeypatch):
     monkeypatch.setattr(fused, "_C", None)
-    with pytest.raises(UserError, match="there is no compiled extension to look into"):
-        list(study_gpu.code(CPU))
+    with pytest.raises(UserError, match="no compiled extension to look into"):
+        list(gpu.code(CPU))
+
+
+# ---- running stages ------------------------------------------------------------------------------
+
+
+def python(script):
+    return sys.executable, "-c", script
+
+
+def test_failures_are_kept_and_the_next_stage_runs(tmp_path, monkeypatch):
+    slow = python("import time; print('slow', flush=True); time.sleep(60)")
+    commands = {
+        "build": [python("print('this far'); raise SystemExit(3)")],
+        "tests": [slow, ("no-such-program",)],
+        "floors": [python("print('fine')")],
+    }
+    monkeypatch.setattr(gpu, "COMMANDS", commands)
+    monkeypatch.setitem(gpu.LIMITS, "tests", 2)
+    path = tmp_path / "results.json"
+    assert gpu.run_stages(["build", "tests", "floors"], path, {"device": "none"}) == 1
+    stages = json.loads(path.read_text())["stages"]
+    codes = {name: [run["code"] for run in stage["runs"]] for name, stage in stages.items()}
+    assert codes["build"] == [3] and codes["floors"] == [0] and codes["tests"][0] is None
+    assert "No such file" in codes["tests"][1]
+    assert stages["build"]["runs"][0]["tail"] == ["this far"]
+    assert stages["tests"]["runs"][0]["tail"] == ["slow"]
+    assert stages["build"]["runs"][0]["command"].startswith("python -c")
+
+
+def test_a_later_call_adds_to_what_the_same_commit_found(tmp_path, monkeypatch):
+    commands = {
+        "build": [python("raise SystemExit(1)")],
+        "tests": [python("raise SystemExit(0)")],
+    }
+    monkeypatch.setattr(gpu, "COMMANDS", commands)
+    path, machine = tmp_path / "results.json", {"device": "none", "commit": "a"}
+    assert gpu.run_stages(["build"], path, machine) == 1
+    assert gpu.run_stages(["tests"], path, machine) == 0  # of its own stages, not the earlier
+    file = json.loads(path.read_text())
+    assert list(file["stages"]) == ["build", "tests"]
+    assert file["command"] == "python -m crate_mini.studies gpu build tests"
+    for commit in ("b", "b+", "unknown"):  # the last two do not tell which source it was
+        for name in ("build", "tests"):
+            gpu.run_stages([name], path, {**machine, "commit": commit})
+        only_the_last = list(json.loads(path.read_text())["stages"]) == ["tests"]
+        assert only_the_last == (commit != "b")
+    path.write_text("half a fi")
+    assert gpu.run_stages(["tests"], path, machine) == 0
 
 
 @built
 def test_a_measuring_stage_is_a_process_of_its_own():
-    (found,) = (one := study_gpu.stage("code"))["runs"]
-    assert found["command"] == "python -m crate_mini.studies.gpu --only code"
-    if found["code"]:
-        assert found["code"] == 2 and "cuobjdump and nvdisasm are not there" in found["tail"][-1]
-    assert bool(one["rows"]) == (found["code"] == 0 and fused._C.build_info()["cuda"])
+    outcome = gpu.run_stage("code")
+    [run] = outcome["runs"]
+    assert run["command"] == "python -m crate_mini.studies gpu --only code"
+    if run["code"]:
+        assert run["code"] == 2 and "cuobjdump and nvdisasm are missing" in run["tail"][-1]
+    measured = run["code"] == 0 and fused._C.build_info()["cuda"]
+    assert bool(outcome["rows"]) == measured
 
 
 def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
@@ -179,27 +184,31 @@ def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
         yield {"name": "one"}
         raise RuntimeError("the card is gone")
 
-    monkeypatch.setitem(study_gpu.MEASURES, "code", rows)
+    monkeypatch.setitem(gpu.MEASURES, "code", rows)
     with pytest.raises(RuntimeError):
-        study_gpu.only("code", tmp_path / "rows.json")
+        gpu.measure("code", tmp_path / "rows.json")
     assert json.loads((tmp_path / "rows.json").read_text()) == [{"name": "one"}]
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
-        (("bild",), "unknown stages in 'bild'; choose some of build"),
-        (("--only", "build"), "unknown stages"),
-        (("tests",), "there is no GPU here"),
+        (["bild"], "'bild' is unknown (did you mean build?); choose build, tests, floors"),
+        (["--only", "build"], "--only 'build' is unknown"),
+        (["--only", "code"], "--only code needs --json"),
+        (["tests"], "no GPU here"),
     ],
 )
-def test_bad_words(words, said):
-    if torch.cuda.is_available() and words == ("tests",):
+def test_bad_words(words, message, monkeypatch):
+    if torch.cuda.is_available() and words == ["tests"]:
         pytest.skip("there is a GPU")
-    done = subprocess.run(
-        [sys.executable, "-m", "crate_mini.studies.gpu", *words],
-        capture_output=True,
-        text=True,
-        cwd=Path(study_gpu.__file__).parents[2],
-    )
-    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["studies", "gpu", *words])
+    with pytest.raises(UserError) as caught:
+        studies.main()
+    assert message in str(caught.value)
+
+
+def test_a_bad_word_is_one_sentence_on_the_command_line():
+    command = [sys.executable, "-m", "crate_mini.studies", "gpu", "bild"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=results.ROOT)
+    assert done.returncode == 2 and "bild" in done.stderr and done.stderr.count("\n") == 1

@@ -1,5 +1,6 @@
-// A CUDA device for g++: just enough of the language to run the kernels of csrc/ on any CPU, for tests. This
-// file has the words and the instructions; fibers.h the machine, what it checks and what it does not model.
+// A CUDA device for g++: just enough of the language to run the kernels of csrc/ on any CPU, for
+// tests. This file holds the keywords and instructions; fibers.h the machine, with what it checks
+// and what it does not model.
 #pragma once
 #include "fibers.h"
 
@@ -13,12 +14,14 @@
 #define blockDim emu::block_size
 #define gridDim emu::grid_size
 #define SHARED(name) unsigned char* name = emu::shared_memory
-#define LAUNCH(kernel, grid, block, shared, stream, ...) \
-  emu::launch(reinterpret_cast<const void*>(kernel), grid, block, shared, [&] { kernel(__VA_ARGS__); })
+#define LAUNCH(kernel, grid, block, shared, stream, ...)                  \
+  emu::launch(reinterpret_cast<const void*>(kernel), grid, block, shared, \
+              [&] { kernel(__VA_ARGS__); })
 
 inline int cudaGetLastError() {
-  int e = emu::error;
-  return emu::error = cudaSuccess, e;
+  int code = emu::error;
+  emu::error = cudaSuccess;
+  return code;
 }
 template <class Kernel> int cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
   if (size_t(bytes) > emu::kSharedLimit) return emu::error = cudaErrorInvalidValue;
@@ -39,13 +42,16 @@ template <class T> T __shfl_xor_sync(unsigned all, T v, int bits) {
 inline unsigned __ballot_sync(unsigned, int yes) {
   const emu::Lane* lanes = emu::exchange(3, &yes, sizeof yes);
   unsigned out = 0;
-  for (int i = 0; i < 32; ++i) out |= unsigned(*reinterpret_cast<const int*>(lanes[i].bytes) != 0) << i;
+  for (int i = 0; i < 32; ++i)
+    out |= unsigned(*reinterpret_cast<const int*>(lanes[i].bytes) != 0) << i;
   return out;
 }
 inline int __ffs(unsigned v) { return v ? __builtin_ctz(v) + 1 : 0; }
 
-// The twins of what cuda_common.cuh writes in PTX.
-inline uint4 load16(const void* p) { return emu::aligned16(p) ? *static_cast<const uint4*>(p) : uint4{}; }
+// Emulations of what cuda_common.cuh writes in PTX.
+inline uint4 load16(const void* p) {
+  return emu::aligned16(p) ? *static_cast<const uint4*>(p) : uint4{};
+}
 inline void store16(void* p, uint4 v) {
   if (emu::aligned16(p)) *static_cast<uint4*>(p) = v;
 }
@@ -58,16 +64,18 @@ inline void land(const emu::Copy& c) {
 inline void copy_async16(void* to, const void* from, int bytes) {
   if (!emu::aligned16(to) || !emu::aligned16(from)) return;
   emu::Copy c{to, from, bytes, emu::current->group};
-  if (emu::random() & 1) land(c);
-  else emu::current->copies.push_back(c);
+  if (emu::random() & 1)
+    land(c);
+  else
+    emu::current->copies.push_back(c);
 }
 inline void copy_commit() { ++emu::current->group; }
-template <int kMayFly> void copy_wait() {
+template <int kPending> void copy_wait() {
   auto& copies = emu::current->copies;
-  auto late = [](const emu::Copy& c) { return c.group < emu::current->group - kMayFly; };
+  auto due = [](const emu::Copy& c) { return c.group < emu::current->group - kPending; };
   for (auto& c : copies)
-    if (late(c)) land(c);
-  copies.erase(std::remove_if(copies.begin(), copies.end(), late), copies.end());
+    if (due(c)) land(c);
+  copies.erase(std::remove_if(copies.begin(), copies.end(), due), copies.end());
 }
 
 inline void load_matrices(uint32_t out[4], const void* row, bool transposed) {
@@ -84,13 +92,16 @@ inline void load_matrices(uint32_t out[4], const void* row, bool transposed) {
   }
 }
 inline void mma_16x8x16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
-  uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
-  const emu::Lane* lanes = emu::exchange(6, mine, sizeof mine);
+  uint32_t words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  const emu::Lane* lanes = emu::exchange(6, words, sizeof words);
   int lane = emu::current->number % 32;
-  auto value = [&](int from, int word, int half) {  // the bf16 in one half of one register of a lane
-    uint32_t bits = uint32_t(reinterpret_cast<const uint16_t*>(lanes[from].bytes)[word * 2 + half]) << 16;
+  // The bf16 in one half of one register of a lane.
+  auto value = [&](int from, int word, int half) {
+    auto halves = reinterpret_cast<const uint16_t*>(lanes[from].bytes);
+    uint32_t bits = uint32_t(halves[word * 2 + half]) << 16;
     float f;
-    return memcpy(&f, &bits, 4), f;
+    memcpy(&f, &bits, 4);
+    return f;
   };
   for (int i = 0; i < 4; ++i) {
     int row = lane / 4, column = lane % 4 * 2 + i % 2;

@@ -1,12 +1,15 @@
 // The machine under cuda_cpu.h: blocks of CUDA threads, run one after another on a CPU.
 //
-// Every CUDA thread is a fiber. Between two barriers or warp operations the threads of a block run one after
-// another in an order drawn from a seed, and whole warps are held back at random; blocks come in random order
-// too. Shared memory is exactly as long as the launch asked for and starts as 0xFF bytes (NaN in every float
-// format). An asynchronous copy lands at once or only when it is waited for, by a coin flip.
-// What a GPU would punish is reported as an error of the launch: a thread that leaves before a barrier others
-// wait at, lanes of a warp in different operations, misaligned 16-byte accesses, copies never waited for,
-// launch limits. Not modelled: the memory order of a real GPU inside one interval, and speed.
+// Every CUDA thread is a fiber. Between two barriers or warp operations the threads of a block run
+// one after another in an order drawn from a seed, and whole warps are held back at random; blocks
+// come in random order too. Shared memory is exactly as long as the launch asked for and starts as
+// 0xFF bytes (NaN in every float format). An asynchronous copy lands at once or only when it is
+// waited for, by a coin flip.
+//
+// What a GPU would punish is reported as an error of the launch: a thread that leaves before a
+// barrier at which others wait, lanes of a warp in different operations, misaligned 16-byte
+// accesses, copies that are never waited for, launch limits. Not modelled: the memory order of a
+// real GPU between two barriers, and speed.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -27,16 +30,33 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
-struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 typedef void* cudaStream_t;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 namespace emu {
-enum State { kReady, kWarp, kBlock, kDone };  // kWarp, kBlock: waiting for the warp or the whole block
-struct Copy { void* to; const void* from; int bytes; int group; };
-struct Lane { unsigned char bytes[32]; };  // what a lane shows to its warp in one operation
+enum State {
+  kReady,
+  kWarp,
+  kBlock,
+  kDone
+};  // kWarp, kBlock: waiting for the warp or the whole block
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+  int group;
+};
+// What a lane shows to its warp in one operation.
+struct Lane {
+  unsigned char bytes[32];
+};
 struct Fiber {
   ucontext_t context;
   jmp_buf resume;
@@ -61,14 +81,15 @@ inline std::map<const void*, size_t> shared_allowed;
 inline std::mt19937 random(0);
 inline std::string message;
 inline int error = cudaSuccess;
-inline int planted = 0;  // which of the faults that the tests write into a copy of the kernels is alive
+inline int planted = 0;  // number of the planted fault that is awake
 
 inline void fault(const std::string& what) {
   if (message.empty()) message = what;
   error = cudaErrorLaunchFailure;
 }
 
-// swapcontext is a system call; setjmp is not, and 20 times faster. ASan understands only the former.
+// swapcontext is a system call; setjmp is not, and 20 times faster. ASan understands only the
+// former.
 #ifdef __SANITIZE_ADDRESS__
 inline void yield() { swapcontext(&current->context, &scheduler); }
 inline void enter(Fiber* f) { swapcontext(&scheduler, &f->context); }
@@ -85,7 +106,7 @@ inline void enter(Fiber* f) {
 #endif
 
 inline void fiber_main() {
-  for (;;) {  // one turn of this loop is one CUDA thread's life; the next block reuses the fiber
+  for (;;) {  // one iteration is the life of one CUDA thread; the next block reuses the fiber
     body();
     if (!current->copies.empty()) fault("a thread ended with asynchronous copies in flight");
     current->state = kDone;
@@ -110,38 +131,53 @@ inline void wait_for(State what, int operation) {
   yield();
 }
 
-// Show `bytes` of `mine` to the warp; when every lane has done so, returns what all 32 showed. Two sets of
-// slots take turns, so that a lane may start the next operation while others still read this one.
-inline const Lane* exchange(int operation, const void* mine, size_t bytes) {
+// Show `bytes` of a lane's value to its warp; once every lane has done so, returns what all 32
+// showed. Two sets of slots take turns, so that a lane may start the next operation while others
+// still read this one.
+inline const Lane* exchange(int operation, const void* value, size_t bytes) {
   auto& lanes = slots[current->turn++ & 1][current->number / 32];
-  if (bytes) memcpy(lanes[current->number % 32].bytes, mine, bytes);
+  if (bytes) memcpy(lanes[current->number % 32].bytes, value, bytes);
   wait_for(kWarp, operation);
   return lanes.data();
 }
 
-// Let waiting threads go where all whom they wait for have come. False: nobody can ever move again.
+// Release the threads for which all others that they wait for have arrived. False: none can ever
+// move again.
 inline bool release(size_t threads) {
   size_t done = 0, at_barrier = 0, ready = 0;
   for (size_t w = 0; w < threads; w += 32) {
     size_t waiting = 0, same = 0;
     for (size_t i = w; i < w + 32; ++i) {
       State s = fibers[i]->state;
-      done += s == kDone, at_barrier += s == kBlock, ready += s == kReady, waiting += s == kWarp;
+      done += s == kDone;
+      at_barrier += s == kBlock;
+      ready += s == kReady;
+      waiting += s == kWarp;
       same += s == kWarp && fibers[i]->operation == fibers[w]->operation;
     }
-    if (waiting == 32 && same < 32) return fault("lanes of one warp are in different operations"), false;
-    if (waiting == 32)
-      for (size_t i = w; i < w + 32; ++i) fibers[i]->state = kReady, ++ready;
+    if (waiting < 32) continue;
+    if (same < 32) {
+      fault("lanes of one warp are in different operations");
+      return false;
+    }
+    for (size_t i = w; i < w + 32; ++i) fibers[i]->state = kReady;
+    ready += 32;
   }
-  if (at_barrier == threads)
-    for (size_t i = 0; i < threads; ++i) fibers[i]->state = kReady, ++ready;
+  if (at_barrier == threads) {
+    for (size_t i = 0; i < threads; ++i) fibers[i]->state = kReady;
+    ready += threads;
+  }
   if (ready || done == threads) return true;
-  return fault("threads wait at a barrier that others passed by or left the kernel before"), false;
+  fault("threads wait at a barrier that others passed or never reached");
+  return false;
 }
 
 inline bool run_block(size_t threads) {
   std::vector<size_t> order(threads);
-  for (size_t i = 0; i < threads; ++i) order[i] = i, fibers[i]->state = kReady;
+  for (size_t i = 0; i < threads; ++i) {
+    order[i] = i;
+    fibers[i]->state = kReady;
+  }
   for (size_t done = 0; done < threads;) {
     std::shuffle(order.begin(), order.end(), random);
     uint32_t asleep = random() & random();  // each warp is held back a quarter of the time
@@ -156,27 +192,36 @@ inline bool run_block(size_t threads) {
   return true;
 }
 
-inline void launch(const void* kernel, dim3 grid, dim3 block, size_t shared, std::function<void()> call) {
-  size_t threads = size_t(block.x) * block.y * block.z, blocks = size_t(grid.x) * grid.y * grid.z;
-  if (!threads || !blocks || threads > 1024 || threads % 32 || grid.y > 65535 || grid.z > 65535)
-    return fault("launch outside the limits of a GPU (or, here, not of whole warps)");
+inline void launch(const void* kernel, dim3 grid, dim3 block, size_t shared,
+                   std::function<void()> call) {
+  size_t threads = size_t(block.x) * block.y * block.z;
+  size_t blocks = size_t(grid.x) * grid.y * grid.z;
+  bool too_large = threads > 1024 || grid.y > 65535 || grid.z > 65535;
+  if (!threads || !blocks || too_large || threads % 32)
+    return fault("launch outside the limits of a GPU, or not of whole warps");
   if (shared > (shared_allowed.count(kernel) ? shared_allowed[kernel] : kSharedDefault))
-    return fault("more dynamic shared memory than was asked for with cudaFuncSetAttribute");
+    return fault("more dynamic shared memory than cudaFuncSetAttribute asked for");
   while (fibers.size() < threads) fibers.emplace_back(new_fiber());
   for (auto& s : slots) s.assign(threads / 32, std::vector<Lane>(32));
   for (size_t i = 0; i < threads; ++i) {
     fibers[i]->index = dim3(i % block.x, i / block.x % block.y, i / block.x / block.y);
-    fibers[i]->number = int(i), fibers[i]->turn = fibers[i]->group = 0;
+    fibers[i]->number = int(i);
+    fibers[i]->turn = 0;
+    fibers[i]->group = 0;
   }
-  body = call, block_size = block, grid_size = grid;
+  body = call;
+  block_size = block;
+  grid_size = grid;
   std::vector<size_t> order(blocks);
   for (size_t i = 0; i < blocks; ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), random);
   for (size_t b : order) {
     block_index = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
     std::unique_ptr<void, void (*)(void*)> memory(aligned_alloc(16, (shared + 15) / 16 * 16), free);
-    memset(shared_memory = static_cast<unsigned char*>(memory.get()), 0xFF, shared);
-    if (!run_block(threads)) return fibers.clear();  // stuck fibers are thrown away with their stacks
+    shared_memory = static_cast<unsigned char*>(memory.get());
+    memset(shared_memory, 0xFF, shared);
+    if (!run_block(threads))
+      return fibers.clear();  // stuck fibers are thrown away with their stacks
   }
 }
 

@@ -1,4 +1,4 @@
-// Hands the emulated kernels to Python's ctypes: addresses by name, the schedule's seed, faults.
+// The emulated kernels for Python's ctypes: addresses by name, the seed of the schedule, faults.
 #include "cuda_cpu.h"
 #include "kernels.h"
 
@@ -6,9 +6,10 @@ extern "C" void* crate_function(const char* name) {
   using namespace crate_mini;
   static const std::map<std::string, void*> table = {
 #define ENTRY(f) {#f, reinterpret_cast<void*>(f)}
-      ENTRY(ista_forward_cuda),         ENTRY(ista_backward_cuda),         ENTRY(ista_step_forward_cuda),
-      ENTRY(ista_step_backward_cuda),   ENTRY(ista_decode_cuda),           ENTRY(ista_workspace_cuda),
-      ENTRY(mssa_project_forward_cuda), ENTRY(mssa_project_backward_cuda), ENTRY(mssa_workspace_cuda)};
+      ENTRY(ista_forward_cuda),         ENTRY(ista_backward_cuda),
+      ENTRY(ista_decode_cuda),          ENTRY(ista_workspace_cuda),
+      ENTRY(mssa_project_forward_cuda), ENTRY(mssa_project_backward_cuda),
+      ENTRY(mssa_workspace_cuda)};
   return table.at(name);
 }
 
