@@ -1,247 +1,270 @@
-"""layers.json, which `interpret.py layers` wrote, as a printed table and as a figure."""
+"""layers.json, which `interpret.py layers` writes, as a printed table and as figures."""
 
-from crate_mini.plots.figure import BLUE, GREY, RED, grid, shared_legend, write
+import itertools
 
-MODELS = {"trained": (BLUE, "o-"), "untrained": (GREY, "s--")}
-WIDE = 6  # columns side by side in the printed table; the others go below
-COLUMNS = (  # title, cell of a layer (None where it does not apply), what it says
-    (
-        "R^c(Z|U)",
-        lambda n: _pair(n, "U"),
-        "nats, before > after attention, tokens of unit length in each head; compression lowers it",
-    ),
-    (
-        "orthonormal",
-        lambda n: _pair(n, "orthonormal U"),
-        "the same with every head's basis made orthonormal: comparable between layers and models",
-    ),
-    (
-        "R(Z)",
-        lambda n: _pair(n, "whole"),
-        "the same of the whole stream, d dimensions at once; the theory wants it large",
-    ),
-    (
-        "density",
-        lambda n: f"{n['density']:.3f}",
-        "share of codes above 0, mean over neurons and tokens",
-    ),
-    (
-        "10-90 %",
-        lambda n: f"{n['density_deciles'][0]:.2f}-{n['density_deciles'][8]:.2f}",
-        "the densities that a tenth and nine tenths of the neurons stay below",
-    ),
-    ("dead", lambda n: str(n["dead"]), "neurons never above 0 on this text"),
-    (
-        "objective",
-        lambda n: n["lasso"] and " > ".join(f"{v:.3f}" for v in n["lasso"]),
-        "lam |a|_1 + 1/2 |LN(z) - D a|^2, per coordinate: at a = 0, after each ISTA step",
-    ),
-    (
-        "error",
-        lambda n: n["lasso"] and f"{n['reconstruction_error']:.3f}",
-        "|LN(z) - D a|^2 / |LN(z)|^2, what the last codes leave out",
-    ),
-    (
-        "eta|D|^2",
-        lambda n: n["lasso"] and f"{n['dictionary']['eta_norm2']:.2f}",
-        "a step is sure to lower the objective up to 1, and may diverge above 2",
-    ),
-    (
-        "coherence",
-        lambda n: f"{n['dictionary']['coherence']:.2f}",
-        "largest |cos| of two atoms (columns of D; of the output map in an MLP)",
-    ),
-    (
-        "frame",
-        lambda n: f"{n['dictionary']['frame_distance_unit']:.1f}",
-        "|D D^T - (h/d) I|_F of unit atoms: 0 if they cover all directions evenly",
-    ),
+from crate_mini.console.terminal import aligned
+from crate_mini.plots.figure import (
+    AMBER,
+    BLUE,
+    GREEN,
+    GREY,
+    LIGHT,
+    RED,
+    grid,
+    shared_legend,
+    write,
 )
 
+MODELS = {"trained": (BLUE, "o-"), "untrained": (GREY, "s--")}
+SIDE = {"trained": -1, "untrained": 1}  # of a layer's tick, where a model is drawn
 
-def _pair(layer, name):
-    return " > ".join(f"{found[name]['mean']:.1f}" for found in layer["rate"].values())
+
+# ---- table ---------------------------------------------------------------------------------------
+
+COLUMNS_IN_A_BLOCK = 6  # the others go into a second block, below
+NOTES = {  # title of a column: its meaning
+    "R^c(Z|U)": "nats, before > after attention, tokens of unit length in each head; "
+    "compression lowers it",
+    "orthonormal": "the same with every head's basis made orthonormal: comparable between layers "
+    "and models",
+    "R(Z)": "the same for the whole stream, all d dimensions; the theory wants it large",
+    "density": "share of codes above 0, mean over neurons and tokens",
+    "10-90 %": "10th and 90th percentile of the density over neurons",
+    "dead": "neurons never above 0 on this text",
+    "objective": "lam |a|_1 + 1/2 |LN(z) - D a|^2, per coordinate: at a = 0, after each ISTA step",
+    "error": "|LN(z) - D a|^2 / |LN(z)|^2, the share that the final codes miss",
+    "eta|D|^2": "up to 1 a step is sure to lower the objective, above 2 it may diverge",
+    "coherence": "largest |cos| of two atoms (columns of D; of the output map in an MLP)",
+    "frame": "|D D^T - (h/d) I|_F of unit atoms: 0 if they cover all directions evenly",
+}
 
 
 def table(result):
-    """layers.json as text: a row per layer, trained and untrained, and below it one line on each column."""
-    columns = [column for column in COLUMNS if column[1](result["trained"][0]) is not None]
-    blocks, notes = [], {title: note for title, _, note in columns}
-    for part in (columns[:WIDE], columns[WIDE:]):
-        rows = [["", "layer", *(title for title, _, _ in part)]]
-        for model in MODELS:
-            rows += [
-                [model * (n["layer"] == 0), str(n["layer"]), *(cell(n) for _, cell, _ in part)]
-                for n in result[model]
-            ]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        blocks.append("\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in rows))
+    """layers.json as text: a row for each layer of both models, then a line about each column."""
+    titles = [title for title in NOTES if title in cells(result["trained"][0])]
+    blocks = [
+        _block(result, titles[:COLUMNS_IN_A_BLOCK]),
+        _block(result, titles[COLUMNS_IN_A_BLOCK:]),
+    ]
+    notes = {title: NOTES[title] for title in titles}
     if result["trained"][0]["projection"] != "U":
         notes["R^c(Z|U)"] += "; no U here: the value projection stands in"
     notes["on"] = (
         f"{result['tokens']:,} held-out tokens in windows of {result['window']}; "
         f"untrained: the same model from seed {result['seed']}"
     )
-    return "\n\n".join([*blocks, "\n".join(f"{title:<12}{note}" for title, note in notes.items())])
+    lines = [f"{title:<12}{note}" for title, note in notes.items()]
+    return "\n\n".join([*blocks, "\n".join(lines)])
 
 
-def figure(result, target):
-    """Draw layers.json: rates, density, objective, dictionary by layer, trained beside untrained."""
-    of = "U" if result["trained"][0]["projection"] == "U" else "value maps"
-    panels = [
-        lambda axes: _rates(axes, result, "U", f"coding rate R^c(Z|{of})"),
-        lambda axes: _rates(axes, result, "orthonormal U", f"R^c, {of} orthonormal in each head"),
-        lambda axes: _rates(axes, result, "whole", "R(Z), the whole stream"),
-        lambda axes: _densities(axes, result),
+def _block(result, titles):
+    """The columns of the table with these titles, as text."""
+    rows = [["", "layer", *titles]]
+    for model in MODELS:
+        for layer in result[model]:
+            name = model if layer["layer"] == 0 else ""
+            texts = cells(layer)
+            rows.append([name, str(layer["layer"]), *(texts[title] for title in titles)])
+    return aligned(rows)
+
+
+def cells(layer):
+    """{title: text} of one layer, without the columns that do not apply to it."""
+    deciles = layer["density_deciles"]
+    dictionary = layer["dictionary"]
+    texts = {
+        "R^c(Z|U)": _before_and_after(layer, "U"),
+        "orthonormal": _before_and_after(layer, "orthonormal U"),
+        "R(Z)": _before_and_after(layer, "whole"),
+        "density": f"{layer['density']:.3f}",
+        "10-90 %": f"{deciles[0]:.2f}-{deciles[8]:.2f}",
+        "dead": str(layer["dead"]),
+        "coherence": f"{dictionary['coherence']:.2f}",
+        "frame": f"{dictionary['frame_distance_unit']:.1f}",
+    }
+    if layer["lasso"]:
+        texts["objective"] = " > ".join(f"{value:.3f}" for value in layer["lasso"])
+        texts["error"] = f"{layer['reconstruction_error']:.3f}"
+        texts["eta|D|^2"] = f"{dictionary['eta_norm2']:.2f}"
+    return texts
+
+
+def _before_and_after(layer, basis):
+    """The mean rate in a basis before and after attention, as text."""
+    return " > ".join(f"{rates[basis]['mean']:.1f}" for rates in layer["rate"].values())
+
+
+# ---- layers.png ----------------------------------------------------------------------------------
+
+
+def draw(result, target):
+    """Draw rates, density, objective and dictionary by layer, trained and untrained.
+
+    result: the content of layers.json. Returns the path of the PNG.
+    """
+    maps = "U" if result["trained"][0]["projection"] == "U" else "value maps"
+    drawings = [
+        (_rates, "U", f"coding rate R^c(Z|{maps})"),
+        (_rates, "orthonormal U", f"R^c, {maps} orthonormal in each head"),
+        (_rates, "whole", "R(Z), the whole stream"),
+        (_densities,),
     ]
     if result["trained"][0]["lasso"]:
-        panels += [
-            lambda axes: _objective(axes, result),
-            lambda axes: _errors(axes, result),
-            lambda axes: _steps(axes, result),
-        ]
-    panels += [lambda axes: _coherence(axes, result)]
-    picture, axes = grid(len(panels), 3 if len(panels) < 6 else 4, (3.7, 3.1))
-    for axis, draw in zip(axes, panels):
-        draw(axis)
-    c = result["checkpoint"]["config"]
-    picture.suptitle(
-        f"{c['attention']} + {c['sparsifier']}{' + residual' * c['residual']}, "
-        f"{c['n_layer']} layers, d = {c['n_embd']}; {result['tokens']:,} held-out tokens"
+        drawings += [(_objective,), (_errors,), (_steps,)]
+    drawings += [(_coherence,)]
+    figure, panels = grid(len(drawings), 3 if len(drawings) < 6 else 4, (3.7, 3.1))
+    for axes, (draw_panel, *arguments) in zip(panels, drawings):
+        draw_panel(axes, result, *arguments)
+    config = result["checkpoint"]["config"]
+    residual = " + residual" if config["residual"] else ""
+    figure.suptitle(
+        f"{config['attention']} + {config['sparsifier']}{residual}, "
+        f"{config['n_layer']} layers, d = {config['n_embd']}; "
+        f"{result['tokens']:,} held-out tokens"
     )
+    _add_legend(figure, panels)
+    return write(figure, target)
+
+
+def _add_legend(figure, panels):
+    """A legend of colours and markers, from empty lines."""
     for name, (color, style) in MODELS.items():
-        axes[0].plot([], [], style, color=color, label=name)
+        panels[0].plot([], [], style, color=color, label=name)
     for name, face in (("attention input", "white"), ("after attention", BLUE)):
-        axes[0].plot([], [], "o", color=BLUE, markerfacecolor=face, label=name)
-    shared_legend(picture, axes)
-    return write(picture, target)
+        panels[0].plot([], [], "o", color=BLUE, markerfacecolor=face, label=name)
+    shared_legend(figure, panels)
 
 
-def _rates(axes, result, name, title):
-    """Before and after attention, joined: a segment that falls is a block that compresses."""
+def _rates(axes, result, basis, title):
+    """Rates before and after attention, joined: a falling segment is a block that compresses."""
     for model, (color, _) in MODELS.items():
-        for n in result[model]:
-            x = n["layer"] + (-0.2 if model == "trained" else 0.2)
-            at, (before, after) = [x - 0.1, x + 0.1], (found[name] for found in n["rate"].values())
-            axes.errorbar(
-                at,
-                [before["mean"], after["mean"]],
-                [before["std"], after["std"]],
-                color=color,
-                elinewidth=0.8,
-                linewidth=1.6,
-                zorder=2,
-            )
-            axes.plot(at[0], before["mean"], "o", color=color, markerfacecolor="white", zorder=3)
-            axes.plot(at[1], after["mean"], "o", color=color, zorder=3)
-    least, most = result["rate_bounds"]["whole" if name == "whole" else "U"]
-    _label(
-        axes,
-        result,
-        "nats",
-        f"{title}\npossible: {least:.0f} to {most:.0f}; bars: std over windows",
-    )
+        for layer in result[model]:
+            middle = layer["layer"] + 0.2 * SIDE[model]
+            places = [middle - 0.1, middle + 0.1]
+            rates = [site[basis] for site in layer["rate"].values()]
+            means = [rate["mean"] for rate in rates]
+            deviations = [rate["std"] for rate in rates]
+            look = dict(color=color, elinewidth=0.8, linewidth=1.6, zorder=2)
+            axes.errorbar(places, means, deviations, **look)
+            for place, mean, face in zip(places, means, ("white", color)):
+                axes.plot(place, mean, "o", color=color, markerfacecolor=face, zorder=3)
+    least, most = result["rate_bounds"]["whole" if basis == "whole" else "U"]
+    title = f"{title}\npossible: {least:.0f} to {most:.0f}; bars: std over windows"
+    _label(axes, result, "nats", title)
 
 
 def _densities(axes, result):
-    """Where the neurons' densities lie: middle 80 % thin, middle 40 % thick, the mean; dead ones counted."""
+    """Densities of the neurons: thin line the middle 80 %, thick 40 %, a marker at the mean."""
     for model, (color, style) in MODELS.items():
-        for n in result[model]:
-            x, q = n["layer"] + (-0.12 if model == "trained" else 0.12), n["density_deciles"]
-            axes.plot([x, x], [q[0], q[8]], color=color, linewidth=1)
-            axes.plot(
-                [x, x], [q[2], q[6]], color=color, linewidth=6, alpha=0.5, solid_capstyle="butt"
-            )
-            axes.plot(x, n["density"], style[0], color=color, markeredgecolor="white")
-            if n["dead"]:
-                axes.annotate(
-                    f"{n['dead']} dead", (x, q[8]), color=color, ha="center", va="bottom", size=7
-                )
+        for layer in result[model]:
+            x = layer["layer"] + 0.12 * SIDE[model]
+            deciles = layer["density_deciles"]
+            thick = dict(linewidth=6, alpha=0.5, solid_capstyle="butt")
+            axes.plot([x, x], [deciles[0], deciles[8]], color=color, linewidth=1)
+            axes.plot([x, x], [deciles[2], deciles[6]], color=color, **thick)
+            axes.plot(x, layer["density"], style[0], color=color, markeredgecolor="white")
+            if layer["dead"]:
+                place = dict(ha="center", va="bottom", size=7)
+                axes.annotate(f"{layer['dead']} dead", (x, deciles[8]), color=color, **place)
     axes.set_ylim(0, 1)
     _label(axes, result, "share of tokens", "density of the neurons\nmean; middle 40 % and 80 %")
 
 
-def _by_layer(axes, result, value, ylabel, title):
-    for model, (color, style) in MODELS.items():
-        axes.plot(
-            [n["layer"] for n in result[model]],
-            [value(n) for n in result[model]],
-            style,
-            color=color,
-            markersize=5,
-        )
-    axes.set_ylim(bottom=0)
-    _label(axes, result, ylabel, title)
-
-
-def _errors(axes, result):
-    _by_layer(
-        axes,
-        result,
-        lambda n: n["reconstruction_error"],
-        "share left out",
-        "reconstruction error\n|LN(z) - D a|^2 / |LN(z)|^2",
-    )
-
-
-def _steps(axes, result):
-    _by_layer(
-        axes, result, lambda n: n["dictionary"]["eta_norm2"], "eta |D|^2", "size of the ISTA step"
-    )
-    axes.set_ylim(
-        0, 1.1 * max(2.1, *(n["dictionary"]["eta_norm2"] for m in MODELS for n in result[m]))
-    )
-    axes.axhline(2, color=RED, linewidth=1)
-    axes.axhline(1, color=RED, linewidth=1, linestyle=":")
-    for y, text in ((2, "may diverge above"), (1, "sure to descend below")):
-        axes.annotate(
-            text,
-            (1, y),
-            xycoords=("axes fraction", "data"),
-            color=RED,
-            fontsize=7,
-            ha="right",
-            va="bottom" if y == 2 else "top",
-        )
-
-
-def _coherence(axes, result):
-    _by_layer(
-        axes,
-        result,
-        lambda n: n["dictionary"]["coherence"],
-        "|cos|",
-        "coherence of the atoms\nlargest; dots: mean; red: least possible",
-    )
-    for model, (color, _) in MODELS.items():
-        mean = [n["dictionary"]["mean_cosine"] for n in result[model]]
-        axes.plot(range(len(mean)), mean, ":", color=color)
-    axes.axhline(result["trained"][0]["dictionary"]["welch"], color=RED, linewidth=1)
-    axes.set_ylim(0, 1.05)
-
-
 def _objective(axes, result):
-    """The lasso objective step by step: lighter lines are deeper layers."""
+    """The lasso objective by ISTA step; paler lines are deeper layers."""
     for model, (color, style) in MODELS.items():
-        for n in result[model]:
-            axes.plot(
-                n["lasso"],
-                style,
-                color=color,
-                markersize=4,
-                linewidth=1.2,
-                alpha=1 - 0.7 * n["layer"] / len(result[model]),
-            )
-    axes.set(
-        xticks=range(len(result["trained"][0]["lasso"])),
-        xlabel="ISTA steps",
-        ylabel="per coordinate",
-    )
+        for layer in result[model]:
+            alpha = 1 - 0.7 * layer["layer"] / len(result[model])
+            look = dict(color=color, markersize=4, linewidth=1.2, alpha=alpha)
+            axes.plot(layer["lasso"], style, **look)
+    steps = range(len(result["trained"][0]["lasso"]))
+    axes.set(xticks=steps, xlabel="ISTA steps", ylabel="per coordinate")
     axes.set_title("lasso objective\npaler: deeper layers", fontsize=9)
     axes.set_ylim(bottom=0)
 
 
+def _errors(axes, result):
+    """The share of LN(z) that the codes miss, by layer."""
+    errors = {}
+    for model in MODELS:
+        errors[model] = [layer["reconstruction_error"] for layer in result[model]]
+    title = "reconstruction error\n|LN(z) - D a|^2 / |LN(z)|^2"
+    _by_layer(axes, result, errors, "share left out", title)
+
+
+def _steps(axes, result):
+    """eta |D|^2 by layer, with the limits of descent and divergence."""
+    sizes = _of_dictionary(result, "eta_norm2")
+    _by_layer(axes, result, sizes, "eta |D|^2", "size of the ISTA step")
+    axes.set_ylim(0, 1.1 * max(2.1, *itertools.chain(*sizes.values())))
+    for limit, style, text, va in (
+        (2, "-", "may diverge above", "bottom"),
+        (1, ":", "sure to descend below", "top"),
+    ):
+        axes.axhline(limit, color=RED, linewidth=1, linestyle=style)
+        coordinates = ("axes fraction", "data")
+        look = dict(color=RED, fontsize=7, ha="right", va=va)
+        axes.annotate(text, (1, limit), xycoords=coordinates, **look)
+
+
+def _coherence(axes, result):
+    """The largest and the mean |cos| of two atoms, by layer."""
+    title = "coherence of the atoms\nlargest; dots: mean; red: least possible"
+    _by_layer(axes, result, _of_dictionary(result, "coherence"), "|cos|", title)
+    for model, means in _of_dictionary(result, "mean_cosine").items():
+        axes.plot(range(len(means)), means, ":", color=MODELS[model][0])
+    axes.axhline(result["trained"][0]["dictionary"]["welch"], color=RED, linewidth=1)
+    axes.set_ylim(0, 1.05)
+
+
+def _of_dictionary(result, name):
+    """{model: [a number of the dictionary, layer by layer]}."""
+    numbers = {}
+    for model in MODELS:
+        numbers[model] = [layer["dictionary"][name] for layer in result[model]]
+    return numbers
+
+
+def _by_layer(axes, result, values, ylabel, title):
+    """A line for each model; values {model: [a number of each layer]}."""
+    for model, (color, style) in MODELS.items():
+        axes.plot(range(len(values[model])), values[model], style, color=color, markersize=5)
+    axes.set_ylim(bottom=0)
+    _label(axes, result, ylabel, title)
+
+
 def _label(axes, result, ylabel, title):
-    axes.set(xlabel="layer", ylabel=ylabel, xticks=[n["layer"] for n in result["trained"]])
-    axes.set_xlim(-0.5, len(result["trained"]) - 0.5)
+    """Set the title, labels and layer ticks of a panel."""
+    layers = range(len(result["trained"]))
+    axes.set(xlabel="layer", ylabel=ylabel, xticks=layers)
+    axes.set_xlim(-0.5, len(layers) - 0.5)
     axes.set_title(title, fontsize=9)
+
+
+# ---- l0.png --------------------------------------------------------------------------------------
+
+
+def l0_by_layer(curves, target):
+    """Draw the active codes per token by layer; curves {name: [{"mean", "std"} of each layer]}.
+
+    "std" may be absent; a name that ends in "untrained" is drawn in grey. Curves come from "l0" of
+    a layer in layers.json, or from {"mean": site["density"]["L0"]} of a site in summary.json.
+    """
+    figure, (axes,) = grid(1, 1, (6, 3.8))
+    colors = itertools.cycle((BLUE, GREEN, AMBER, RED, LIGHT))
+    for name, layers in curves.items():
+        if name.endswith("untrained"):
+            color, style = GREY, "s--"
+        else:
+            color, style = next(colors), "o-"
+        means = [layer["mean"] for layer in layers]
+        low = [layer["mean"] - layer.get("std", 0) for layer in layers]
+        high = [layer["mean"] + layer.get("std", 0) for layer in layers]
+        axes.plot(means, style, color=color, markersize=5, label=name)
+        axes.fill_between(range(len(means)), low, high, color=color, alpha=0.12, linewidth=0)
+    axes.set(xlabel="layer", ylabel="active codes per token (L0)")
+    axes.set_xticks(range(max(map(len, curves.values()))))
+    axes.set_ylim(bottom=0)
+    axes.set_title("codes above 0; band: std over tokens")
+    axes.legend(frameon=False)
+    return write(figure, target)

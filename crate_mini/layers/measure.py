@@ -1,52 +1,52 @@
-"""Layer by layer: does a trained network compress and sparsify, as the theory that CRATE is built on says?
+"""Measurements of each layer: coding rates, sparsity, lasso objective, dictionary.
 
-The theory: a block pulls the stream Z towards subspaces U (attention: the coding rate R^c(Z|U) falls), then
-codes it sparsely on a dictionary D (ISTA: the lasso objective falls). The training loss asks for neither.
-Sources: CRATE (NeurIPS 2023), coding rate and layer-wise measurement; CRATE-LM (arXiv 2410.16443), the model.
-Letters as in model.py. Forward hooks read the stream where a residual sum leaves it, whatever kernels run.
+CRATE's theory says that a block first pulls the stream Z towards subspaces U (attention: the coding
+rate R^c(Z|U) falls), then codes it sparsely on a dictionary D (ISTA: the lasso objective falls).
+The training loss asks for neither, so both must be measured. Sources: CRATE (NeurIPS 2023) for the
+coding rate and the layer-wise measurement, CRATE-LM (arXiv 2410.16443) for the model. Letters as in
+model.py. Hooks read the stream, so it does not matter which kernels run.
 """
 
 import statistics
+from collections import defaultdict
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
 
 from crate_mini import UserError, reference
-from crate_mini.model import ISTA, LM, MSSA
-from crate_mini.training import run_log as progress
+from crate_mini.console import terminal
+from crate_mini.intervene import hook_codes
+from crate_mini.model import ISTA, MSSA
 
-EPS2 = (
-    0.01  # eps^2 of the rate: the released measurement has 0.01 where the paper's formula has eps^2
-)
-SITES = (
-    "attention input",
-    "after attention",
-)  # LN(Z^l), where that code measures, and LN(Z^{l+1/2})
+# Of LN(Z^l), as in the released code, and of LN(Z^{l+1/2}).
+BEFORE, AFTER = "attention input", "after attention"
 
 
-def coding_rate(u, eps2=EPS2):
-    """R^c, nats, of u (.., N, K, p), N tokens in K heads: sum_k 1/2 logdet(I + p/(N eps2) u_k u_k^T); (..).
+# ---- coding rate ---------------------------------------------------------------------------------
 
-    Each token's part in each head is first scaled to length 1, as the released measurement does. In float64,
-    from the smaller of the two Gram matrices, which give the same. K = 1, p = d makes it R(Z), of the whole.
+
+def unit_rate(u):
+    """R^c (..) in nats of u (.., N, K, p), each token scaled to length 1 in each head.
+
+    The released measurement scales in this way. Computed in float64. K = 1, p = d gives R(Z).
     """
-    u = F.normalize(u.double(), dim=-1).transpose(-3, -2)  # (.., K, N, p)
-    N, p = u.shape[-2:]
-    gram = u.mT @ u if p < N else u @ u.mT
-    identity = torch.eye(gram.shape[-1], dtype=u.dtype, device=u.device)
-    return 0.5 * torch.logdet(identity + p / (N * eps2) * gram).sum(-1)
+    return reference.compression_rate(F.normalize(u.double(), dim=-1))
 
 
-def bounds(N, K, p, eps2=EPS2):
-    """[least, largest] R^c of N tokens in K heads: all tokens alike, or spread evenly over each."""
+def bounds(N, K, p):
+    """[least, largest] unit_rate of N tokens in K heads of width p.
+
+    The least is for equal tokens, the largest for tokens spread evenly in each head.
+    """
     rank = torch.tensor([1, min(N, p)], dtype=torch.float64)
-    return (K / 2 * rank * torch.log1p(p / (eps2 * rank))).tolist()
+    return (K / 2 * rank * torch.log1p(p / (reference.EPS2 * rank))).tolist()
 
 
 def bases(attention):
-    """{name: maps (d, K, p)} to measure through: U, its heads made orthonormal, and the identity (K = 1).
+    """{name: (d, K, p)} to measure rates in: U, its heads made orthonormal, the identity (K = 1).
 
-    MHSA has no U; its value projection, what MSSA's U is among other things, stands in (without its bias).
+    MHSA has no U: its value projection stands in, without bias, which is one of the roles of U.
     """
     d = attention.out.weight.shape[0]
     U = attention.U if isinstance(attention, MSSA) else attention.qkv.weight[2 * d :].T
@@ -55,121 +55,168 @@ def bases(attention):
     return {"U": U, "orthonormal U": Q, "whole": torch.eye(d, dtype=U.dtype)[:, None]}
 
 
-def dictionary(sparsifier):
-    """Health of the atoms, the columns of D (d, h), or of the matrix that an MLP writes with: a dict.
+# ---- dictionary ----------------------------------------------------------------------------------
 
-    norm2 |D|_2^2; eta_norm2, null without ISTA, whose steps are sure to lower the objective up to 1 and may
-    diverge above 2; coherence and mean_cosine, largest and mean |cos| of two atoms, with welch, the least
-    coherence that h atoms can have; frame_distance |D D^T - (h/d) I|_F, and the same of D with unit atoms.
+
+def dictionary(sparsifier):
+    """Health of the atoms, the columns of D (d, h), or of an MLP's output map.
+
+    Returns a JSON-able dict:
+    norm2: |D|_2^2.
+    eta_norm2: eta |D|_2^2. Steps are sure to lower the objective up to 1 and may diverge above 2;
+        None without ISTA.
+    coherence, mean_cosine: largest and mean |cos| of two atoms.
+    welch: the least coherence that h atoms in d dimensions can have.
+    frame_distance, frame_distance_unit: |D D^T - (h/d) I|_F, of D and of D with unit atoms.
     """
-    ista = isinstance(sparsifier, ISTA)
-    D = (sparsifier.D if ista else sparsifier.proj.weight).detach().double().cpu()
-    (d, h), unit, norm2 = D.shape, F.normalize(D, dim=0), torch.linalg.matrix_norm(D, 2).item() ** 2
+    is_ista = isinstance(sparsifier, ISTA)
+    D = (sparsifier.D if is_ista else sparsifier.proj.weight).detach().double().cpu()
+    d, h = D.shape
+    unit = F.normalize(D, dim=0)
+    norm2 = torch.linalg.matrix_norm(D, 2).item() ** 2
     cosines = (unit.T @ unit).abs().fill_diagonal_(0)
-    distance = [torch.linalg.matrix_norm(M @ M.T - h / d * torch.eye(d)).item() for M in (D, unit)]
     return {
-        "atoms": "D" if ista else "proj",
+        "atoms": "D" if is_ista else "proj",
         "norm2": norm2,
-        "eta_norm2": sparsifier.eta * norm2 if ista else None,
+        "eta_norm2": sparsifier.eta * norm2 if is_ista else None,
         "coherence": cosines.max().item(),
         "mean_cosine": cosines.sum().item() / max(1, h * (h - 1)),
         "welch": ((h - d) / (d * max(1, h - 1))) ** 0.5,
-        "frame_distance": distance[0],
-        "frame_distance_unit": distance[1],
+        "frame_distance": _frame_distance(D),
+        "frame_distance_unit": _frame_distance(unit),
     }
 
 
+def _frame_distance(D):
+    """|D D^T - (h/d) I|_F: 0 if the atoms cover all directions evenly."""
+    d, h = D.shape
+    return torch.linalg.matrix_norm(D @ D.T - h / d * torch.eye(d)).item()
+
+
+# ---- one layer -----------------------------------------------------------------------------------
+
+
 class Probe:
-    """Forward hooks on one block that sum up what passes; `report` gives its numbers, `remove` ends it."""
+    """Measures one block in the passes made while it is `attached`; `report` gives the numbers."""
 
     def __init__(self, number, block):
-        self.number, self.block, self.bases = number, block, bases(block.attention)
-        self.rates = {site: {name: [] for name in self.bases} for site in SITES}
-        self.active, self.l0, self.objective, self.energy = 0, [], 0, 0
-        self.hooks = [
-            block.attention.register_forward_pre_hook(lambda m, z: self.rate(SITES[0], *z)),
-            block.sparsifier.register_forward_pre_hook(lambda m, z: self.coded(*z)),
-            block.sparsifier.code.register_forward_hook(lambda m, i, a: self.codes(a)),
-        ]
+        self.number = number
+        self.block = block
+        self.bases = bases(block.attention)
+        # {site: {name of the basis: [rate of each window]}}
+        self.rates = {BEFORE: defaultdict(list), AFTER: defaultdict(list)}
+        self.active = 0  # (h,): tokens on which each code was above 0
+        self.l0 = []  # codes above 0 of each token
+        self.objective = 0  # (steps + 1,): sums over tokens
+        self.residual_energy = 0  # sum |LN(z) - D a|^2 of the last codes
+        self.input_energy = 0  # sum |LN(z)|^2
 
-    def rate(self, site, z):
-        """z (B, T, d) at a site: the rates of each of its B windows, behind the attention's LayerNorm."""
+    @contextmanager
+    def attached(self, model):
+        """In the with-block, every pass of `model`, which holds this layer, is measured."""
+        attention, sparsifier = self.block.attention, self.block.sparsifier
+        with hook_codes(model, self.number, self.add_codes):
+            handles = [
+                attention.register_forward_pre_hook(self.before_attention),
+                sparsifier.register_forward_pre_hook(self.after_attention),
+            ]
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def before_attention(self, module, inputs):
+        """Pre-hook of the attention: add the rates of its input."""
+        self.add_rates(BEFORE, *inputs)
+
+    def after_attention(self, module, inputs):
+        """Pre-hook of the sparsifier: add the rates of its input and the lasso objective."""
+        self.add_rates(AFTER, *inputs)
+        if isinstance(module, ISTA):
+            self.add_lasso(module, *inputs)
+
+    def add_rates(self, site, z):
+        """Add the rates of each window of z (B, T, d), after the attention's LayerNorm."""
         if not z.isfinite().all():
             raise UserError(
-                f"the stream in layer {self.number} is not finite, so the weights are of no use; "
+                f"the stream in layer {self.number} is not finite, so the weights are useless; "
                 "take an earlier checkpoint."
             )
         x = self.block.attention.norm(z).double().cpu()
         for name, U in self.bases.items():
-            self.rates[site][name] += coding_rate(torch.einsum("btd,dkp->btkp", x, U)).tolist()
+            u = torch.einsum("btd,dkp->btkp", x, U)
+            self.rates[site][name] += unit_rate(u).tolist()
 
-    def coded(self, z):
-        """z (B, T, d) after attention: its rates, and with ISTA what each step makes of the objective."""
-        self.rate(SITES[1], z)
-        m = self.block.sparsifier
-        if not isinstance(m, ISTA):
-            return
-        x, D, lam = m.norm(z), m.D, m.lam if m.log_lam is None else m.log_lam.exp()
+    def add_lasso(self, ista, z):
+        """Add the objective at a = 0 and after each ISTA step on z (B, T, d), over all tokens."""
+        x = ista.norm(z)
+        D = ista.D
+        lam = ista.threshold()
         a = x.new_zeros(*x.shape[:-1], D.shape[1])
-        r, values = x, [reference.lasso(x, a, D, lam)]
-        for _ in range(m.steps):
-            a = reference.ista_step(a, r, D, m.eta, lam)
-            r = x - a @ D.T
-            values.append(reference.lasso(x, a, D, lam))
-        self.objective += torch.stack(values).flatten(1).cpu().double().sum(1)
-        self.energy += torch.stack([t.square().sum(-1).cpu().double().sum() for t in (r, x)])
+        residual = x
+        objectives = [reference.lasso(x, a, D, lam)]
+        for _ in range(ista.steps):
+            a = reference.ista_step(a, residual, D, ista.eta, lam)
+            residual = x - a @ D.T
+            objectives.append(reference.lasso(x, a, D, lam))
+        self.objective += torch.stack(objectives).flatten(1).cpu().double().sum(1)
+        self.residual_energy += residual.square().sum(-1).cpu().double().sum()
+        self.input_energy += x.square().sum(-1).cpu().double().sum()
 
-    def codes(self, a):
-        """a (B, T, h), the codes as whoever looks at neurons sees them: which are above 0."""
-        on = (a > 0).flatten(0, -2)
-        self.active += on.sum(0).cpu()
-        self.l0.append(on.sum(-1).cpu())
-
-    def remove(self):
-        for hook in self.hooks:
-            hook.remove()
+    def add_codes(self, codes):
+        """Count the codes (B, T, h) above 0, by neuron and by token."""
+        active = (codes > 0).flatten(0, -2)
+        self.active += active.sum(0).cpu()
+        self.l0.append(active.sum(-1).cpu())
 
     def report(self):
-        """All numbers of this layer, JSON-able; None where the block has no such thing (an MLP no lasso)."""
-        l0, m = torch.cat(self.l0).double(), self.block.sparsifier
-        mssa = isinstance(self.block.attention, MSSA)
-        density, ista = self.active.double() / len(l0), isinstance(m, ISTA)
-        rates = {
-            site: {
-                name: {"mean": statistics.fmean(v), "std": statistics.pstdev(v)}
-                for name, v in found.items()
-            }
-            for site, found in self.rates.items()
-        }
+        """All numbers of this layer, JSON-able; None for those that its kind of block lacks."""
+        attention, sparsifier = self.block.attention, self.block.sparsifier
+        l0 = torch.cat(self.l0).double()
+        density = self.active.double() / len(l0)
+        deciles = density.quantile(torch.linspace(0.1, 0.9, 9).double())
+        objective = error = None
+        if isinstance(sparsifier, ISTA):
+            objective = (self.objective / len(l0) / len(sparsifier.D)).tolist()
+            error = (self.residual_energy / self.input_energy).item()
         return {
             "layer": self.number,
-            "projection": "U" if mssa else "value",
-            "rate": rates,
+            "projection": "U" if isinstance(attention, MSSA) else "value",
+            "rate": {site: _mean_and_std(rates) for site, rates in self.rates.items()},
             "neurons": len(density),
             "density": density.mean().item(),
-            "density_deciles": density.quantile(torch.linspace(0.1, 0.9, 9).double()).tolist(),
-            "density_by_neuron": [round(p, 6) for p in density.tolist()],
+            "density_deciles": deciles.tolist(),
+            "density_by_neuron": [round(share, 6) for share in density.tolist()],
             "dead": int((density == 0).sum()),
             "l0": {"mean": l0.mean().item(), "std": l0.std(correction=0).item()},
-            "lasso": (self.objective / len(l0) / len(m.D)).tolist() if ista else None,
-            "reconstruction_error": (self.energy[0] / self.energy[1]).item() if ista else None,
-            "dictionary": dictionary(m),
+            "lasso": objective,
+            "reconstruction_error": error,
+            "dictionary": dictionary(sparsifier),
         }
+
+
+def _mean_and_std(rates):
+    """{name: mean and standard deviation over the windows} of {name: rates of the windows}."""
+    summary = {}
+    for name, values in rates.items():
+        summary[name] = {"mean": statistics.fmean(values), "std": statistics.pstdev(values)}
+    return summary
+
+
+# ---- all layers ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def layers(model, windows, name="model"):
-    """[numbers of each layer] of a model in eval mode, over batches of ids (B, T); see Probe.report."""
-    probes = [Probe(i, block) for i, block in enumerate(model.blocks)]
-    for ids in progress.track(windows, name):
-        model.trunk(ids.to(model.tokens.weight.device))
-    for probe in probes:
-        probe.remove()
+def measure_layers(model, windows, name="model"):
+    """[Probe.report() of each layer] of a model in eval mode, over batches of ids (B, T).
+
+    name: for the progress line. Raises UserError if the stream is not finite somewhere.
+    """
+    probes = [Probe(number, block) for number, block in enumerate(model.blocks)]
+    with ExitStack() as hooks:
+        for probe in probes:
+            hooks.enter_context(probe.attached(model))
+        for ids in terminal.track(windows, name):
+            model.trunk(ids.to(model.tokens.weight.device))
     return [probe.report() for probe in probes]
-
-
-def untrained(config, seed):
-    """The LM of this config as train.py starts it from this seed: the control beside a trained one."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return LM(config).eval()

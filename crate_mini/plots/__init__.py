@@ -1,1 +1,1 @@
-"""What people look at, drawn from result files alone: figures, pages that open from disk, exports."""
+"""Helpers for SVG charts, HTML pages and PNG figures; they know no chapter."""

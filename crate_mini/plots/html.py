@@ -1,8 +1,8 @@
 """Self-contained HTML pages: data, style and script in one file that opens from disk.
 
-A page makes no network request and runs only our own script: a content security policy names the hash of the
-script and forbids everything else. Corpus text is data everywhere: escaped in the HTML, and set as text, never
-as markup, by the script.
+A page makes no network request and runs only its own script: a content security policy names the
+hash of the script and forbids everything else. Corpus text is data everywhere: escaped in the HTML,
+and set as text, never as markup, by the script.
 """
 
 import base64
@@ -13,39 +13,42 @@ from importlib import resources
 
 
 def asset(package, name):
-    """Text of a file packaged beside the modules of `package`, such as crate_mini.neurons."""
+    """Text of a file in the folder of `package`, such as crate_mini.neurons."""
     return resources.files(package).joinpath(name).read_text(encoding="utf-8")
 
 
 def quiz_script():
-    """The script that survey pages share."""
+    """The script that all survey pages begin with."""
     return asset("crate_mini.plots", "quiz.js")
 
 
 def inline(data):
-    """Data as JSON that no HTML parser can leave: <, > and & are written as escapes."""
+    """Data as JSON that cannot end its <script> element: <, > and & are escaped."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
-def html(title, body, data, script):
-    """A whole page, as bytes.
+def html(title, body, data, script, style="", images=False):
+    """A whole page, as UTF-8 bytes.
 
-    An empty `script` is for a page that is complete without one; such a page holds no data either.
+    body: HTML. With an empty `script` the page holds no data either. style: CSS to append to the
+    shared one. images: allow images embedded as data: URIs.
     """
-    style = asset("crate_mini.plots", "page.css")
+    style = asset("crate_mini.plots", "page.css") + style
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    image_policy = "img-src data:; " if images else ""
     policy = (
-        "default-src 'none'; style-src 'unsafe-inline'; "
+        f"default-src 'none'; {image_policy}style-src 'unsafe-inline'; "
         f"script-src 'sha256-{digest}'; base-uri 'none'"
     )
     scripts = ""
     if script:
         scripts = (
-            '<noscript><p class="notice">This page needs its script (but no network) to show its data.</p>'
-            f'</noscript>\n<script type="application/json" id="data">{inline(data)}</script>\n'
+            '<noscript><p class="notice">This page needs its script (but no network) '
+            "to show its data.</p></noscript>\n"
+            f'<script type="application/json" id="data">{inline(data)}</script>\n'
             f"<script>{script}</script>\n"
         )
     page = (

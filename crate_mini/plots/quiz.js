@@ -1,74 +1,101 @@
 "use strict";
-// One question at a time from the JSON in #data; keys 1 to 9 answer. Texts are only ever set as text. Both
-// packets for people begin with this; what differs, asked, option, found and thanks, is in human.js and in
-// concept_packet.js, which follow it in one script.
+// One question at a time from the JSON in #data; keys 1 to 9 answer. Texts are set as text, never
+// as markup. A survey page is this script followed by one of a chapter, which defines
+//   asked(question)            elements that ask it
+//   option(question, content)  the element of one option
+//   resultFields()             what the saved file holds besides the page
+//   thanks(done)               elements at the end; done: a sentence about what was answered
 const data = JSON.parse(document.getElementById("data").textContent);
 const { questions } = data;
-const place = document.getElementById("task"), key = `crate_mini ${data.page}`;
-const most = Math.max(1, ...questions.map(q => q.options.length));
-let answers = questions.map(() => null), at = 0, since = performance.now();
+const place = document.getElementById("task");
+const storageKey = `crate_mini ${data.page}`;
+const mostOptions = Math.max(1, ...questions.map(question => question.options.length));
+let answers = questions.map(() => null);
+let position = 0;
+let shownSince = performance.now();
 
-try {  // go on where this browser stopped; a browser that keeps nothing for files just starts anew
-  const kept = JSON.parse(localStorage.getItem(key));
+try {  // continue where this browser stopped; some browsers keep nothing for files on disk
+  const kept = JSON.parse(localStorage.getItem(storageKey));
   if (kept && kept.length === questions.length) answers = kept;
-  at = Math.max(0, answers.indexOf(null));
+  position = Math.max(0, answers.indexOf(null));
 } catch { /* nothing kept */ }
 
 function el(tag, attributes, ...children) {
-  const e = document.createElement(tag);
+  const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes || {})) {
-    if (name.startsWith("on")) e.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== false) e.setAttribute(name, value);
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== false) element.setAttribute(name, value);
   }
-  e.append(...children);
-  return e;
+  element.append(...children);
+  return element;
 }
 
 function choose(choice) {
-  answers[at] = { choice, seconds: Math.round((performance.now() - since) / 100) / 10 };
-  try { localStorage.setItem(key, JSON.stringify(answers)); } catch { /* kept in this page only */ }
-  at = Math.min(at + 1, questions.length);
+  const seconds = Math.round((performance.now() - shownSince) / 100) / 10;
+  answers[position] = { choice, seconds };
+  try {
+    localStorage.setItem(storageKey, JSON.stringify(answers));
+  } catch { /* kept in this page only */ }
+  position = Math.min(position + 1, questions.length);
   show();
 }
 
 function move(step) {
-  at = Math.max(0, Math.min(questions.length, at + step));
+  position = Math.max(0, Math.min(questions.length, position + step));
   show();
 }
 
 function save() {
-  const text = JSON.stringify({ schema: 1, page: data.page, ...found() }, null, 1);
-  const file = new Blob([text], { type: "application/json" });
+  const result = { schema: 1, page: data.page, ...resultFields() };
+  const file = new Blob([JSON.stringify(result, null, 1)], { type: "application/json" });
   const link = el("a", { href: URL.createObjectURL(file), download: "answers.json" });
   document.body.append(link);
   link.click();
   link.remove();
 }
 
+function optionButton(question, content, number) {
+  const answer = answers[position];
+  const attributes = {
+    class: "choice",
+    onclick: () => choose(number),
+    "aria-pressed": String(answer !== null && answer.choice === number),
+  };
+  return el("button", attributes,
+    el("kbd", {}, String(number + 1)), option(question, content));
+}
+
 function show() {
-  since = performance.now();
-  const q = questions[at], done = answers.filter(a => a).length;
+  shownSince = performance.now();
+  const question = questions[position];
+  const done = answers.filter(answer => answer).length;
+  const count = question
+    ? `question ${position + 1} of ${questions.length}` : "all questions seen";
+  const content = question
+    ? [...asked(question),
+      ...question.options.map((text, number) => optionButton(question, text, number))]
+    : [el("h2", {}, "Thank you"),
+      ...thanks(`${done} of ${questions.length} questions answered. `)];
   place.replaceChildren(
-    el("progress", { max: questions.length, value: at, "aria-label": "progress" }),
-    el("small", {}, q ? `question ${at + 1} of ${questions.length}` : "all questions seen"),
-    ...q ? [...asked(q), ...q.options.map((text, k) => el("button", {
-      class: "choice", onclick: () => choose(k),
-      "aria-pressed": String(answers[at] !== null && answers[at].choice === k) },
-      el("kbd", {}, String(k + 1)), option(q, text)))]
-      : [el("h2", {}, "Thank you"), ...thanks(`${done} of ${questions.length} questions answered. `)],
+    el("progress", { max: questions.length, value: position, "aria-label": "progress" }),
+    el("small", {}, count),
+    ...content,
     el("footer", {},
-      el("button", { onclick: () => move(-1), disabled: at === 0 && "" }, "← back"),
-      el("button", { onclick: () => move(1), disabled: at >= questions.length && "" }, "skip →"),
+      el("button", { onclick: () => move(-1), disabled: position === 0 && "" }, "← back"),
+      el("button", { onclick: () => move(1), disabled: position >= questions.length && "" },
+        "skip →"),
       el("button", { onclick: save, id: "save" }, `save ${done} answers`),
-      el("small", {}, "keys: ", el("kbd", {}, "1"), " … ", el("kbd", {}, String(most)), " answer, ",
-        el("kbd", {}, "←"), " back")));
+      el("small", {}, "keys: ", el("kbd", {}, "1"), " … ", el("kbd", {}, String(mostOptions)),
+        " answer, ", el("kbd", {}, "←"), " back")));
   window.scrollTo(0, 0);
 }
 
-document.addEventListener("keydown", e => {
-  if (e.ctrlKey || e.metaKey || e.altKey) return;
-  const q = questions[at], k = Number(e.key) - 1;
-  if (q && Number.isInteger(k) && k >= 0 && k < q.options.length) choose(k);
-  if (e.key === "ArrowLeft") move(-1);
-  if (e.key === "ArrowRight") move(1);
+document.addEventListener("keydown", event => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const question = questions[position];
+  const number = Number(event.key) - 1;
+  const inRange = Number.isInteger(number) && number >= 0;
+  if (question && inRange && number < question.options.length) choose(number);
+  if (event.key === "ArrowLeft") move(-1);
+  if (event.key === "ArrowRight") move(1);
 });

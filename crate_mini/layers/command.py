@@ -1,0 +1,99 @@
+"""`interpret.py layers`: rates, sparsity, lasso objective and dictionary, layer by layer."""
+
+from dataclasses import dataclass
+
+from crate_mini import UserError, results
+from crate_mini.cli import setting
+from crate_mini.console import terminal
+from crate_mini.layers import figure
+from crate_mini.layers.measure import bounds, measure_layers
+from crate_mini.reference import EPS2
+from crate_mini.training import checkpoint
+
+SCRIPT = "interpret.py"
+DEFAULT_SEED = 1337  # train.py's, for checkpoints that do not name theirs
+
+
+@dataclass
+class Settings:
+    """Measure, layer by layer, whether a model compresses and sparsifies as CRATE's theory says.
+
+    The untrained model is measured for comparison.
+    """
+
+    data: str | None = setting(None, "text to measure on", shown="the corpus of the checkpoint")
+    tokenizer: str | None = setting(None, "tokenizer of that text", shown="the checkpoint's")
+    val_fraction: float | None = setting(
+        None, "share of its documents that is held out", high=1, shown="as in training"
+    )
+    tokens: int = setting(
+        65536, "held-out tokens to measure on, in whole windows of the model's context", low=1
+    )
+    batch: int = setting(8, "windows in one forward pass", low=1)
+    seed: int | None = setting(None, "seed of the untrained model", shown="the checkpoint's")
+    device: str = setting("auto", "auto | cpu | cuda | cuda:N")
+    out: str | None = setting(
+        None, "folder of the results", shown="`interpret` next to the checkpoint"
+    )
+
+
+def run(settings, ckpt):
+    """Write layers.json, layers.png and l0.png for the trained and the untrained model.
+
+    Raises UserError for settings or text that do not fit the checkpoint.
+    """
+    model, meta, tokenizer = checkpoint.open_model(ckpt, settings.device, settings.tokenizer)
+    corpus = checkpoint.held_out(ckpt, meta, tokenizer, settings.data, settings.val_fraction)
+    config = model.config
+    seed = settings.seed
+    if seed is None:
+        seed = meta["training"].get("settings", {}).get("seed", DEFAULT_SEED)
+    windows = choose_windows(settings, corpus, config.block_size)
+    folder = results.folder(ckpt, settings.out)
+    folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
+    result = results.header(
+        SCRIPT,
+        ckpt,
+        meta,
+        model,
+        seed=seed,
+        corpus=corpus.meta,
+        window=config.block_size,
+        tokens=sum(ids.numel() for ids in windows),
+        eps2=EPS2,
+        rate_bounds={
+            "U": bounds(config.block_size, config.n_head, config.n_embd // config.n_head),
+            "whole": bounds(config.block_size, 1, config.n_embd),
+        },
+    )
+    untrained = checkpoint.untrained(config, seed).to(model.tokens.weight.device)
+    result["trained"] = measure_layers(model, windows, "trained")
+    result["untrained"] = measure_layers(untrained, windows, "untrained")
+    path = results.write_json(folder / "layers.json", result)
+    picture = figure.draw(result, folder / "layers.png")
+    curves = {}
+    for name in ("trained", "untrained"):
+        curves[name] = [layer["l0"] for layer in result[name]]
+    sparsity = figure.l0_by_layer(curves, folder / "l0.png")
+    print(f"\n{figure.table(result)}\n\nfiles     {path}, {picture}, {sparsity}")
+
+
+def choose_windows(settings, corpus, T):
+    """[ids (B, T)] of whole windows of held-out text. Raises UserError if there are none."""
+    if settings.tokens < T:
+        raise UserError(
+            f"--tokens {settings.tokens} must be at least {T}, the model's context; "
+            f"leave it out for the default {Settings.tokens}."
+        )
+    available = corpus.n_tokens["val"]
+    if available <= T:
+        raise UserError(
+            f"the held-out text has {available} tokens and one window needs {T + 1}; give more "
+            "text with --data, or hold out all of it with --val-fraction 1."
+        )
+    limit = settings.tokens // T * T
+    batches = [ids for ids, _ in corpus.blocks("val", settings.batch, T, limit)]
+    return [ids for ids in batches if ids.shape[1] == T]
+
+
+COMMAND = terminal.Command(Settings, run)
