@@ -1,11 +1,11 @@
-"""What recording keeps, updated batch by batch: its size never depends on the corpus.
+"""The state of a recording, updated batch by batch; its size does not depend on the corpus.
 
-    Shared   for all sites: bigrams, uniformly drawn windows; makes a Batch of some chunks of text
-    Tally    of a site: moments, density, histogram of all tokens; sums by token and by bigram of the fit part
-    Top      of a site and a part: the k windows in which each neuron fires hardest
+    Shared       all sites: token counts, frequent bigrams, uniform windows; makes each Batch
+    TokenStats   one site: moments, density, histogram; sums by token and bigram of the fit part
+    TopWindows   one site and part: the k windows in which each neuron fires most strongly
 
-Activations x are (R, C, h) float32: R chunks of text padded to C tokens, h neurons. A `Batch` says which
-tokens of x are text, and where its windows lie. All state is on the device of x.
+Activations x are (R, C, h) float32: R chunks of text padded to C tokens, h neurons. A Batch knows
+which of the R C tokens are text, and where the windows lie. All state is on the device of x.
 """
 
 from dataclasses import dataclass
@@ -15,269 +15,365 @@ import torch
 
 from crate_mini.neurons.documents import PARTS, WINDOW
 
-OCTAVE, LOWEST, OCTAVES = (
-    64,
-    -20,
-    32,
-)  # histogram while recording: bins per factor 2, from 2^LOWEST up
+# The histogram while recording is logarithmic: OCTAVE bins per factor of 2, OCTAVES of them
+# from 2^LOWEST up. The one in the record is linear, with HIST bins.
+OCTAVE = 64
+OCTAVES = 32
+LOWEST = -20
 BINS = OCTAVE * OCTAVES
-HIST = 50  # bins of the histogram that is kept
-F16 = 65504.0  # largest float16
+HIST = 50
+FLOAT16_MAX = 65504.0
 
 
 @dataclass
 class Batch:
-    """Chunks of one part. Tensors; W windows, N tokens of text.
+    """R chunks of one part padded to C tokens, the longest first; N tokens of text, W windows."""
 
-    ids (R, C); text (N,) positions in ids.flatten(), None if all are text; token, pair (N,) the id of each
-    and the number of the bigram that it ends (-1: not a frequent one); window_row, window_start, window_doc
-    (W,); window_tokens (W, 65): the token before the window (-1: none), then the window; drawn: (slot, row,
-    start) of each uniformly drawn window.
-    """
+    ids: torch.Tensor  # (R, C)
+    text: torch.Tensor | None  # (N,) where ids.flatten() is text; None: everywhere
+    token: torch.Tensor  # (N,) the ids of the text
+    bigram: torch.Tensor  # (N,) number of the frequent bigram that ends at each token; -1: none
+    window_row: torch.Tensor  # (W,) chunk of each window
+    window_start: torch.Tensor  # (W,) its first column
+    window_doc: torch.Tensor  # (W,) its document
+    window_tokens: torch.Tensor  # (W, 65) the token before it (-1: none), then its tokens
+    drawn: list  # (slot, row, start) of each window that was drawn uniformly
 
-    ids: torch.Tensor
-    text: torch.Tensor | None
-    token: torch.Tensor
-    pair: torch.Tensor
-    window_row: torch.Tensor
-    window_start: torch.Tensor
-    window_doc: torch.Tensor
-    window_tokens: torch.Tensor
-    drawn: list
+
+# ---- all sites -----------------------------------------------------------------------------------
+
+
+class UniformWindows:
+    """`wanted` of the `total` windows of a part, drawn without replacement, in slots 0, 1, ..."""
+
+    def __init__(self, wanted, total, rng):
+        drawn = rng.choice(total, min(wanted, total), replace=False)
+        self.numbers = np.sort(drawn)  # (n,) which windows of the part
+        self.tokens = np.full((len(drawn), WINDOW + 1), -1, np.int32)
+        self.doc = np.full(len(drawn), -1)
+
+    def take(self, numbers, tokens, doc):
+        """Keep those of W windows that were drawn: (slot of each, which of the W they are)."""
+        slots = np.searchsorted(self.numbers, numbers)  # (W,)
+        drawn = np.append(self.numbers, -1)[slots] == numbers
+        slots = slots[drawn]
+        self.tokens[slots] = tokens[drawn]
+        self.doc[slots] = doc[drawn]
+        return slots, np.flatnonzero(drawn)
 
 
 class Shared:
-    """seen (V,) token counts and pairs (P, 2) bigrams of fit; windows: {part: (wanted, of how many)}."""
+    """The state that all sites share; it depends on the text and the seed, not on the model.
 
-    def __init__(self, seen, pairs, V, windows, seed, device):
-        self.seen, self.pairs, self.V, self.device = seen, pairs, V, device
-        key = torch.from_numpy(pairs[:, 0] * V + pairs[:, 1]).to(device)
-        self.keys, self.order = key.sort()
-        self.pair_counts = torch.zeros(len(pairs), dtype=torch.int64, device=device)
-        self.ordinals, self.tokens, self.doc = {}, {}, {}
-        for i, part in enumerate(PARTS):  # each part draws by a generator of its own
-            wanted, total = windows[part]
-            drawn = np.random.default_rng([seed, i]).choice(
-                total, min(wanted, total), replace=False
-            )
-            self.ordinals[part] = np.sort(drawn)
-            self.tokens[part] = np.full((len(drawn), WINDOW + 1), -1, np.int32)
-            self.doc[part] = np.full(len(drawn), -1)
+    token_counts (V,) and bigrams (P, 2) of the fit part; windows: {part: (how many to draw, how
+    many there are)}.
+    """
+
+    def __init__(self, token_counts, bigrams, V, windows, seed, device):
+        self.token_counts, self.bigrams = token_counts, bigrams
+        self.V, self.device = V, device
+        keys = torch.from_numpy(bigrams[:, 0] * V + bigrams[:, 1]).to(device)
+        self.keys, self.order = keys.sort()
+        self.bigram_counts = torch.zeros(len(bigrams), dtype=torch.int64, device=device)
+        self.uniform = {}
+        for i, part in enumerate(PARTS):  # a generator each: one draw does not affect the other
+            rng = np.random.default_rng([seed, i])
+            self.uniform[part] = UniformWindows(*windows[part], rng)
 
     def batch(self, part, chunks):
-        """The Batch of chunks (document, ids, number of its first window), longest first."""
-        C, length = len(chunks[0][1]), np.array([len(ids) for _, ids, _ in chunks])
-        ids, before = np.zeros((len(chunks), C), np.int64), np.full((len(chunks), C), -1)
-        for row, (_, chunk, _) in enumerate(chunks):
-            ids[row, : len(chunk)], before[row, 1 : len(chunk)] = chunk, chunk[:-1]
-        text = np.flatnonzero(np.arange(C) < length[:, None])
-        row = np.repeat(np.arange(len(chunks)), length // WINDOW)
-        start = WINDOW * np.concatenate([np.arange(n // WINDOW) for n in length])
-        doc, ordinal = np.array([(doc, first) for doc, _, first in chunks])[row].T
-        inside = ids[row[:, None], start[:, None] + np.arange(WINDOW)]
-        windows = np.hstack((before[row, start][:, None], inside)).astype(np.int32)
-        slots = np.searchsorted(self.ordinals[part], ordinal + start // WINDOW)
-        found = np.append(self.ordinals[part], -1)[slots] == ordinal + start // WINDOW
-        self.tokens[part][slots[found]], self.doc[part][slots[found]] = windows[found], doc[found]
-        put = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(self.device)  # noqa: E731
-        token, pair = (
-            put(ids.ravel()[text]),
-            self._number(put((before * self.V + ids).ravel()[text])),
-        )
+        """The Batch of chunks of a part; they come sorted, the longest first."""
+        lengths = np.array([len(chunk.ids) for chunk in chunks])  # (R,)
+        shape = len(chunks), lengths[0]
+        ids = np.zeros(shape, np.int64)
+        before = np.full(shape, -1)  # the token before each, -1 where a chunk begins
+        for row, chunk in enumerate(chunks):
+            ids[row, : len(chunk.ids)] = chunk.ids
+            before[row, 1 : len(chunk.ids)] = chunk.ids[:-1]
+        text = np.flatnonzero(np.arange(shape[1]) < lengths[:, None])  # (N,)
+        keys = (before * self.V + ids).ravel()[text]  # below 0 where a chunk begins: no bigram
+        bigram = self._bigram_numbers(self._tensor(keys))
         if part == "fit":
-            self.pair_counts += torch.bincount(pair[pair >= 0], minlength=len(self.pairs))
-        text = None if len(text) == ids.size else put(text)
+            frequent = bigram[bigram >= 0]
+            self.bigram_counts += torch.bincount(frequent, minlength=len(self.bigrams))
+
+        row, start, doc, numbers = _windows(chunks, lengths)
+        columns = start[:, None] + np.arange(WINDOW)  # (W, 64)
+        inside = ids[row[:, None], columns]
+        tokens = np.hstack((before[row, start][:, None], inside)).astype(np.int32)
+        slots, drawn = self.uniform[part].take(numbers, tokens, doc)
         return Batch(
-            put(ids),
-            text,
-            token,
-            pair,
-            put(row),
-            put(start),
-            put(doc),
-            put(windows),
-            [*zip(*(a[found].tolist() for a in (slots, row, start)))],
+            ids=self._tensor(ids),
+            text=None if len(text) == ids.size else self._tensor(text),
+            token=self._tensor(ids.ravel()[text]),
+            bigram=bigram,
+            window_row=self._tensor(row),
+            window_start=self._tensor(start),
+            window_doc=self._tensor(doc),
+            window_tokens=self._tensor(tokens),
+            drawn=list(zip(slots.tolist(), row[drawn].tolist(), start[drawn].tolist())),
         )
 
-    def _number(self, key):
-        """Which of the frequent bigrams each key is, or -1."""
+    def _tensor(self, array):
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def _bigram_numbers(self, keys):
+        """The number of the frequent bigram with each key, or -1."""
         if not len(self.keys):
-            return torch.full_like(key, -1)
-        place = torch.searchsorted(self.keys, key).clamp(max=len(self.keys) - 1)
-        return torch.where(self.keys[place] == key, self.order[place], -1)
+            return torch.full_like(keys, -1)
+        place = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
+        return torch.where(self.keys[place] == keys, self.order[place], -1)
 
     def results(self):
-        """{name: array}: counts, pairs, pair_counts; uniform_<part> (W, 65), uniform_<part>_doc (W,)."""
-        return {
-            "counts": self.seen,
-            "pairs": self.pairs,
-            "pair_counts": self.pair_counts.cpu().numpy(),
-            **{f"uniform_{part}": self.tokens[part] for part in PARTS},
-            **{f"uniform_{part}_doc": self.doc[part] for part in PARTS},
+        """{name: array} of record-shared.npz."""
+        arrays = {
+            "counts": self.token_counts,
+            "pairs": self.bigrams,
+            "pair_counts": self.bigram_counts.cpu().numpy(),
         }
+        for part in PARTS:
+            arrays[f"uniform_{part}"] = self.uniform[part].tokens
+        for part in PARTS:
+            arrays[f"uniform_{part}_doc"] = self.uniform[part].doc
+        return arrays
 
 
-class Tally:
-    """Sums over tokens for h neurons; V, P rows of sums by token and by bigram (float32, as are x)."""
+def _windows(chunks, lengths):
+    """(row, start, document, number in the part), each (W,), of the windows in chunks."""
+    counts = lengths // WINDOW  # windows of each chunk
+    row = np.repeat(np.arange(len(chunks)), counts)
+    place = np.concatenate([np.arange(count) for count in counts])  # within the chunk
+    doc = np.array([chunk.document for chunk in chunks])[row]
+    first = np.array([chunk.first_window for chunk in chunks])[row]
+    return row, WINDOW * place, doc, first + place
+
+
+# ---- one site, all tokens ------------------------------------------------------------------------
+
+
+class TokenStats:
+    """Sums over tokens for h neurons of a site; V and P rows of sums by token and by bigram."""
 
     def __init__(self, h, V, P, device):
         wide = torch.float32 if device.type == "mps" else torch.float64
-        self.n, self.center = 0, None
-        self.power = torch.zeros(4, h, dtype=wide, device=device)  # of x - center
+        self.n = 0
+        self.center = None
+        self.powers = torch.zeros(4, h, dtype=wide, device=device)  # sums of (x - center)^1..4
         self.positive = torch.zeros(h, dtype=torch.int64, device=device)
         self.max = torch.full((h,), -torch.inf, device=device)
         self.bins = torch.zeros(h * BINS, dtype=torch.int64, device=device)
-        self.offset = torch.arange(h, dtype=torch.int32, device=device) * BINS
+        self.first_bin = torch.arange(h, dtype=torch.int32, device=device) * BINS
         self.token_sum = torch.zeros(V, h, device=device)
-        self.pair_sum = torch.zeros(P, h, device=device)
+        self.bigram_sum = torch.zeros(P, h, device=device)
 
     def add(self, x, batch, fit):
-        """Take in the tokens of a batch; fit: it is of the part that tables are made from."""
-        x = x.flatten(0, 1) if batch.text is None else x.flatten(0, 1)[batch.text]
-        if self.center is None:  # powers of x itself would cancel where the mean is far from zero
+        """Add the tokens of a batch, x (R, C, h); fit: whether it belongs to the fit part."""
+        x = x.flatten(0, 1)
+        if batch.text is not None:
+            x = x[batch.text]  # (N, h)
+        if self.center is None:  # powers of x itself would cancel if the mean is far from zero
             self.center = x.mean(0)
         self.n += len(x)
         self.max = torch.maximum(self.max, x.amax(0))
-        fires = x > 0
-        self.positive += fires.sum(0)
-        # Sign, exponent and six bits of mantissa of a float are the number of a bin on a logarithmic scale.
-        key = (x.view(torch.int32) >> 17).sub_((127 + LOWEST) * OCTAVE - 1).clamp_(0, BINS - 1)
-        key = key.add_(self.offset)[fires]
-        self.bins.index_add_(0, key, torch.ones_like(key, dtype=torch.int64))
+        self._count_positive(x)
         y = x - self.center
-        z = y * y
-        self.power += torch.stack((y.sum(0), z.sum(0), y.mul_(z).sum(0), z.square_().sum(0)))
+        y2 = y * y
+        sums = y.sum(0), y2.sum(0), y.mul_(y2).sum(0), y2.square_().sum(0)
+        self.powers += torch.stack(sums)
         if fit:
             self.token_sum.index_add_(0, batch.token, x)
-            found = (batch.pair >= 0).nonzero()[:, 0]
-            self.pair_sum.index_add_(0, batch.pair[found], x[found])
+            frequent = (batch.bigram >= 0).nonzero()[:, 0]
+            self.bigram_sum.index_add_(0, batch.bigram[frequent], x[frequent])
+
+    def _count_positive(self, x):
+        """Add the positive activations, x (N, h), to their number and to the histogram.
+
+        The sign, the exponent and the upper six bits of the mantissa of a float32, read as an
+        integer, number the bins of a logarithmic scale. Bin 0 takes what lies below 2^LOWEST.
+        """
+        fires = x > 0
+        self.positive += fires.sum(0)
+        bins = x.view(torch.int32) >> 17
+        bins = bins.sub_((127 + LOWEST) * OCTAVE - 1).clamp_(0, BINS - 1)
+        bins = bins.add_(self.first_bin)[fires]
+        self.bins.index_add_(0, bins, torch.ones_like(bins, dtype=torch.int64))
 
     def results(self):
-        """{name: array}: mean, var (population), skew, kurtosis (3 for a Gaussian; both NaN if var is 0), ...
+        """{name: array} of record-SITE.npz, except the windows.
 
-        hist (h, 50): counts of positive values, between hist_edges (51,) times the neuron's max. From a
-        finer logarithmic histogram, taken as uniform within a bin (at most 1.6 % wide); sums are exact.
+        mean, var (population), skew, kurtosis (3 for a Gaussian; both NaN where var is 0), density
+        (share of positive values), max: (h,) float32. hist (h, 50): positive values between
+        hist_edges (51,) times the neuron's max, read off the logarithmic histogram as if values
+        were uniform within a bin, which is at most 1.6 % wide. Sums are exact.
         """
-        m1, m2, m3, m4 = (self.power / self.n).double().cpu().numpy()
-        mean, var = self.center.double().cpu().numpy() + m1, m2 - m1**2
-        var[var <= (1e-6 * mean) ** 2] = 0  # a constant, but for rounding
-        third, fourth = m3 - 3 * m1 * m2 + 2 * m1**3, m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
-        with np.errstate(divide="ignore", invalid="ignore"):
-            skew, kurtosis = (
-                np.where(var > 0, a / var**b, np.nan) for a, b in ((third, 1.5), (fourth, 2))
-            )
-        positive, top = self.positive.cpu().numpy(), self.max.double().cpu().numpy()
-        out = {
-            "mean": mean,
-            "var": var,
-            "skew": skew,
-            "kurtosis": kurtosis,
-            "density": positive / self.n,
-            "max": top,
-        }
+        arrays = self._moments()
+        positive = self.positive.cpu().numpy()
+        maxima = self.max.double().cpu().numpy()
+        arrays["density"] = positive / self.n
+        arrays["max"] = maxima
+        arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
         edges = np.linspace(0, 1, HIST + 1)
         bins = self.bins.view(-1, BINS).cpu().numpy()
-        hist = np.stack([_linear(b[1:], n, edges * m) for b, n, m in zip(bins, positive, top)])
-        return {
-            **{name: value.astype(np.float32) for name, value in out.items()},
-            "hist": hist,
-            "hist_edges": edges,
-            "token_sum": self.token_sum.cpu().numpy(),
-            "pair_sum": self.pair_sum.cpu().numpy(),
-        }
+        rows = zip(bins[:, 1:], positive, maxima)
+        arrays["hist"] = np.stack([_linear(row, n, edges * top) for row, n, top in rows])
+        arrays["hist_edges"] = edges
+        arrays["token_sum"] = self.token_sum.cpu().numpy()
+        arrays["pair_sum"] = self.bigram_sum.cpu().numpy()
+        return arrays
+
+    def _moments(self):
+        """Mean, variance, skewness and kurtosis from the raw moments m1..m4 of x - center."""
+        m1, m2, m3, m4 = (self.powers / self.n).double().cpu().numpy()
+        mean = self.center.double().cpu().numpy() + m1
+        var = m2 - m1**2
+        var[var <= (1e-6 * mean) ** 2] = 0  # a constant, up to rounding
+        third = m3 - 3 * m1 * m2 + 2 * m1**3
+        fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
+        with np.errstate(divide="ignore", invalid="ignore"):
+            skew = np.where(var > 0, third / var**1.5, np.nan)
+            kurtosis = np.where(var > 0, fourth / var**2, np.nan)
+        return {"mean": mean, "var": var, "skew": skew, "kurtosis": kurtosis}
 
 
 def _linear(bins, positive, edges):
-    """Counts between `edges` (first 0, last the maximum) from counts in the logarithmic bins, (BINS - 1,)."""
+    """Counts between `edges`, which run from 0 to the maximum, of one neuron.
+
+    bins (BINS - 1,): counts in the logarithmic bins above 2^LOWEST; positive: how many positive
+    values there are, those below 2^LOWEST included.
+    """
     if not positive:
         return np.zeros(len(edges) - 1, np.int64)
     i = np.arange(BINS)
-    values = np.ldexp(
-        1 + i % OCTAVE / OCTAVE, LOWEST + i // OCTAVE
-    )  # lower end of each bin, then the end
-    below = positive - bins.sum() + np.concatenate(([0], bins.cumsum()))
-    last = np.searchsorted(below, positive)  # the bin with the maximum ends there
-    values, below = np.append(values[:last], max(edges[-1], values[last - 1])), below[: last + 1]
-    found = np.interp(edges, np.append(0, values), np.append(0, below))
-    found[-1] = positive
-    return np.diff(np.rint(found)).astype(np.int64)
+    values = np.ldexp(1 + i % OCTAVE / OCTAVE, LOWEST + i // OCTAVE)  # where each bin begins
+    below = positive - bins.sum() + np.concatenate(([0], bins.cumsum()))  # values below that
+    last = np.searchsorted(below, positive)  # the bin before it holds the maximum
+    values = np.append(values[:last], max(edges[-1], values[last - 1]))
+    cumulative = np.interp(edges, np.append(0, values), np.append(0, below[: last + 1]))
+    cumulative[-1] = positive
+    return np.diff(np.rint(cumulative)).astype(np.int64)
 
 
-class Top:
-    """The k windows of highest peak per neuron, best first; only peaks above 0 count.
+# ---- one site and part, the strongest windows ----------------------------------------------------
 
-    dedup: at most one window of a document. Of equal peaks the one seen first stays.
+
+class TopWindows:
+    """The k windows with the highest peaks of each neuron, best first; only peaks above 0 count.
+
+    dedup: at most one window per document. Of equal peaks the one seen first stays.
     """
 
     def __init__(self, h, k, dedup, device):
         self.k, self.dedup = k, dedup
-        self.value = torch.full((h, k), -torch.inf, device=device)
+        self.peak = torch.full((h, k), -torch.inf, device=device)
         self.doc = torch.full((h, k), -1, device=device)
-        self.at = torch.zeros((h, k), dtype=torch.int16, device=device)
+        self.position = torch.zeros((h, k), dtype=torch.int16, device=device)  # of the peak
         self.tokens = torch.full((h, k, WINDOW + 1), -1, dtype=torch.int32, device=device)
         self.acts = torch.zeros((h, k, WINDOW), dtype=torch.float16, device=device)
 
     def offer(self, x, batch):
-        """Take in the windows of a batch with activations x (R, C, h)."""
+        """Consider the windows of a batch with activations x (R, C, h)."""
         if not len(batch.window_row):
             return
-        count = x.shape[1] // WINDOW
-        peaks = x[:, : count * WINDOW].unflatten(1, (count, WINDOW)).amax(2)  # (R, count, h)
-        peaks = peaks[batch.window_row, batch.window_start // WINDOW].T  # (h, W)
-        doc, group = batch.window_doc, torch.arange(peaks.shape[1], device=x.device)
-        j = (peaks > self.value[:, -1:].clamp(min=0)).any(1).nonzero()[:, 0]  # who may change
-        if not len(j):
+        peaks = _window_peaks(x, batch)  # (h, W)
+        weakest = self.peak[:, -1:].clamp(min=0)
+        neurons = (peaks > weakest).any(1).nonzero()[:, 0]  # (n,) those whose list may change
+        if not len(neurons):
             return
-        peaks, window = peaks[j], group
-        if self.dedup:
-            doc, group = doc.unique(return_inverse=True)
-            peaks, window = _best(peaks, group, len(doc))
+        peaks, docs, windows = self._candidates(peaks[neurons], batch.window_doc)
         peaks = peaks.masked_fill(peaks <= 0, -torch.inf)
-        value, known = self.value[j], self.doc[j]
-        if self.dedup:  # of a document that has a window already, the better one stays
-            same = known[:, None] == doc[:, None]  # (j, documents, k)
-            held = torch.where(same, value[:, None], -torch.inf).amax(-1)
-            value = value.masked_fill((same & (peaks > held)[..., None]).any(1), -torch.inf)
-            peaks = peaks.masked_fill(peaks <= held, -torch.inf)
-        value, order = torch.cat((value, peaks), 1).sort(dim=1, descending=True, stable=True)
-        value, order = value[:, : self.k], order[:, : self.k]
-        kept = order.clamp(max=self.k - 1)
-        self.value[j], self.doc[j], self.at[j] = (
-            value,
-            known.gather(1, kept),
-            self.at[j].gather(1, kept),
-        )
-        self.tokens[j], self.acts[j] = self.tokens[j[:, None], kept], self.acts[j[:, None], kept]
-        row, slot = ((order >= self.k) & (value > 0)).nonzero(as_tuple=True)
-        which, j = order[row, slot] - self.k, j[row]
-        window = window.expand(len(peaks), -1)[row, which]
-        span = batch.window_start[window, None] + torch.arange(WINDOW, device=x.device)
-        acts = x[batch.window_row[window, None], span, j[:, None]]
-        self.doc[j, slot], self.at[j, slot] = doc[which], acts.argmax(1).to(torch.int16)
-        self.tokens[j, slot], self.acts[j, slot] = batch.window_tokens[window], half(acts)
+        old_peaks = self.peak[neurons]  # (n, k)
+        if self.dedup:
+            old_peaks, peaks = _one_per_document(old_peaks, self.doc[neurons], peaks, docs)
+        both = torch.cat((old_peaks, peaks), 1)
+        ranked, order = both.sort(dim=1, descending=True, stable=True)
+        ranked, order = ranked[:, : self.k], order[:, : self.k]
+        self._reorder(neurons, ranked, order)
+        row, slot = ((order >= self.k) & (ranked > 0)).nonzero(as_tuple=True)
+        candidate = order[row, slot] - self.k  # of each new entry
+        window = windows[row, candidate]
+        self._insert(x, batch, neurons[row], slot, window)
+
+    def _candidates(self, peaks, window_docs):
+        """(peaks (n, m), documents (m,), windows (n, m)) of the windows that may enter a list.
+
+        Without dedup these are all W windows, else the best window of each document.
+        """
+        if self.dedup:
+            docs, group = window_docs.unique(return_inverse=True)
+            best, windows = _best_of_groups(peaks, group, len(docs))
+            return best, docs, windows
+        windows = torch.arange(peaks.shape[1], device=peaks.device)
+        return peaks, window_docs, windows.expand(peaks.shape)
+
+    def _reorder(self, neurons, ranked, order):
+        """Give the lists of `neurons` their new peaks, and move what stays to its new slot."""
+        kept = order.clamp(max=self.k - 1)  # new entries, >= k, are overwritten by _insert
+        rows = neurons[:, None]
+        self.peak[neurons] = ranked
+        for entries in (self.doc, self.position, self.tokens, self.acts):
+            entries[neurons] = entries[rows, kept]
+
+    def _insert(self, x, batch, neurons, slots, windows):
+        """Write the new entries: windows[i] of the batch to slots[i] of neurons[i]."""
+        columns = batch.window_start[windows, None] + torch.arange(WINDOW, device=x.device)
+        acts = x[batch.window_row[windows, None], columns, neurons[:, None]]
+        self.doc[neurons, slots] = batch.window_doc[windows]
+        self.position[neurons, slots] = acts.argmax(1).to(torch.int16)
+        self.tokens[neurons, slots] = batch.window_tokens[windows]
+        self.acts[neurons, slots] = half(acts)
 
     def results(self, part):
-        """{name: array}: top_<part>_tokens (h, k, 65), _acts (h, k, 64), _at, _doc (h, k; -1: no window)."""
-        none = ~(self.value > 0)
-        self.doc[none], self.at[none], self.tokens[none], self.acts[none] = -1, 0, -1, 0
-        return {
-            f"top_{part}_{name}": getattr(self, name).cpu().numpy()
-            for name in ("tokens", "acts", "at", "doc")
+        """{name: array}: top_<part>_tokens (h, k, 65), _acts (h, k, 64), _at and _doc (h, k).
+
+        An empty slot has document -1.
+        """
+        empty = ~(self.peak > 0)
+        self.doc[empty] = -1
+        self.position[empty] = 0
+        self.tokens[empty] = -1
+        self.acts[empty] = 0
+        entries = {
+            "tokens": self.tokens,
+            "acts": self.acts,
+            "at": self.position,
+            "doc": self.doc,
         }
+        return {f"top_{part}_{name}": value.cpu().numpy() for name, value in entries.items()}
 
 
-def _best(peaks, group, n):
-    """Of peaks (h, W), the highest of each of n groups (h, n), and the number of its window (the first)."""
+def _window_peaks(x, batch):
+    """(h, W): the highest activation of each neuron in each window."""
+    count = x.shape[1] // WINDOW
+    windows = x[:, : count * WINDOW].unflatten(1, (count, WINDOW))  # (R, count, 64, h)
+    peaks = windows.amax(2)
+    return peaks[batch.window_row, batch.window_start // WINDOW].T
+
+
+def _best_of_groups(peaks, group, n):
+    """(peaks (h, n), windows (h, n)): the highest of peaks (h, W) in each of n groups.
+
+    group (W,): the group of each window. Of equal peaks the first window counts.
+    """
     h, W = peaks.shape
     group = group.expand(h, W)
     best = peaks.new_full((h, n), -torch.inf).scatter_reduce_(1, group, peaks, "amax")
-    number = torch.arange(W, device=peaks.device).expand(h, W)
-    number = torch.where(peaks == best.gather(1, group), number, W)
-    return best, torch.full_like(best, W, dtype=torch.int64).scatter_reduce_(
-        1, group, number, "amin"
-    )
+    windows = torch.arange(W, device=peaks.device).expand(h, W)
+    windows = torch.where(peaks == best.gather(1, group), windows, W)
+    first = torch.full_like(best, W, dtype=torch.int64)
+    return best, first.scatter_reduce_(1, group, windows, "amin")
+
+
+def _one_per_document(old_peaks, old_docs, peaks, docs):
+    """Both sets of peaks, with -inf for the worse window of each document that has two.
+
+    old_peaks, old_docs (n, k): the lists; peaks (n, m) of new windows from docs (m,), distinct.
+    """
+    same = old_docs[:, None] == docs[:, None]  # (n, m, k)
+    held = torch.where(same, old_peaks[:, None], -torch.inf).amax(-1)  # (n, m)
+    beaten = (same & (peaks > held)[..., None]).any(1)  # (n, k)
+    old_peaks = old_peaks.masked_fill(beaten, -torch.inf)
+    return old_peaks, peaks.masked_fill(peaks <= held, -torch.inf)
 
 
 def half(x):
-    """float16, what lies beyond its range at its end."""
-    return x.clamp(-F16, F16).half()
+    """x as float16; values beyond its range become its largest."""
+    return x.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()

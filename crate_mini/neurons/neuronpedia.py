@@ -1,18 +1,25 @@
 """Neurons in Neuronpedia's public JSON shape, for tools that read it: one feature a line.
 
-Each line is shaped as its API answers for a feature (GET /api/feature/MODEL/SOURCE/INDEX), names as in the
-public schema (models Neuron, Activation, Explanation, ExplanationScore). Filled: modelId, layer (the source,
-"LAYER-codes" or "LAYER-NAME" of an autoencoder), index, sourceSetName, maxActApprox, frac_nonzero,
-freq_hist_data_bar_heights and _values (counts of positive values and middles of their bins: equally many),
-pos_str, pos_values, neg_str, neg_values (a neuron's causal effect, changes of log-probability; theirs are
-products of weights), activations, and the label as an explanation with its scores. The schema's other lists
-are there and empty; fields not named are left to its defaults.
+A line looks like the answer of its API for a feature (GET /api/feature/MODEL/SOURCE/INDEX), with
+the names of the public schema (models Neuron, Activation, Explanation, ExplanationScore). Filled:
+
+    modelId, layer, index, sourceSetName         layer is the source, "0-codes" or "0-AUTOENCODER"
+    maxActApprox, frac_nonzero                   observed maximum, density
+    freq_hist_data_bar_heights, _values          counts of positive values, middles of their bins
+    pos_str, pos_values, neg_str, neg_values     tokens whose log-probability the neuron changes, a
+                                                 causal effect; Neuronpedia multiplies weights
+    activations                                  excerpts
+    explanations                                 the label, with its scores
+
+All other lists of the schema are empty; fields not named here keep its defaults.
 """
 
 import json
 
 from crate_mini.data.tokenizer import visible
-from crate_mini.neurons.page import label_text, read
+from crate_mini.neurons.labels import label_text
+from crate_mini.neurons.page_data import GROUPS
+from crate_mini.neurons.score_files import read
 
 EMPTY = (
     "vector",
@@ -31,75 +38,100 @@ EMPTY = (
     "logits_hist_data_bar_values",
     "decoder_weights_dist",
 )
-SIGNS = (("pos", "raised"), ("neg", "lowered"))
 
 
-def export(folder, token, model):
-    """The lines of a result folder's neurons as bytes; token: id to bytes; model: what to call it there."""
-    return "".join(
-        json.dumps(_feature(n, token, model), allow_nan=False) + "\n" for n in read(folder)[2]
-    ).encode()
+def export(folder, token_bytes, model):
+    """The neurons of a result folder, one JSON object a line, as bytes.
+
+    token_bytes: from an id to its bytes; model: the name to give the model. Raises UserError as
+    score_files.read does.
+    """
+    _, _, neurons = read(folder)
+    features = [_feature(neuron, token_bytes, model) for neuron in neurons]
+    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in features).encode()
 
 
-def _feature(n, token, model):
-    """One neuron."""
+def _feature(neuron, token_bytes, model):
+    """One neuron as a feature."""
 
-    def text(i):
-        return token(i).decode("utf-8", "backslashreplace")
+    def text(id):
+        return token_bytes(id).decode("utf-8", "backslashreplace")
 
-    kind = "codes" if "." not in n["site"] else n["site"].split(".", 1)[1]
-    where = {"modelId": model, "layer": f"{n['layer']}-{kind}", "index": str(n["neuron"])}
-    effect, hist = n.get("effect") or {}, n.get("hist") or []
-    edges = n.get("hist_edges") or [k / max(1, len(hist)) for k in range(len(hist) + 1)]
-    label = n.get("label") or {}
-    words = label_text(label, lambda i: visible(token(i)))
-    scores = [
-        {"explanationScoreTypeName": name, "value": value}
-        for name, value in n["scores"].items()
-        if value is not None
-    ]
+    _, _, autoencoder = neuron["site"].partition(".")
+    kind = autoencoder or "codes"
+    source = {
+        "modelId": model,
+        "layer": f"{neuron['layer']}-{kind}",
+        "index": str(neuron["neuron"]),
+    }
+    effect = neuron.get("effect") or {}
+    counts = neuron.get("hist") or []
+    activations = []
+    for group in GROUPS:
+        for excerpt in neuron.get(group) or []:
+            activations.append(_activation(excerpt, text, source))
     return {
-        **where,
+        **source,
         "sourceSetName": kind,
-        "maxActApprox": n["max"],
-        "frac_nonzero": n["density"],
+        "maxActApprox": neuron["max"],
+        "frac_nonzero": neuron["density"],
         "hasVector": False,
         **{name: [] for name in EMPTY},
-        **{f"{sign}_str": [text(t) for t, _ in effect.get(key, [])] for sign, key in SIGNS},
-        **{f"{sign}_values": [v for _, v in effect.get(key, [])] for sign, key in SIGNS},
-        "freq_hist_data_bar_heights": hist,
-        "freq_hist_data_bar_values": [(a + b) / 2 * n["max"] for a, b in zip(edges, edges[1:])],
-        "activations": [
-            _activation(e, text, where)
-            for group in ("top", "intervals", "random")
-            for e in n.get(group) or []
-        ],
-        "explanations": [
-            {
-                **where,
-                "description": words,
-                "typeName": "crate_mini-label",
-                "explanationModelName": None,
-                "scores": scores,
-            }
-        ]
-        if words
-        else [],
+        "pos_str": [text(id) for id, _ in effect.get("raised", [])],
+        "neg_str": [text(id) for id, _ in effect.get("lowered", [])],
+        "pos_values": [change for _, change in effect.get("raised", [])],
+        "neg_values": [change for _, change in effect.get("lowered", [])],
+        "freq_hist_data_bar_heights": counts,
+        "freq_hist_data_bar_values": _bin_middles(neuron, len(counts)),
+        "activations": activations,
+        "explanations": _explanations(neuron, token_bytes, source),
     }
 
 
-def _activation(e, text, where):
-    """One excerpt; a place before the text's beginning (id -1) is left out."""
-    kept = [(text(t), v, k) for k, (t, v) in enumerate(zip(e["tokens"], e["acts"])) if t >= 0]
-    tokens, values, places = zip(*kept)
-    peak = max(range(len(values)), key=values.__getitem__)
+def _bin_middles(neuron, bins):
+    """The activation in the middle of each of equal bins from 0 to the neuron's maximum."""
+    edges = [i / max(1, bins) for i in range(bins + 1)]
+    return [(left + right) / 2 * neuron["max"] for left, right in zip(edges, edges[1:])]
+
+
+def _explanations(neuron, token_bytes, source):
+    """The label as the only explanation, with all scores; none without a label."""
+
+    def token_text(id):
+        return visible(token_bytes(id))
+
+    description = label_text(neuron.get("label") or {}, token_text)
+    if not description:
+        return []
+    scores = []
+    for name, value in neuron["scores"].items():
+        if value is not None:
+            scores.append({"explanationScoreTypeName": name, "value": value})
+    explanation = {
+        **source,
+        "description": description,
+        "typeName": "crate_mini-label",
+        "explanationModelName": None,
+        "scores": scores,
+    }
+    return [explanation]
+
+
+def _activation(excerpt, text, source):
+    """One excerpt; places before the beginning of the text (id -1) are left out."""
+    places = [place for place, id in enumerate(excerpt["tokens"]) if id >= 0]
+    tokens = [text(excerpt["tokens"][place]) for place in places]
+    values = [excerpt["acts"][place] for place in places]
+    largest = max(values)
+    peak = values.index(largest)
+    chosen = places.index(excerpt["at"]) if excerpt["at"] in places else peak
     return {
-        **where,
+        **source,
         "tokens": tokens,
         "values": values,
-        "maxValue": values[peak],
+        "maxValue": largest,
         "minValue": min(values),
         "maxValueTokenIndex": peak,
-        "dataIndex": str(e["doc"]),
-        "qualifyingTokenIndex": places.index(e["at"]) if e["at"] in places else peak,
+        "dataIndex": str(excerpt["doc"]),
+        "qualifyingTokenIndex": chosen,
     }

@@ -1,42 +1,86 @@
 "use strict";
-// The index, and one neuron at a time, from the JSON in #data. Texts are only ever set as text, not markup.
+// index.html: the table of neurons, and one neuron at a time, from the JSON in #data (page_data.py).
+// Texts of the corpus are only ever set as text, never as markup.
+
 const data = JSON.parse(document.getElementById("data").textContent);
 const { sites, tokens, metrics, neurons } = data;
-const $ = id => document.getElementById(id);
-const metric = name => n => n.scores ? n.scores[metrics.indexOf(name)] : null;
-const name = n => `${sites[n.site]}/${n.id}`;
-const missing = v => v === null || v === undefined;
-const number = v => missing(v) ? "–" : Number.isInteger(v) ? String(v) : String(+v.toPrecision(3));
-const percent = v => missing(v) ? "–" : v === 0 ? "0" : `${+(100 * v).toPrecision(2)} %`;
-const share = (v, of) => Math.max(0, Math.min(1, v / of));
+const pageTitle = document.title;
 
-function el(tag, attributes, ...children) {
-  const e = document.createElement(tag);
-  for (const [key, value] of Object.entries(attributes || {})) {
-    if (key.startsWith("on")) e.addEventListener(key.slice(2), value);
-    else if (key.startsWith("--")) e.style.setProperty(key, value);
-    else if (value !== null && value !== undefined && value !== false) e.setAttribute(key, value);
-  }
-  e.append(...children.filter(c => c !== null && c !== undefined));
-  return e;
+const byId = id => document.getElementById(id);
+const nameOf = neuron => `${sites[neuron.site]}/${neuron.id}`;
+const linkTo = name => "#" + encodeURIComponent(name);
+const missing = value => value === null || value === undefined;
+const clip = share => Math.max(0, Math.min(1, share));
+const sum = list => list.reduce((a, b) => a + b, 0);
+
+function scoreOf(neuron, metric) {
+  return neuron.scores ? neuron.scores[metrics.indexOf(metric)] : null;
 }
-const chip = (id, plain) => el("span", { class: plain ? "chip plain" : "chip" }, tokens[id]);
 
-// ---- the index: table, filter, order, random draws ----
+function number(value) {
+  if (missing(value)) return "–";
+  return Number.isInteger(value) ? String(value) : String(+value.toPrecision(3));
+}
 
-const columns = [  // [title, value to sort by, how to show it]
-  ["neuron", (n, i) => i, null],
-  ["label", n => n.text || "", null],
-  ["density", n => n.density, percent],
-  ["max", n => n.max, number],
-  ...["ngram_r", "token_r", "label_r", "null_r", "init_r", "openai_tar[", "openai_random["].flatMap(known =>
-    metrics.filter(m => m.startsWith(known) && !m.includes("five")).slice(0, 1))
-    .map(m => [m, metric(m), "r"])];
-const phone = /^(neuron|label|density|(ngram|token|label|null|init)_r.*)$/;  // there is room for on a phone
-const view = { site: "", status: "", text: "", sort: 0, down: false, draw: 0, rows: 200 };
-let order = [];  // numbers of the neurons that the table shows, which is also where "next" leads
+function signed(value) {
+  return (value >= 0 ? "+" : "−") + number(Math.abs(value));
+}
 
-// The same draws on every machine: mulberry32, seeded with the page's seed and the number of the draw.
+function percent(share) {
+  if (missing(share)) return "–";
+  return share === 0 ? "0" : `${+(100 * share).toPrecision(2)} %`;
+}
+
+// An element; attributes "onclick" etc. are listeners, "--a" etc. are properties of its style.
+function el(tag, attributes, ...children) {
+  const element = document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key.startsWith("on")) {
+      element.addEventListener(key.slice(2), value);
+    } else if (key.startsWith("--")) {
+      element.style.setProperty(key, value);
+    } else if (!missing(value) && value !== false) {
+      element.setAttribute(key, value);
+    }
+  }
+  element.append(...children.filter(child => !missing(child)));
+  return element;
+}
+
+const small = (...children) => el("small", {}, ...children);
+
+// A token in a box; plain: in grey, for tokens that the neuron does not fire on.
+function chip(token, plain) {
+  return el("span", { class: plain ? "chip plain" : "chip" }, tokens[token]);
+}
+
+function hint(text) {
+  byId("hint").textContent = text;
+}
+
+// ---- the table of neurons -----------------------------------------------------------------------
+
+const scoreColumns = [
+  "ngram_r", "token_r", "label_r", "null_r", "init_r", "openai_tar[", "openai_random[",
+].flatMap(start => {
+  const matching = metrics.filter(m => m.startsWith(start) && !m.includes("five"));
+  return matching.slice(0, 1);
+});
+const columns = [  // key: the value to sort by
+  { title: "neuron", key: (neuron, i) => i },
+  { title: "label", key: neuron => neuron.text || "" },
+  { title: "density", key: neuron => neuron.density, text: percent },
+  { title: "max", key: neuron => neuron.max, text: number },
+  ...scoreColumns.map(metric => ({
+    title: metric, key: neuron => scoreOf(neuron, metric), text: r => r.toFixed(2), meter: true,
+  })),
+];
+const onPhones = /^(neuron|label|density|(ngram|token|label|null|init)_r.*)$/;
+const firstRows = 200, moreRows = 400;
+const view = { site: "", status: "", text: "", sort: 0, down: false, draw: 0, rows: firstRows };
+let order = [];  // the neurons in the table, by their place in `neurons`; "next" follows it
+
+// mulberry32: the same draws on every machine, from the page's seed and the number of the draw.
 function generator(seed) {
   let a = seed >>> 0;
   return () => {
@@ -48,7 +92,8 @@ function generator(seed) {
 }
 
 function sample(list, count, seed) {
-  const random = generator(seed), pool = list.slice(), taken = Math.min(count, pool.length);
+  const random = generator(seed), pool = list.slice();
+  const taken = Math.min(count, pool.length);
   for (let i = 0; i < taken; i++) {
     const j = i + Math.floor(random() * (pool.length - i));
     [pool[i], pool[j]] = [pool[j], pool[i]];
@@ -56,300 +101,468 @@ function sample(list, count, seed) {
   return pool.slice(0, taken).sort((a, b) => a - b);
 }
 
-function arrange() {
-  const words = view.text.toLowerCase();
-  order = neurons.map((_, i) => i).filter(i => {
-    const n = neurons[i];
-    return (!view.site || sites[n.site] === view.site) && (!view.status || n.status === view.status)
-      && (!words || `${name(n)} ${n.text || ""} ${words_of(n)}`.toLowerCase().includes(words));
-  });
-  const among = order.length;
-  if (view.draw) order = sample(order, 20, data.seed * 1000003 + view.draw);
-  const value = columns[view.sort][1], sign = view.down ? -1 : 1;
-  if (view.sort || view.down) order.sort((i, j) => {  // what has no value stays at the end
-    const a = value(neurons[i], i), b = value(neurons[j], j);
-    return missing(a) - missing(b) || (a < b ? -sign : a > b ? sign : i - j);
-  });
-  $("count").textContent = view.draw
-    ? `${order.length} of ${among} neurons, drawn at random: seed ${data.seed}, draw ${view.draw}`
-    : `${order.length} of ${neurons.length} neurons`;
-  list();
+function labelTokens(neuron) {
+  return neuron.label && neuron.label.tokens ? neuron.label.tokens : [];
 }
 
-function words_of(n) {
-  return n.label && n.label.tokens ? n.label.tokens.map(t => tokens[t[0]]).join(" ") : "";
+function matches(neuron) {
+  if (view.site && sites[neuron.site] !== view.site) return false;
+  if (view.status && neuron.status !== view.status) return false;
+  const words = labelTokens(neuron).map(row => tokens[row[0]]).join(" ");
+  const text = `${nameOf(neuron)} ${neuron.text || ""} ${words}`;
+  return text.toLowerCase().includes(view.text.toLowerCase());
+}
+
+// Sorts neurons by a column; those without a value come last either way.
+function compare(i, j) {
+  const key = columns[view.sort].key, sign = view.down ? -1 : 1;
+  const a = key(neurons[i], i), b = key(neurons[j], j);
+  if (missing(a) !== missing(b)) return missing(a) - missing(b);
+  if (a < b) return -sign;
+  return a > b ? sign : i - j;
+}
+
+function arrange() {
+  order = neurons.map((_, i) => i).filter(i => matches(neurons[i]));
+  const matching = order.length;
+  if (view.draw) order = sample(order, 20, data.seed * 1000003 + view.draw);
+  if (view.sort || view.down) order.sort(compare);
+  byId("count").textContent = view.draw
+    ? `${order.length} of ${matching} neurons, drawn at random: seed ${data.seed}, `
+      + `draw ${view.draw}`
+    : `${order.length} of ${neurons.length} neurons`;
+  showList();
+}
+
+// The first tokens of a label as chips, and its class.
+function labelChips(neuron, count) {
+  const shown = labelTokens(neuron).slice(0, count);
+  if (!shown.length) return neuron.text ? [neuron.text] : [];
+  const kind = el("span", { class: "class" }, neuron.label.class || "");
+  return [...shown.map(row => chip(row[0])), kind];
 }
 
 function row(i) {
-  const n = neurons[i], cells = [
-    el("td", {}, el("a", { href: "#" + encodeURIComponent(name(n)) }, name(n)),
-      n.status === "live" ? null : el("span", { class: "status" }, " " + n.status)),
-    el("td", { class: "wider" }, ...label(n, 4))];
-  for (const [title, value, show] of columns.slice(2)) {
-    const v = value(n, i);
-    cells.push(el("td", { class: phone.test(title) ? "number" : "number more", "data-name": title },
-      missing(v) ? "–" : show === "r" ? v.toFixed(2) : show(v),
-      show === "r" && !missing(v) ? el("span", { class: "meter", "--v": share(v, 1) }) : null));
+  const neuron = neurons[i], name = nameOf(neuron);
+  const status = neuron.status === "live" ? null : " " + neuron.status;
+  const cells = [
+    el("td", {}, el("a", { href: linkTo(name) }, name),
+      status && el("span", { class: "status" }, status)),
+    el("td", { class: "wider" }, ...labelChips(neuron, 4)),
+  ];
+  for (const { title, key, text, meter } of columns.slice(2)) {
+    const value = key(neuron, i);
+    const style = onPhones.test(title) ? "number" : "number more";
+    cells.push(el("td", { class: style, "data-name": title },
+      missing(value) ? "–" : text(value),
+      meter && !missing(value) ? el("span", { class: "meter", "--v": clip(value) }) : null));
   }
   return el("tr", {}, ...cells);
 }
 
-function label(n, count) {
-  if (!n.label || !n.label.tokens || !n.label.tokens.length) return n.text ? [n.text] : [];
-  return [...n.label.tokens.slice(0, count).map(t => chip(t[0])),
-    el("span", { class: "class" }, n.label.class || "")];
+function sortBy(column) {
+  if (view.sort === column) {
+    view.down = !view.down;
+  } else {
+    view.sort = column;
+    view.down = column > 1;  // numbers start with the largest
+  }
+  arrange();
 }
 
-function list() {
-  const direction = c => view.sort !== c || !(c || view.down) ? null : view.down ? "descending" : "ascending";
-  const turn = c => {  // figures start with the largest
-    [view.sort, view.down] = [c, view.sort === c ? !view.down : c > 1];
+function headCell({ title }, column) {
+  let direction = null;
+  if (view.sort === column && (column || view.down)) {
+    direction = view.down ? "descending" : "ascending";
+  }
+  const style = onPhones.test(title) ? null : "more";
+  return el("th", { scope: "col", class: style, "aria-sort": direction },
+    el("button", { onclick: () => sortBy(column) }, title));
+}
+
+function showList() {
+  const head = el("thead", {}, el("tr", {}, ...columns.map(headCell)));
+  const body = el("tbody", {}, ...order.slice(0, view.rows).map(row));
+  byId("list").replaceChildren(el("div", { class: "wide" }, el("table", {}, head, body)));
+  const rest = order.length - view.rows;
+  if (rest > 0) {
+    const showMore = () => {
+      view.rows += moreRows;
+      showList();
+    };
+    byId("list").append(el("button", { onclick: showMore }, `show more (${rest})`));
+  }
+}
+
+function choice(key, all, values) {
+  const change = event => {
+    view[key] = event.target.value;
+    view.draw = 0;
+    arrange();
+    if (key === "site") showCharts(view.site);
+  };
+  const options = [el("option", { value: "" }, all)];
+  options.push(...values.map(value => el("option", { value }, value)));
+  return el("select", { "aria-label": key, onchange: change }, ...options);
+}
+
+function showTools() {
+  const filter = event => {
+    Object.assign(view, { text: event.target.value, draw: 0, rows: firstRows });
     arrange();
   };
-  const head = el("tr", {}, ...columns.map(([title], c) => el("th", {
-    scope: "col", class: phone.test(title) ? null : "more", "aria-sort": direction(c) },
-    el("button", { onclick: () => turn(c) }, title))));
-  const rest = order.length - view.rows;
-  $("list").replaceChildren(
-    el("div", { class: "wide" }, el("table", {}, el("thead", {}, head),
-      el("tbody", {}, ...order.slice(0, view.rows).map(row)))),
-    rest > 0 ? el("button", { onclick: () => { view.rows += 400; list(); } }, `show more (${rest})`) : "");
-}
-
-function tools() {
-  const choice = (key, all, values) => el("select", { "aria-label": key, onchange: e => {
-    view[key] = e.target.value; view.draw = 0; arrange();
-    if (key === "site") show_charts(view.site);
-  } }, el("option", { value: "" }, all), ...values.map(v => el("option", { value: v }, v)));
-  $("tools").append(
-    el("input", { type: "search", placeholder: "filter by id or token", "aria-label": "filter", id: "filter",
-      oninput: e => { view.text = e.target.value; view.draw = 0; view.rows = 200; arrange(); } }),
-    sites.length > 1 ? choice("site", "all layers", sites) : null || "",
-    choice("status", "live and dead", [...new Set(neurons.map(n => n.status))].sort()),
-    el("button", { onclick: () => {
-      Object.assign(view, { draw: view.draw + 1, sort: 0, down: false });
-      arrange();
-    } }, "20 at random"),
-    el("button", { onclick: () => {
-      Object.assign(view, { text: "", draw: 0, sort: 0, down: false, rows: 200 });
-      $("filter").value = "";
-      arrange();
-    } }, "all, by id"),
+  const draw = () => {
+    Object.assign(view, { draw: view.draw + 1, sort: 0, down: false });
+    arrange();
+  };
+  const reset = () => {
+    Object.assign(view, { text: "", draw: 0, sort: 0, down: false, rows: firstRows });
+    byId("filter").value = "";
+    arrange();
+  };
+  const statuses = [...new Set(neurons.map(neuron => neuron.status))].sort();
+  byId("tools").append(
+    el("input", { type: "search", id: "filter", placeholder: "filter by id or token",
+      "aria-label": "filter", oninput: filter }),
+    sites.length > 1 ? choice("site", "all layers", sites) : "",
+    choice("status", "live and dead", statuses),
+    el("button", { onclick: draw }, "20 at random"),
+    el("button", { onclick: reset }, "all, by id"),
     el("p", { id: "count", role: "status" }));
 }
 
-function show_charts(site) {
+// ---- the charts ---------------------------------------------------------------------------------
+
+// Shows the charts of one site, or of all layers if there are none for it.
+function showCharts(site) {
   const blocks = [...document.querySelectorAll(".charts[data-site]")];
-  const wanted = blocks.some(b => b.dataset.site === site) ? site : "";
-  blocks.forEach(b => { b.hidden = b.dataset.site !== wanted; });
-  $("tabs").replaceChildren(...blocks.length < 2 ? [] : blocks.map(b => el("button", {
-    "aria-pressed": String(b.dataset.site === wanted), onclick: () => show_charts(b.dataset.site) },
-    b.dataset.site || "all layers")));
+  const shown = blocks.some(block => block.dataset.site === site) ? site : "";
+  for (const block of blocks) block.hidden = block.dataset.site !== shown;
+  if (blocks.length < 2) return;
+  byId("tabs").replaceChildren(...blocks.map(block => {
+    const name = block.dataset.site, pressed = String(name === shown);
+    const show = () => showCharts(name);
+    return el("button", { "aria-pressed": pressed, onclick: show }, name || "all layers");
+  }));
 }
 
-// The dot nearest to the pointer, among those drawn as "Mx yh0" in one path.
+// The neuron whose dot is nearest to the pointer, or null. All dots are one path, "Mx yh0" each.
 function nearest(svg, event) {
-  const path = svg.querySelector("path.dots"), at = svg.dataset.neurons.split(",");
-  const point = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
+  const places = svg.dataset.neurons.split(",");
+  const toChart = svg.getScreenCTM().inverse();
+  const pointer = new DOMPoint(event.clientX, event.clientY).matrixTransform(toChart);
+  const dots = svg.querySelector("path.dots").getAttribute("d").match(/[\d.]+ [\d.]+/g) || [];
   let best = null, distance = 12 * 12;
-  (path.getAttribute("d").match(/[\d.]+ [\d.]+/g) || []).forEach((pair, k) => {
-    const [x, y] = pair.split(" ").map(Number), d = (x - point.x) ** 2 + (y - point.y) ** 2;
-    if (d < distance && at[k] !== "") [best, distance] = [Number(at[k]), d];
+  dots.forEach((dot, k) => {
+    const [x, y] = dot.split(" ").map(Number);
+    const d = (x - pointer.x) ** 2 + (y - pointer.y) ** 2;
+    if (d < distance && places[k] !== "") {
+      best = Number(places[k]);
+      distance = d;
+    }
   });
   return best;
 }
 
-for (const svg of document.querySelectorAll("svg[data-neurons]")) {
-  svg.addEventListener("pointermove", e => {
-    const n = neurons[nearest(svg, e)];
-    const score = n && number(metric(data.headline)(n));
-    hint(n ? `${name(n)}   density ${percent(n.density)}   ${data.headline} ${score}` : "");
+function listenToChart(svg) {
+  svg.addEventListener("pointermove", event => {
+    const i = nearest(svg, event);
+    if (i === null) return hint("");
+    const score = `${data.headline} ${number(scoreOf(neurons[i], data.headline))}`;
+    hint(`${nameOf(neurons[i])}   density ${percent(neurons[i].density)}   ${score}`);
   });
   svg.addEventListener("pointerleave", () => hint(""));
-  svg.addEventListener("click", e => {
-    const i = nearest(svg, e);
-    if (i !== null) location.hash = encodeURIComponent(name(neurons[i]));
+  svg.addEventListener("click", event => {
+    const i = nearest(svg, event);
+    if (i !== null) location.hash = linkTo(nameOf(neurons[i]));
   });
 }
 
-// ---- one neuron ----
+// ---- excerpts of one neuron ---------------------------------------------------------------------
 
-function hint(text) { $("hint").textContent = text; }
+const groups = [  // [group, title, note]
+  ["top", "highest values", "of both parts"],
+  ["intervals", "across the range", "windows whose peak lies in each fifth of it"],
+  ["random", "uniformly random", "windows drawn from all"],
+];
 
-function excerpt(n, [at, doc, scored, ids, acts, sim]) {
-  const scale = 10 ** n.digits, value = list => list.map(v => v / scale);
-  const real = value(acts), simulated = sim ? value(sim) : null, top = n.max || 1;
+function excerpt(neuron, [peak, doc, scored, ids, acts, simulated]) {
+  const scale = 10 ** neuron.digits, top = neuron.max || 1;
   const spans = ids.map((id, k) => {
-    const a = share(real[k], top), s = simulated ? share(simulated[k], top) : 0;
-    const text = `“${tokens[id]}”   ${real[k]}  (${percent(a)} of max)`
-      + (simulated ? `   simulated ${simulated[k]}` : "");
-    return el("span", {
-      class: `t${k === at ? " peak" : ""}${a > .62 ? " hot" : ""}`, "data-hint": text,
-      "--a": a > 0 ? (.08 + .92 * a).toFixed(3) : 0, "--s": s.toFixed(3) }, tokens[id]);
+    const value = acts[k] / scale, share = clip(value / top);
+    let text = `“${tokens[id]}”   ${value}  (${percent(share)} of max)`;
+    let simulatedShare = 0;
+    if (simulated) {
+      simulatedShare = clip(simulated[k] / scale / top);
+      text += `   simulated ${simulated[k] / scale}`;
+    }
+    const style = `t${k === peak ? " peak" : ""}${share > .62 ? " hot" : ""}`;
+    return el("span", { class: style, "data-hint": text,
+      "--a": share > 0 ? (.08 + .92 * share).toFixed(3) : 0,
+      "--s": simulatedShare.toFixed(3) }, tokens[id]);
   });
-  return el("div", { class: "excerpt" },
-    el("div", { class: "side" }, el("b", {}, number(real[at])),
-      el("span", { class: scored ? "part scored" : "part" }, scored ? "score" : "fit"), ` doc ${doc}`),
-    el("p", {}, ...spans));
+  const part = scored
+    ? el("span", { class: "part scored" }, "score")
+    : el("span", { class: "part" }, "fit");
+  const side = el("div", { class: "side" },
+    el("b", {}, number(acts[peak] / scale)), part, ` doc ${doc}`);
+  return el("div", { class: "excerpt" }, side, el("p", {}, ...spans));
 }
 
-function excerpts(n) {
-  const blocks = [["top", "highest values", "of both parts"],
-    ["intervals", "across the range", "windows whose peak lies in each fifth of it"],
-    ["random", "uniformly random", "windows as the draw fell"]];
-  const found = blocks.filter(([key]) => n[key]);
-  const nothing = n.status === "dead" ? "Dead: never positive on the recorded tokens; nothing to show."
-    : found.length ? "" : "No excerpts were kept for this neuron.";
-  if (nothing) return el("div", { class: "excerpts" }, el("p", { class: "notice" }, nothing));
-  return el("div", { class: "excerpts" },
-    el("p", { class: "legend" },
-      el("span", {}, "value", el("i", { class: "ramp" }), number(n.max)),
-      el("span", {}, "simulated", el("i", { class: "ramp sim" }), "same scale"),
-      el("span", {}, el("span", { class: "part" }, "fit"), " seen by the tables, so not simulated"),
-      el("span", {}, el("span", { class: "part scored" }, "score"), " held out")),
-    ...found.flatMap(([key, title, note]) => [
-      el("h3", {}, title, el("small", {}, note)),
-      ...key === "intervals" ? fifths(n) : n[key].map(e => excerpt(n, e))]));
+function legend(neuron) {
+  return el("p", { class: "legend" },
+    el("span", {}, "value", el("i", { class: "ramp" }), number(neuron.max)),
+    el("span", {}, "simulated", el("i", { class: "ramp sim" }), "same scale"),
+    el("span", {}, el("span", { class: "part" }, "fit"),
+      " seen by the tables, so not simulated"),
+    el("span", {}, el("span", { class: "part scored" }, "score"), " held out"));
 }
 
-// Of all that the neuron fires, how much lies in each fifth of its range; from the histogram's bins.
-function fifths(n) {
-  const mass = n.hist.map((c, bin) => c * (bin + .5)), all = mass.reduce((a, b) => a + b, 0);
-  const fifth = e => Math.min(4, Math.floor(5 * e[4][e[0]] / 10 ** n.digits / n.max));
+function excerpts(neuron) {
+  const shown = groups.filter(([group]) => neuron[group]);
+  if (neuron.status === "dead" || !shown.length) {
+    const notice = neuron.status === "dead"
+      ? "Dead: never positive on the recorded tokens, so there is nothing to show."
+      : "No excerpts were kept for this neuron.";
+    return el("div", { class: "excerpts" }, el("p", { class: "notice" }, notice));
+  }
+  const parts = shown.flatMap(([group, title, note]) => {
+    const rows = group === "intervals" ? fifths(neuron)
+      : neuron[group].map(shownExcerpt => excerpt(neuron, shownExcerpt));
+    return [el("h3", {}, title, small(note)), ...rows];
+  });
+  return el("div", { class: "excerpts" }, legend(neuron), ...parts);
+}
+
+// Excerpts by the fifth of the range that holds their peak, each with its share of the neuron's
+// total activation, estimated from the bins of the histogram.
+function fifths(neuron) {
+  const mass = neuron.hist.map((count, bin) => count * (bin + .5));
+  const peakOf = ([peak, , , , acts]) => acts[peak] / 10 ** neuron.digits;
+  const fifthOf = shown => Math.min(4, Math.floor(5 * peakOf(shown) / neuron.max));
   return [4, 3, 2, 1, 0].flatMap(k => {
-    const some = n.intervals.filter(e => fifth(e) === k);
-    const part = mass.slice(k * mass.length / 5, (k + 1) * mass.length / 5).reduce((a, b) => a + b, 0);
-    return some.length ? [el("p", { class: "fifth" }, `${20 * k} to ${20 * k + 20} % of the largest value: `
-      + `${percent(part / all)} of all that it fires`), ...some.map(e => excerpt(n, e))] : [];
+    const chosen = neuron.intervals.filter(shown => fifthOf(shown) === k);
+    if (!chosen.length) return [];
+    const part = sum(mass.slice(k * mass.length / 5, (k + 1) * mass.length / 5));
+    const title = `${20 * k} to ${20 * k + 20} % of the largest value: `
+      + `${percent(part / sum(mass))} of the total activation`;
+    return [el("p", { class: "fifth" }, title), ...chosen.map(shown => excerpt(neuron, shown))];
   });
 }
 
-const fires = n => n.hist && n.hist.some(c => c > 0);
-const signed = v => (v >= 0 ? "+" : "−") + number(Math.abs(v));
+// ---- facts about one neuron ---------------------------------------------------------------------
 
-function histogram(n) {
-  if (!fires(n)) return null;
-  const highest = Math.max(...n.hist), top = Math.log1p(highest);
-  const bars = n.hist.map(c => el("i", { "--v": Math.log1p(c) / top }));
-  return el("div", {}, el("h3", {}, "Positive values"),
-    el("div", { class: "histogram", role: "img",
-      "aria-label": `counts of positive values up to the largest, ${number(n.max)}` }, ...bars),
-    el("p", { class: "ends" }, el("span", {}, "0"),
-      el("span", {}, `log count, highest bar ${number(highest)}`), el("span", {}, number(n.max))));
-}
+const fires = neuron => neuron.hist && neuron.hist.some(count => count > 0);
+const numberCells = (...contents) => contents.map(c => el("td", { class: "number" }, c));
+const factRow = (name, ...values) => el("tr", {}, el("td", {}, name), ...numberCells(...values));
 
-// A quantile of the positive values, as far as the histogram's bins tell.
-function quantile(n, share) {
-  let left = share * n.hist.reduce((a, b) => a + b, 0);
-  const bin = n.hist.findIndex(c => (left -= c) <= 0);
-  return n.max * (bin + 1 + left / n.hist[bin]) / n.hist.length;
+function titled(title, ...children) {
+  return el("div", {}, el("h3", {}, title), ...children);
 }
 
 function table(title, rows) {
-  return rows.length ? el("div", {}, el("h3", {}, title), el("table", {}, el("tbody", {}, ...rows))) : null;
+  if (!rows.length) return null;
+  return titled(title, el("table", {}, el("tbody", {}, ...rows)));
 }
-const cells = (...contents) => contents.map(c => el("td", { class: "number" }, c));
-const pair = (left, ...right) => el("tr", {}, el("td", {}, left), ...cells(...right));
-const chips = (title, ids) => ids && ids.length
-  ? el("div", {}, el("h3", {}, title), ...ids.map(t => chip(t, true))) : null;
 
-// A row for each score that there is, with what is to be said of it, and for each that is missing.
-function scores(n) {
-  return metrics.map((m, k) => {
-    const score = n.scores && n.scores[k], why = n.why && n.why[m], bounds = n.ci95 && n.ci95[m];
-    if (missing(score)) return why && el("tr", {}, el("td", { colspan: 3 }, `${m}: `, el("small", {}, why)));
-    const interval = bounds ? bounds.map(v => v.toFixed(2)).join(" to ") : "";
-    const title = el("span", {}, `${m} `, el("small", {}, why || ""));
-    return pair(title, el("small", {}, interval), score.toFixed(3));
-  }).filter(Boolean);
+// A quantile of the positive values, interpolated within a bin of the histogram.
+function quantile(neuron, share) {
+  let left = share * sum(neuron.hist);
+  const bin = neuron.hist.findIndex(count => (left -= count) <= 0);
+  return neuron.max * (bin + 1 + left / neuron.hist[bin]) / neuron.hist.length;
+}
+
+function numbers(neuron) {
+  const rows = [
+    factRow("status", neuron.status),
+    factRow("density", percent(neuron.density)),
+    factRow("max", number(neuron.max)),
+    factRow("mean", number(neuron.mean)),
+  ];
+  if (fires(neuron)) {
+    const quartiles = [.25, .5, .75].map(share => number(quantile(neuron, share)));
+    rows.push(factRow("quartiles when it fires", quartiles.join(", ")));
+  }
+  return table("In numbers", rows);
+}
+
+function histogram(neuron) {
+  if (!fires(neuron)) return null;
+  const highest = Math.max(...neuron.hist);
+  const bars = neuron.hist.map(
+    count => el("i", { "--v": Math.log1p(count) / Math.log1p(highest) }));
+  const about = `counts of positive values up to the largest, ${number(neuron.max)}`;
+  return titled("Positive values",
+    el("div", { class: "histogram", role: "img", "aria-label": about }, ...bars),
+    el("p", { class: "ends" }, el("span", {}, "0"),
+      el("span", {}, `log count, highest bar ${number(highest)}`),
+      el("span", {}, number(neuron.max))));
+}
+
+// A row for each score, with its note, and for each missing score that has a reason.
+function scores(neuron) {
+  const rows = [];
+  metrics.forEach((metric, k) => {
+    const score = neuron.scores && neuron.scores[k];
+    const reason = neuron.why && neuron.why[metric];
+    const bounds = neuron.ci95 && neuron.ci95[metric];
+    if (!missing(score)) {
+      const interval = bounds ? bounds.map(v => v.toFixed(2)).join(" to ") : "";
+      const title = el("span", {}, `${metric} `, small(reason || ""));
+      rows.push(factRow(title, small(interval), score.toFixed(3)));
+    } else if (reason) {
+      rows.push(el("tr", {}, el("td", { colspan: 3 }, `${metric}: `, small(reason))));
+    }
+  });
+  return table("Scores", rows);
+}
+
+function label(neuron) {
+  const rows = labelTokens(neuron).map(([token, mean, count, share]) =>
+    factRow(chip(token), number(mean), number(count), percent(share)));
+  if (!rows.length) return null;
+  const head = ["mean", "count", "share"].map(word => small(word));
+  rows.unshift(el("tr", {}, el("td", {}), ...numberCells(...head)));
+  return table("Label: tokens it fires on", rows);
+}
+
+function tokensBefore(neuron) {
+  const before = neuron.label && neuron.label.left;
+  if (!before || !before.length) return null;
+  return titled("Tokens before", ...before.map(token => chip(token, true)));
 }
 
 function effects(effect) {
-  const rows = (list, sign) => (list || []).map(t => pair(chip(t[0], true), sign + number(Math.abs(t[1]))));
-  return el("div", {}, el("h3", {}, "Effect on the next token"),
-    el("p", { class: "note" }, `Raised to ${number(effect.clamp)}, its largest value, at the last token of `
-      + `${effect.positions} held-out texts: KL ${number(effect.kl)} nats, loss ${signed(effect.loss)} nats. `
+  if (!effect) return null;
+  const cost = level => `KL ${number(level.kl)} nats, loss ${signed(level.loss)} nats`;
+  const changes = (rows, sign) => (rows || []).map(
+    ([token, change]) => factRow(chip(token, true), sign + number(Math.abs(change))));
+  const parts = [
+    el("p", { class: "note" }, `Raised to ${number(effect.clamp)}, its largest value, at the last `
+      + `token of ${effect.positions} held-out texts: ${cost(effect)}. `
       + "Changes of log-probability:"),
-    table("raised", rows(effect.raised, "+")), table("lowered", rows(effect.lowered, "−")),
-    effect.far.kl === undefined ? null : el("div", {},
-      el("p", { class: "note" }, `Raised to ${number(effect.far.clamp)} instead: KL ${number(effect.far.kl)} `
-        + `nats, loss ${signed(effect.far.loss)} nats; raised and lowered most:`),
-      ...["raised", "lowered"].map(k =>
-        el("p", {}, ...effect.far[k].slice(0, 5).map(t => chip(t[0], k !== "raised"))))));
+    table("raised", changes(effect.raised, "+")),
+    table("lowered", changes(effect.lowered, "−")),
+  ];
+  const far = effect.far;
+  if (!missing(far.kl)) {
+    const strongest = (rows, plain) => el("p", {}, ...rows.slice(0, 5).map(
+      ([token]) => chip(token, plain)));
+    parts.push(el("div", {},
+      el("p", { class: "note" }, `Raised to ${number(far.clamp)} instead: ${cost(far)}; raised `
+        + "and lowered most:"),
+      strongest(far.raised, false), strongest(far.lowered, true)));
+  }
+  return titled("Effect on the next token", ...parts);
 }
 
-// Neurons that write alike, and that fire alike: links where they are on this page.
+// Similar neurons with a number each; links to those that are on this page.
 function relatives(title, list, site) {
-  return table(title, (list || []).map(([id, value]) => {
-    const other = neurons.find(n => n.site === site && n.id === id), text = `${sites[site]}/${id}`;
-    return pair(el("span", {}, other ? el("a", { href: "#" + encodeURIComponent(text) }, text) : text, " ",
-      ...other ? label(other, 1) : []), value.toFixed(2));
-  }));
+  const rows = (list || []).map(([id, value]) => {
+    const other = neurons.find(neuron => neuron.site === site && neuron.id === id);
+    const name = `${sites[site]}/${id}`;
+    const shown = other
+      ? [el("a", { href: linkTo(name) }, name), " ", ...labelChips(other, 1)]
+      : [name];
+    return factRow(el("span", {}, ...shown), value.toFixed(2));
+  });
+  return table(title, rows);
 }
 
-function side(n) {
-  const tag = n.label || {};
+function facts(neuron) {
   return el("aside", {},
-    table("In numbers", [pair("status", n.status), pair("density", percent(n.density)),
-      pair("max", number(n.max)), pair("mean", number(n.mean)),
-      fires(n) ? pair("quartiles, when it fires",
-        [.25, .5, .75].map(q => number(quantile(n, q))).join(", ")) : ""]),
-    histogram(n),
-    table("Scores", scores(n)),
-    tag.tokens && tag.tokens.length ? table("Label: tokens it fires on", [
-      el("tr", {}, el("td", {}), ...cells(...["mean", "count", "share"].map(h => el("small", {}, h)))),
-      ...tag.tokens.map(t => pair(chip(t[0]), number(t[1]), number(t[2]), percent(t[3])))]) : null,
-    chips("Tokens before", tag.left), n.effect ? effects(n.effect) : null,
-    relatives("Atoms nearest to its own, by cosine", n.atoms, n.site),
-    relatives("Neurons that fire with it, by r", n.together, n.site));
+    numbers(neuron),
+    histogram(neuron),
+    scores(neuron),
+    label(neuron),
+    tokensBefore(neuron),
+    effects(neuron.effect),
+    relatives("Nearest atoms, by cosine", neuron.atoms, neuron.site),
+    relatives("Neurons that fire with it, by r", neuron.together, neuron.site));
 }
 
-function open_neuron(i) {
-  const n = neurons[i], k = order.indexOf(i);
-  const there = by => k >= 0 && order[k + by] !== undefined;
-  const go = by => { if (there(by)) location.hash = encodeURIComponent(name(neurons[order[k + by]])); };
-  const step = (by, text, key) => el("button", { onclick: () => go(by), disabled: !there(by) && "",
-    "aria-keyshortcuts": key }, text);
+// ---- from page to page --------------------------------------------------------------------------
+
+let current = -1;  // the neuron shown, by its place in `neurons`; -1: the table
+
+// The neuron that many rows further down the table, or undefined.
+function neighbour(step) {
+  const place = order.indexOf(current);
+  return place < 0 ? undefined : order[place + step];
+}
+
+function go(step) {
+  const i = neighbour(step);
+  if (i !== undefined) location.hash = linkTo(nameOf(neurons[i]));
+}
+
+function stepButton(step, text, key) {
+  const disabled = neighbour(step) === undefined ? "" : null;
+  const press = () => go(step);
+  return el("button", { onclick: press, disabled, "aria-keyshortcuts": key }, text);
+}
+
+function showNeuron() {
+  const neuron = neurons[current], name = nameOf(neuron);
+  const toTable = () => { location.hash = ""; };
   const keys = [["j", " next "], ["k", " previous "], ["Esc", " back"]];
-  $("neuron").replaceChildren(
-    el("nav", {}, el("button", { onclick: () => { location.hash = ""; }, id: "back" }, "← all neurons"),
-      el("small", {}, "keys: ", ...keys.flatMap(([key, what]) => [el("kbd", {}, key), what])),
-      el("span", { class: "spring" }), step(-1, "previous", "k"), step(1, "next", "j")),
-    el("header", {}, el("p", { class: "eyebrow" }, `layer ${sites[n.site]}`), el("h1", {}, name(n)),
-      el("p", { class: "lead" }, n.text || "no label")),
-    el("div", { class: "columns" }, excerpts(n), side(n)));
-  open_neuron.go = go;
+  byId("neuron").replaceChildren(
+    el("nav", {},
+      el("button", { onclick: toTable, id: "back" }, "← all neurons"),
+      small("keys: ", ...keys.flatMap(([key, text]) => [el("kbd", {}, key), text])),
+      el("span", { class: "spring" }),
+      stepButton(-1, "previous", "k"),
+      stepButton(1, "next", "j")),
+    el("header", {},
+      el("p", { class: "eyebrow" }, `layer ${sites[neuron.site]}`),
+      el("h1", {}, name),
+      el("p", { class: "lead" }, neuron.text || "no label")),
+    el("div", { class: "columns" }, excerpts(neuron), facts(neuron)));
 }
 
-let scrolled = 0;
+let scrolled = 0;  // where the table was left
+
 function route() {
-  let wanted = "";
-  try { wanted = decodeURIComponent(location.hash.slice(1)); } catch { /* not a name of ours */ }
-  const i = wanted ? neurons.findIndex(n => name(n) === wanted) : -1;
-  if ($("neuron").hidden) scrolled = window.scrollY;
+  let name = "";
+  try {
+    name = decodeURIComponent(location.hash.slice(1));
+  } catch { /* not a name of ours */ }
+  if (current < 0) scrolled = window.scrollY;
+  current = name ? neurons.findIndex(neuron => nameOf(neuron) === name) : -1;
+  const showsNeuron = current >= 0;
   hint("");
-  $("index").hidden = i >= 0;
-  $("neuron").hidden = i < 0;
-  document.title = i >= 0 ? `${name(neurons[i])} · neurons` : title;
-  if (i >= 0) open_neuron(i);
-  window.scrollTo(0, i >= 0 ? 0 : scrolled);
+  byId("index").hidden = showsNeuron;
+  byId("neuron").hidden = !showsNeuron;
+  document.title = showsNeuron ? `${name} · neurons` : pageTitle;
+  if (showsNeuron) showNeuron();
+  window.scrollTo(0, showsNeuron ? 0 : scrolled);
 }
-const title = document.title;
 
-document.addEventListener("keydown", e => {
-  if (e.ctrlKey || e.metaKey || e.altKey) return;
-  if (/^(INPUT|SELECT|TEXTAREA)$/.test(e.target.tagName)) { if (e.key === "Escape") e.target.blur(); return; }
-  if (e.key === "/" && $("neuron").hidden) { e.preventDefault(); $("filter").focus(); }
-  if ($("neuron").hidden) return;
-  if (e.key === "Escape") location.hash = "";
-  if (e.key === "j" || e.key === "ArrowRight") open_neuron.go(1);
-  if (e.key === "k" || e.key === "ArrowLeft") open_neuron.go(-1);
-});
-for (const kind of ["pointerover", "click"]) {
-  $("neuron").addEventListener(kind, e => hint(e.target.dataset && e.target.dataset.hint || ""));
+function onKey(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (/^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) {
+    if (event.key === "Escape") event.target.blur();
+  } else if (current < 0) {
+    if (event.key === "/") {
+      event.preventDefault();
+      byId("filter").focus();
+    }
+  } else if (event.key === "Escape") {
+    location.hash = "";
+  } else if (event.key === "j" || event.key === "ArrowRight") {
+    go(1);
+  } else if (event.key === "k" || event.key === "ArrowLeft") {
+    go(-1);
+  }
 }
+
+document.querySelectorAll("svg[data-neurons]").forEach(listenToChart);
+for (const kind of ["pointerover", "click"]) {
+  byId("neuron").addEventListener(kind, event => hint(event.target.dataset.hint || ""));
+}
+document.addEventListener("keydown", onKey);
 window.addEventListener("hashchange", route);
-tools();
-show_charts("");
+showTools();
+showCharts("");
 arrange();
 route();

@@ -1,51 +1,55 @@
-"""`interpret.py neurons`: six stages, each from files to files, so that any can be run again alone.
+"""The six stages of `interpret.py neurons`, in order; each can run again alone.
 
-    record    text, model                 -> record*               activations.py
-    select    record                      -> select-SITE.npz       excerpts of every protocol
-    explain   record, model               -> explain-SITE.jsonl    labels, effects on the next token, tries
-    simulate  record, select, explain     -> simulate-SITE.npz     what each simulator expects, where
-    score     all of them                 -> scores.jsonl, excerpts.jsonl, summary.json
-    report    scores, excerpts, summary   -> index.html, human.html, scores.png, density.png
+    record    text, model                   -> record*             (record.py, documents.py,
+                                               accumulate.py, record_files.py)
+    select    record                        -> select-SITE.npz     (excerpts.py)
+    explain   record, model                 -> explain-SITE.jsonl  (labels.py, effects.py, trie.py)
+    simulate  record, select, explain       -> simulate-SITE.npz   (simulators.py)
+    score     all of these                  -> scores.jsonl, excerpts.jsonl, summary.json
+                                               (score.py, protocols.py, summary.py)
+    report    scores, excerpts, summary     -> index.html, human.html, scores.png, density.png
+                                               (report.py, page.py, survey.py, figures.py)
 
-SITE is the name of a Site: L0 for the codes of layer 0. The folder `init` holds the record of the same
-architecture untrained, the control; `probe` the short record that finds the thresholds of density matching.
-What the stages share is a `Run`; they are in stages.py and results.py.
+SITE is the name of a Site, L0 for the codes of layer 0. The folder `init` holds the record of the
+control, an untrained model of the same architecture; `probe` holds the short record from which
+density matching takes its thresholds. The stages share a `Workspace`, which reads and writes the
+files between them.
 """
 
 import json
 import time
-import zipfile
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
+import torch
 
-from crate_mini import UserError, atomic_write
-from crate_mini.neurons import record as activations
-from crate_mini.neurons import score as results
-from crate_mini.neurons import simulators as explain
-from crate_mini.neurons import stages
+from crate_mini import UserError, atomic_write, cli
+from crate_mini.neurons import excerpts, record, report, score
+from crate_mini.neurons.documents import PARTS
+from crate_mini.neurons.effects import next_token_effects
+from crate_mini.neurons.labels import label_neurons, position_fit
+from crate_mini.neurons.simulators import TokenTable, excerpt_table, label_table
+from crate_mini.neurons.trie import activation_at_end, fit_trie
 
-STAGES = {
-    "record": stages.record,
-    "select": stages.select,
-    "explain": stages.explain_all,
-    "simulate": stages.simulate,
-    "score": results.score_all,
-    "report": results.report,
-}
-PARTS = ("tokens", "acts", "doc", "origin")  # of Excerpts
+# Protocols that excerpts are selected for; openai_random scores the random ones of openai_tar.
+SELECTED = ("openai_tar", "anthropic_crate", "anthropic_2023")
+PROBE_TOKENS = 100_000  # for the thresholds of density matching
+BLOCK = 512  # neurons whose tables are in memory at a time
+CONTEXTS, CONTEXT_TOKENS = 4, 16  # held-out texts in which neurons are raised
+LABEL_RAISED = 5  # raised tokens in a label
+FAR = 5  # multiple of its maximum to which a neuron is also raised
+TRIE_WINDOWS = 10
 
 
-def run(r, start="record", until="report"):
-    """The stages of a Run from `start` to `until`. What earlier ones have written stays, whatever happens."""
-    names = list(STAGES)
+def run(work, start="record", until="report"):
+    """Run the stages from `start` to `until` on a Workspace.
+
+    The files of earlier stages stay, whatever happens. Raises UserError for an unknown stage, for
+    an empty range, and for files that a stage cannot use.
+    """
     for flag, name in (("from", start), ("until", until)):
-        if name not in names:
-            raise UserError(f"--{flag} {name!r} is no stage; choose one of {', '.join(names)}.")
+        if name not in STAGES:
+            raise UserError(f"--{flag} {name!r} is not a stage; choose {cli.one_of(STAGES)}.")
+    names = list(STAGES)
     chosen = names[names.index(start) : names.index(until) + 1]
     if not chosen:
         raise UserError(
@@ -54,158 +58,238 @@ def run(r, start="record", until="report"):
     for name in chosen:
         began = time.monotonic()
         try:
-            STAGES[name](r)
+            STAGES[name](work)
         except BaseException:
             if name != names[0]:
-                r.log(
-                    f"{name:9s} stopped; what the stages before it wrote is kept: --from {name} goes on"
-                )
+                work.log(f"{name:9s} stopped; earlier stages are kept: resume with --from {name}")
             raise
-        r.log(f"{name:9s} {time.monotonic() - began:.1f} s")
+        work.log(f"{name:9s} {time.monotonic() - began:.1f} s")
 
 
-@dataclass
-class Run:
-    """What the stages share: a model with its text, what is asked, and the folder that everything lies in."""
+# ---- record --------------------------------------------------------------------------------------
 
-    model: object
-    meta: dict
-    tokenizer: object
-    corpus: object
-    folder: Path
-    sites: list
-    path: str = ""  # of the checkpoint, for the header
-    command: str = ""
-    seed: int = 0
-    tokens: int = 1_000_000
-    n: int = 0  # neurons of a site that are scored, drawn by the seed; 0: all
-    controls: tuple = ("init", "shuffle")
-    density: float = 0.0  # match-density: share of tokens on which a neuron may fire; 0: as it is
-    trie: int = 0  # neurons of a site that get a trie
-    dedup: bool = True  # top windows: at most one of a document
-    directions: dict = field(
-        default_factory=dict
-    )  # {site: (width, h)}: what a unit of a feature is in codes
-    log: Callable = print
-    _record: object = None
 
-    @property
-    def record(self):
-        """The record in the folder, opened when first asked for; UserError if another run left it there."""
-        if self._record is None:
-            found = activations.load(self.folder)
-            here = found.header["checkpoint"]["sha256"], found.header["seed"]
-            if here != (self.meta.get("sha256"), self.seed):
-                raise UserError(
-                    f"the record in {self.folder} is of another checkpoint or seed; make one "
-                    "with --from record, or choose another --out."
-                )
-            self._record = found
-        return self._record
+def record_sites(work):
+    """Record the model and, for the control `init`, an untrained one."""
+    work.folder.mkdir(parents=True, exist_ok=True)
+    _record_model(work, work.model, work.meta, work.sites, work.folder)
+    if work.has_init:
+        model, meta = record.untrained_control(work.model, work.meta, work.seed)
+        codes = [site for site in work.sites if site.sae is None]
+        _record_model(work, model, meta, codes, work.folder / "init")
+    work.forget_record()
 
-    @record.setter
-    def record(self, found):
-        self._record = found
 
-    @property
-    def init(self):
-        """The record of the untrained model; UserError if it is not of this text and architecture."""
-        found = activations.load(self.folder / "init")
-        theirs, ours = (
-            [h["seed"], h["corpus"], h["tokens"], h["checkpoint"]["config"]]
-            for h in (found.header, self.record.header)
+def _record_model(work, model, meta, sites, folder):
+    """Record one model; with density matching, activations below each neuron's threshold are 0."""
+
+    def make(sites, folder, tokens):
+        return record.record(
+            model,
+            meta,
+            sites,
+            work.corpus,
+            folder,
+            path=work.path,
+            command=work.command,
+            seed=work.seed,
+            tokens=tokens,
+            dedup=work.dedup,
+            log=work.log,
         )
-        if theirs != ours:
-            raise UserError(
-                f"the record in {self.folder / 'init'} is of another text, seed or model than "
-                "that beside it; make both with --from record."
-            )
-        return found
 
-    def each_site(self):
-        """The sites one after the other; what was read of a site's record is dropped after its turn."""
-        for site in self.sites:
-            yield site
-            self.record.site(site.name).forget()
+    if work.density:
+        probe = make(sites, folder / "probe", min(work.tokens, PROBE_TOKENS))
+        matched = []
+        for site in sites:
+            acts = probe.site(site.name)["uniform_fit_acts"]
+            limits = record.thresholds(acts, work.density)
+            matched.append(record.thresholded(site, limits))
+        sites = matched
+    make(sites, folder, work.tokens)
 
-    def rng(self, site, purpose):
-        """A generator of its own for every site and purpose."""
-        return np.random.default_rng([self.seed, *f"{site.name}/{purpose}".encode()])
 
-    def neurons(self, site):
-        """Numbers of the site's neurons that are scored, sorted: every one is as likely as any other."""
-        if not self.n or self.n >= site.width:
-            return np.arange(site.width)
-        return np.sort(self.rng(site, "neurons").choice(site.width, self.n, replace=False))
+# ---- select --------------------------------------------------------------------------------------
 
-    @property
-    def has_init(self):
-        """Whether there is an untrained model beside this one; no autoencoder is of such a model."""
-        return "init" in self.controls and any(site.sae is None for site in self.sites)
 
-    @property
-    def saw(self):
-        """{simulator: what it saw}, of those in this run."""
-        absent = {
-            "null": "shuffle" not in self.controls,
-            "init": not self.has_init,
-            "trie": not self.trie,
-        }
-        return {name: sentence for name, sentence in explain.SAW.items() if not absent.get(name)}
+def select_excerpts(work):
+    """Write excerpts of every protocol, for all neurons to score."""
+    for site in work.each_site():
+        arrays = {}
+        for protocol in SELECTED:
+            pairs = [
+                excerpts.select(work.record, site.name, protocol, int(j), work.seed)
+                for j in work.neurons(site)
+            ]
+            for part, selected in zip(PARTS, zip(*pairs)):
+                for name, array in _padded(selected).items():
+                    arrays[f"{protocol}_{part}_{name}"] = array
+        work.write("select", site, arrays)
 
-    def file(self, stage, site, kind="npz"):
-        """Path of what a stage writes for a site."""
-        return self.folder / f"{stage}-{site.name}.{kind}"
 
-    def read(self, stage, site):
-        """The arrays that a stage has written for a site; UserError if it has not, or not of this record."""
-        path = self.file(stage, site)
-        try:
-            with np.load(path) as file:
-                arrays = dict(file)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"Cannot read {path} ({error}); make it with --from {stage}.") from None
-        if str(arrays.pop("stamp", "")) != self.record.header["stamp"]:
-            raise UserError(
-                f"{path} is of another record than is there now; make it with --from {stage}."
-            )
-        return SimpleNamespace(**arrays)
+def _padded(selected):
+    """{name: array} of the Excerpts of n neurons, in one shape; padding has token -1, origin ""."""
+    n = len(selected)
+    most = max(len(chosen.doc) for chosen in selected)
+    width = max(chosen.acts.shape[1] for chosen in selected)
+    arrays = {
+        "tokens": np.full((n, most, width + 1), -1, np.int32),
+        "acts": np.zeros((n, most, width), np.float32),
+        "doc": np.full((n, most), -1),
+        "origin": np.full((n, most), "", "U16"),
+    }
+    for i, chosen in enumerate(selected):
+        count, w = chosen.acts.shape
+        arrays["tokens"][i, :count, : w + 1] = chosen.tokens
+        arrays["acts"][i, :count, :w] = chosen.acts
+        arrays["doc"][i, :count] = chosen.doc
+        arrays["origin"][i, :count] = chosen.origin
+    return arrays
 
-    def write(self, stage, site, arrays):
-        """Write arrays for `read`."""
-        with atomic_write(self.file(stage, site)) as file:
-            np.savez(file, stamp=np.array(self.record.header["stamp"]), **arrays)
 
-    def chosen(self, selected, protocol, part, i):
-        """The Excerpts of scored neuron number i from what `select` has written."""
-        found = {name: getattr(selected, f"{protocol}_{part}_{name}")[i] for name in PARTS}
-        n = int((found["origin"] != "").sum())
-        return SimpleNamespace(**{name: value[:n] for name, value in found.items()})
+# ---- explain -------------------------------------------------------------------------------------
 
-    def explained(self, site):
-        """The lines that `explain` has written; UserError if they are not of the neurons that are scored, or
-        not of this record: their labels may have been made from the documents that now score."""
-        path = self.file("explain", site, "jsonl")
-        try:
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            if {line.get("record") for line in lines} != {self.record.header["stamp"]}:
-                reason = "it is of another record than is there now"
-            elif [line["neuron"] for line in lines] == self.neurons(site).tolist():
-                return lines
-            else:
-                reason = "it is of other neurons"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = error
-        raise UserError(f"Cannot use {path} ({reason}); make it with --from explain.")
 
-    def tables(self, site, neurons, record=None):
-        """The n-gram tables of some neurons of a site, from the fit part of a record, by default this one."""
-        record = record or self.record
-        shared, own = record.shared, record.site(site.name)
-        return explain.Backoff(
-            shared["counts"],
-            own["token_sum"][:, neurons],
-            shared["pairs"],
-            shared["pair_counts"],
-            own["pair_sum"][:, neurons],
-        )
+def explain_neurons(work):
+    """Write a line for each neuron: label, effect on the next token, and for some a trie."""
+    for site in work.each_site():
+        neurons = work.neurons(site)
+        labels = _labels(work, site, neurons)
+        effects = _effects(work, site, neurons, 1)
+        far_effects = _effects(work, site, neurons, FAR)
+        count = min(work.trie, len(neurons))
+        with_trie = work.rng(site, "trie").choice(len(neurons), count, replace=False)
+        maxima = work.record.site(site.name)["max"]
+        with atomic_write(work.file("explain", site, "jsonl")) as file:
+            for i, j in enumerate(neurons.tolist()):
+                stamp = work.record.header["stamp"]
+                line = {"site": site.name, "neuron": j, "record": stamp, "label": labels[i]}
+                if maxima[j] > 0:
+                    raised = effects[i]["raised"][:LABEL_RAISED]
+                    line["label"]["raised"] = [id for id, _ in raised]
+                    line["effect"] = effects[i] | {"far": far_effects[i]}
+                if i in with_trie:
+                    line["trie"] = _trie(work, site, j).patterns
+                file.write(json.dumps(line).encode() + b"\n")
+
+
+def _blocks(neurons):
+    """Slices of a site's scored neurons, short enough that their tables fit into memory."""
+    return [slice(i, i + BLOCK) for i in range(0, len(neurons), BLOCK)]
+
+
+def _labels(work, site, neurons):
+    """The label of each neuron, from the fit part of the record."""
+    tokenizer, config = work.tokenizer, work.model.config
+    texts = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
+    texts += [b""] * (config.vocab_size - len(texts))  # ids that pad the vocabulary
+    before_window = work.record.shared["uniform_fit"][:, 0]
+    start = np.where(before_window < 0, 0, config.block_size // 2)  # else somewhere in the context
+    acts = work.record.site(site.name)["uniform_fit_acts"]
+    labels = []
+    for block in _blocks(neurons):
+        position = position_fit(acts[..., neurons[block]], start)
+        labels += label_neurons(work.ngram_table(site, neurons[block]), texts, position)
+    return labels
+
+
+def _effects(work, site, neurons, multiple):
+    """The effect on the next token of raising each neuron to a multiple of its maximum."""
+    windows = work.record.shared["uniform_fit"]
+    chosen = np.linspace(0, len(windows) - 1, CONTEXTS).astype(int)
+    contexts = windows[chosen, 1 : 2 + CONTEXT_TOKENS].astype(np.int64)
+    return next_token_effects(
+        work.model,
+        site.layer,
+        neurons,
+        multiple * work.record.site(site.name)["max"][neurons],
+        torch.from_numpy(contexts),
+        work.tokenizer.vocab_size,
+        site.encode,
+        work.directions.get(site.name),
+    )
+
+
+def _trie(work, site, j):
+    """The trie of a neuron's top windows of the fit part."""
+    arrays = work.record.site(site.name)
+    windows = arrays["top_fit_tokens"][j, :TRIE_WINDOWS]
+    acts = arrays["top_fit_acts"][j, :TRIE_WINDOWS]
+    peaks = arrays["top_fit_at"][j, :TRIE_WINDOWS]
+    texts = []
+    for tokens, values, peak in zip(windows, acts, peaks.tolist()):
+        if values[peak] > 0:
+            ids = [id for id in tokens[: peak + 2].tolist() if id >= 0]
+            texts.append((ids, float(values[peak])))
+    activate = activation_at_end(work.model, site.layer, j, site.encode)
+    return fit_trie(activate, texts, work.tokenizer.eot)
+
+
+# ---- simulate ------------------------------------------------------------------------------------
+
+
+def simulate_neurons(work):
+    """Write the activations that each simulator expects on the windows and excerpts to score on.
+
+    uniform_SIMULATOR (W, 64, n) float16 for n neurons, PROTOCOL_SIMULATOR (n, m, w) float32.
+    """
+    for site in work.each_site():
+        init_record = work.init_record if work.has_init else None
+        neurons = work.neurons(site)
+        labels = [line["label"] for line in work.explanations(site)]
+        selected = work.read("select", site)
+        uniform, by_excerpt = [], []
+        for block in _blocks(neurons):
+            ngram = work.ngram_table(site, neurons[block])
+            expected = _on_windows(work.record.shared["uniform_score"], ngram, labels[block])
+            if init_record and site.name in init_record.sites:
+                table = work.ngram_table(site, neurons[block], init_record)
+                expected["uniform_init"] = table(init_record.shared["uniform_score"])
+            uniform.append({name: acts.astype(np.float16) for name, acts in expected.items()})
+            expected = _on_excerpts(selected, ngram, range(len(neurons))[block])
+            by_excerpt.append({name: acts.astype(np.float32) for name, acts in expected.items()})
+        work.write("simulate", site, _joined(uniform, -1) | _joined(by_excerpt, 0))
+
+
+def _on_windows(windows, ngram, labels):
+    """{"uniform_SIMULATOR": (W, 64, n)} on windows (W, 65), for the n neurons of an NgramTable."""
+    by_label = [label_table(label)(windows) for label in labels]
+    return {
+        "uniform_token": TokenTable(ngram.values)(windows),
+        "uniform_ngram": ngram(windows),
+        "uniform_label": np.stack(by_label, -1),
+    }
+
+
+def _on_excerpts(selected, ngram, block):
+    """{"PROTOCOL_SIMULATOR": (n, m, w)} on the selected excerpts of a block (range) of neurons."""
+    neurons = slice(block.start, block.stop)
+    columns = np.arange(len(block))[:, None, None]
+    expected = {}
+    for protocol in SELECTED:
+        tokens = getattr(selected, f"{protocol}_score_tokens")[neurons]
+        expected[f"{protocol}_ngram"] = ngram(tokens, columns)
+    by_five = []
+    for i in block:
+        table = excerpt_table(selected.openai_tar_fit_tokens[i], selected.openai_tar_fit_acts[i])
+        by_five.append(table(selected.openai_tar_score_tokens[i]))
+    expected["openai_tar_five"] = np.stack(by_five)
+    return expected
+
+
+def _joined(blocks, axis):
+    """{name: array}, the arrays of several blocks of neurons concatenated."""
+    joined = {}
+    for name in blocks[0]:
+        joined[name] = np.concatenate([block[name] for block in blocks], axis)
+    return joined
+
+
+STAGES = {
+    "record": record_sites,
+    "select": select_excerpts,
+    "explain": explain_neurons,
+    "simulate": simulate_neurons,
+    "score": score.score_neurons,
+    "report": report.report_neurons,
+}

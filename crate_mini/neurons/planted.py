@@ -1,13 +1,15 @@
-"""Neuron puzzles: neurons that we planted, so that what fires them is known: tests of simulators and metrics.
+"""Planted neurons: we know what fires them, so they test simulators and metrics.
 
-Each puzzle has a true explanation and false ones, as text and as a function: what somebody who takes the text
-at its word predicts. A simulator that is told the true explanation must predict the neuron better than when
-told any false one, and a metric must rank them likewise. Tokens are characters, drawn one by one, so that
-nothing but the plan connects them. `Planted` is a model whose codes are all these functions: the selftest
-sends it through the same stages, from text on disk to scores, as any checkpoint.
+Each has a true explanation and false ones, as a text and as a function, which predicts what a
+literal reader of the text would. A simulator given the true explanation must predict the neuron
+better than when given any false one, and a metric must rank them likewise. Tokens are characters
+drawn one by one, so that nothing but the plan connects them. The codes of `PlantedModel` are all
+these functions: `selftest` sends it through the same stages as any checkpoint, from text on disk
+to scores.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,38 +18,47 @@ import torch.nn as nn
 
 from crate_mini.model import Config
 
-# The frequent ones first: characters follow Zipf's law, and the puzzles need some often enough.
+# Frequent characters first: they follow Zipf's law, and some must be frequent enough to score.
 ALPHABET = "e;qua,ti.o7n\ns4hrX1dlT cmfwypvbgk92MR"
 EOT = 256  # of the tokenizer "bytes"
 
 
 @dataclass
-class Reading:
-    """An explanation: what it says, and the activations (n, t) it implies for tokens (n, t); -1 is none."""
+class Explanation:
+    """A text, and the activations (n, t) it implies for tokens (n, t), where -1 is no token."""
 
     text: str
-    predict: object
+    predict: Callable
 
 
 @dataclass
-class Puzzle:
-    """A planted neuron, its true explanation and false ones. expect: what a fair pipeline reports."""
+class PlantedNeuron:
+    """A neuron with its explanations, and what a fair pipeline must report about it.
+
+    expect: "true wins"; "no score", because nothing predicts it; "undefined", because it is
+    constant; or "dead", because it is never above 0.
+    """
 
     name: str
-    true: Reading
+    true: Explanation
     false: list = field(default_factory=list)
-    expect: str = (
-        "true wins"  # | no score: nothing predicts it | undefined: constant | dead: never above 0
-    )
+    expect: str = "true wins"
+
+
+# ---- what explanations predict -------------------------------------------------------------------
 
 
 def on(characters):
     """Fires on these characters."""
     ids = torch.tensor(list(characters.encode()))
-    return lambda x: torch.isin(x, ids).float()
+
+    def predict(x):
+        return torch.isin(x, ids).float()
+
+    return predict
 
 
-def back(n, characters):
+def after(n, characters):
     """Fires n tokens after one of these characters."""
 
     def predict(x):
@@ -58,13 +69,17 @@ def back(n, characters):
     return predict
 
 
-def both(*readings):
+def all_of(*predictions):
     """Fires where all of these do."""
-    return lambda x: torch.stack([reading(x) for reading in readings]).prod(0)
+
+    def predict(x):
+        return torch.stack([prediction(x) for prediction in predictions]).prod(0)
+
+    return predict
 
 
 def first(n):
-    """Fires on the first n tokens of a context, which a -1 comes before."""
+    """Fires on the first n tokens of a context, which follow a -1."""
 
     def predict(x):
         fires = torch.zeros(x.shape)
@@ -76,114 +91,148 @@ def first(n):
 
 
 def noise(x):
-    """A number that follows from all tokens so far, four or more, but nobody can tell how: 0 in 70 %."""
+    """A hash of all tokens so far, if there are more than four; 0 in 70 % of cases."""
     early = first(4)(x).bool()
-    mixed = torch.cumsum((x + 2).double() * (torch.arange(x.shape[1]) % 97 + 1), 1)
-    return (
-        torch.relu(torch.frac(torch.sin(mixed * 12.9898).abs() * 43758.5453) - 0.7).float() * ~early
-    )
+    weights = torch.arange(x.shape[1]) % 97 + 1
+    mixed = torch.cumsum((x + 2).double() * weights, 1)
+    uniform = torch.frac(torch.sin(mixed * 12.9898).abs() * 43758.5453)
+    return torch.relu(uniform - 0.7).float() * ~early
 
 
-def level(value, reading=None):
-    """The same everywhere, or `value` times what a reading says."""
-    return lambda x: torch.full(x.shape, float(value)) if reading is None else value * reading(x)
+def constant(value):
+    """The same everywhere."""
+
+    def predict(x):
+        return torch.full(x.shape, float(value))
+
+    return predict
 
 
-PUZZLES = [
-    Puzzle(
+def negative(prediction):
+    """Below 0 where a prediction fires."""
+
+    def predict(x):
+        return -1 * prediction(x)
+
+    return predict
+
+
+# ---- the neurons ---------------------------------------------------------------------------------
+
+PLANTED = [
+    PlantedNeuron(
         "token set",
-        Reading("the vowels a, i and o", on("aio")),
+        Explanation("the vowels a, i and o", on("aio")),
         [
-            Reading("digits", on("12479")),
-            Reading("capital letters", on("XTMR")),
-            Reading("the character after a, i or o", back(1, "aio")),
+            Explanation("digits", on("12479")),
+            Explanation("capital letters", on("XTMR")),
+            Explanation("the character after a, i or o", after(1, "aio")),
         ],
     ),
-    Puzzle(
+    PlantedNeuron(
         "bigram",
-        Reading("u, but only directly after q", both(on("u"), back(1, "q"))),
+        Explanation("u, but only directly after q", all_of(on("u"), after(1, "q"))),
         [
-            Reading("u, whatever comes before it", on("u")),
-            Reading("q", on("q")),
-            Reading("q, but only directly after u", both(on("q"), back(1, "u"))),
+            Explanation("u, whatever comes before it", on("u")),
+            Explanation("q", on("q")),
+            Explanation("q, but only directly after u", all_of(on("q"), after(1, "u"))),
         ],
     ),
-    Puzzle(
+    PlantedNeuron(
         "third token back",
-        Reading("any character three places after a semicolon", back(3, ";")),
+        Explanation("any character three places after a semicolon", after(3, ";")),
         [
-            Reading("semicolons", on(";")),
-            Reading("the character after a semicolon", back(1, ";")),
-            Reading("any character three places after a comma", back(3, ",")),
+            Explanation("semicolons", on(";")),
+            Explanation("the character after a semicolon", after(1, ";")),
+            Explanation("any character three places after a comma", after(3, ",")),
         ],
     ),
-    Puzzle(
+    PlantedNeuron(
         "position",
-        Reading("the first four characters of a text", first(4)),
+        Explanation("the first four characters of a text", first(4)),
         [
-            Reading("line breaks", on("\n")),
-            Reading("full stops", on(".")),
-            Reading("the character after a line break", back(1, "\n")),
+            Explanation("line breaks", on("\n")),
+            Explanation("full stops", on(".")),
+            Explanation("the character after a line break", after(1, "\n")),
         ],
     ),
-    Puzzle(
+    PlantedNeuron(
         "noise",
-        Reading("a number drawn anew at every character", noise),
-        [Reading("e", on("e"))],
-        "no score",
+        Explanation("a fresh random number at every character", noise),
+        [Explanation("e", on("e"))],
+        expect="no score",
     ),
-    Puzzle("dead", Reading("never fires", level(0)), [Reading("commas", on(","))], "dead"),
-    Puzzle(
-        "always on",
-        Reading("fires alike everywhere", level(1)),
-        [Reading("commas", on(","))],
-        "undefined",
-    ),
-    Puzzle(
-        "negative only",
-        Reading("below zero on commas, never above it", level(-1, on(","))),
-        [Reading("commas", on(","))],
+    PlantedNeuron(
         "dead",
+        Explanation("never fires", constant(0)),
+        [Explanation("commas", on(","))],
+        expect="dead",
+    ),
+    PlantedNeuron(
+        "always on",
+        Explanation("fires equally everywhere", constant(1)),
+        [Explanation("commas", on(","))],
+        expect="undefined",
+    ),
+    PlantedNeuron(
+        "negative only",
+        Explanation("below zero on commas, never above it", negative(on(","))),
+        [Explanation("commas", on(","))],
+        expect="dead",
     ),
 ]
-READINGS = [(puzzle, reading) for puzzle in PUZZLES for reading in (puzzle.true, *puzzle.false)]
-NEURON = {puzzle.name: i for i, (puzzle, reading) in enumerate(READINGS) if reading is puzzle.true}
+# The codes of PlantedModel: each explanation, true or false, has a neuron that does what it says.
+EXPLANATIONS = [
+    (planted, explanation) for planted in PLANTED for explanation in (planted.true, *planted.false)
+]
+INDEX = {  # name of a planted neuron: its place among the codes
+    planted.name: i
+    for i, (planted, explanation) in enumerate(EXPLANATIONS)
+    if explanation is planted.true
+}
 
 
-class Planted(nn.Module):
-    """A model of one layer whose codes (B, T, h) are what the h READINGS imply, a neuron each."""
+class PlantedModel(nn.Module):
+    """A model of one layer whose codes (B, T, h) are what the h EXPLANATIONS predict."""
 
     def __init__(self, block_size=128):
         super().__init__()
-        h = len(READINGS)
+        h = len(EXPLANATIONS)
         self.config = Config(
             vocab_size=EOT + 1, block_size=block_size, n_layer=1, n_head=1, n_embd=h, expansion=1
         )
         self.tokens = nn.Embedding(EOT + 1, h)
-        nn.init.zeros_(self.tokens.weight)  # nothing is predicted: the neurons move no logit
-        proj = nn.Linear(h, h, bias=False)  # and write nothing
-        nn.init.zeros_(proj.weight)
+        nn.init.zeros_(self.tokens.weight)  # so that no neuron moves a logit
+        proj = nn.Linear(h, h, bias=False)
+        nn.init.zeros_(proj.weight)  # so that none writes to the stream
         sparsifier = nn.ModuleDict({"code": nn.Identity(), "proj": proj})
         self.blocks = nn.ModuleList([nn.ModuleDict({"sparsifier": sparsifier})])
 
     def trunk(self, idx):
         """(stream (B, T, h), [codes (B, T, h)]) of ids (B, T), as LM.trunk."""
         x = torch.cat((torch.full_like(idx[:, :1], -1), idx), 1)
-        codes = torch.stack([reading.predict(x)[:, 1:] for _, reading in READINGS], -1)
+        predictions = [explanation.predict(x)[:, 1:] for _, explanation in EXPLANATIONS]
+        codes = torch.stack(predictions, -1)
         return torch.zeros(codes.shape), [self.blocks[0]["sparsifier"]["code"](codes)]
+
+
+# ---- their texts ---------------------------------------------------------------------------------
 
 
 def texts(n, seed=0, shortest=64, longest=192):
     """n documents of characters, drawn one by one by Zipf's law."""
     rng, letters = np.random.default_rng(seed), np.array(list(ALPHABET))
-    weight = 1 / (np.arange(len(letters)) + 8)
-    return [
-        "".join(rng.choice(letters, rng.integers(shortest, longest + 1), p=weight / weight.sum()))
-        for _ in range(n)
-    ]
+    weights = 1 / (np.arange(len(letters)) + 8)
+    share = weights / weights.sum()
+    documents = []
+    for _ in range(n):
+        length = rng.integers(shortest, longest + 1)
+        documents.append("".join(rng.choice(letters, length, p=share)))
+    return documents
 
 
 def write_texts(path, n, seed=0):
-    """Documents as .jsonl, a source for data.open_corpus."""
+    """Write documents as .jsonl, a source for open_corpus."""
     with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in texts(n, seed))
+        for text in texts(n, seed):
+            file.write(json.dumps({"text": text}) + "\n")

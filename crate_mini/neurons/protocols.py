@@ -1,144 +1,121 @@
-"""Scores of neurons: the protocols, density matching, and the book of who was scored and who was not.
+"""Scores of neurons: the protocols, and a neuron's row in scores.jsonl.
 
-A number missing is None with a reason, and is counted: for every metric n = live + dead + undefined + failed.
-dead: the neuron was never above zero on the recorded tokens. failed: the simulator gave no readable answer;
-its reason begins with "failed". undefined: everything else without a number (a constant side, mostly).
+A missing number is None with a reason, and is counted: for every metric, n = live + dead +
+undefined + failed. dead: the neuron was never above 0 on the recorded tokens. failed: the
+simulator gave no readable answer; the reason begins with "failed". undefined: any other missing
+number, mostly because one side is constant.
 
-Protocols (facts about them: Bills et al. 2023; Bai & Ma 2024; Bricken et al. 2023); excerpts come from
-`activations.select`, values for them from any simulator:
-    uniform          uniformly drawn held-out windows, Pearson; F1 and AUPRC of firing beside it: the headline
+The protocols (Bills et al. 2023; Bai & Ma 2024; Bricken et al. 2023) take their excerpts from
+excerpts.py and simulated activations from any simulator:
+
+    uniform          uniformly drawn held-out windows, Pearson: the headline, next to F1 and AUPRC
     openai_tar       5 top and 5 random excerpts, Pearson over all their tokens
     openai_random    the random excerpts alone
     anthropic_crate  47 excerpts of 8 tokens by rank interval, Pearson (the paper's code)
-    anthropic_2023   60 excerpts by value interval, Spearman of average ranks, truth as integers 0..9
+    anthropic_2023   60 excerpts by value interval, Spearman of average ranks, truth as 0..9
 """
-
-import json
 
 import numpy as np
 
-from crate_mini import UserError, atomic_write
-from crate_mini import stats as metrics
+from crate_mini import stats
+from crate_mini.neurons import metrics
 
-EXCERPTS = {
-    "openai_tar": 10,
-    "openai_random": 5,
-    "anthropic_crate": 47,
-    "anthropic_2023": 60,
-}  # to score on
+# Excerpts to score on, for each protocol but `uniform`.
+EXCERPTS = {"openai_tar": 10, "openai_random": 5, "anthropic_crate": 47, "anthropic_2023": 60}
 PROTOCOLS = tuple(EXCERPTS)
-FEWER = "excerpts of the protocol's"  # in the reason beside a number that was made from fewer than these
+FEWER = "excerpts of the protocol's"  # in the reason next to a score from fewer than these
 MISSING = 0.2  # share of excerpts without an answer above which the neuron counts as failed
-COLUMNS = 64  # neurons at a time: what bounds the memory of float64
+BLOCK = 64  # neurons at a time, to bound the memory of float64
 DEAD = "dead: never above 0 on the recorded tokens"
 
 
-# ---- protocols -------------------------------------------------------------------------------------------
+# ---- protocols -----------------------------------------------------------------------------------
 
 
-def uniform(true, simulated, firing=False, draws=0, seed=0):
-    """Scores on uniformly drawn windows, all neurons at once; true, simulated (W, T, h) of any float type.
+def score_uniform(true, simulated, firing=False, draws=0, seed=0):
+    """Scores on uniform windows, for all neurons at once; true, simulated (W, T, h) of any float.
 
-    {"r": (values, why)}; with firing also "f1" and "auprc" (fires: true above 0); with draws also "ci95",
-    (h, 2), by redrawing windows that often. Values and reasons as in `metrics`.
+    {"r": (values, reasons)}, with firing also "f1" and "auprc" (a neuron fires where true is above
+    0), with draws also "ci95" (h, 2), from redrawing windows that often. Values and reasons as in
+    metrics.py.
     """
-    parts = []
-    for start in range(0, true.shape[2], COLUMNS):
-        x, y = (np.asarray(v[..., start : start + COLUMNS], np.float64) for v in (true, simulated))
-        flat = [v.reshape(-1, v.shape[2]) for v in (x, y)]
-        part = {"r": metrics.pearson(*flat), **(metrics.firing(*flat) if firing else {})}
+    blocks = []
+    for start in range(0, true.shape[2], BLOCK):
+        x = np.asarray(true[..., start : start + BLOCK], np.float64)
+        y = np.asarray(simulated[..., start : start + BLOCK], np.float64)
+        x_flat, y_flat = x.reshape(-1, x.shape[2]), y.reshape(-1, y.shape[2])
+        block = {"r": stats.pearson(x_flat, y_flat)}
+        if firing:
+            block |= metrics.firing(x_flat, y_flat)
         if draws:
-            part["ci95"] = metrics.excerpt_intervals(x, y, draws, seed)
-        parts.append(part)
-    return {
-        name: np.concatenate([p[name] for p in parts])
-        if name == "ci95"
-        else tuple(np.concatenate(column) for column in zip(*(p[name] for p in parts)))
-        for name in parts[0]
-    }
+            block["ci95"] = metrics.excerpt_intervals(x, y, draws, seed)
+        blocks.append(block)
+    scores = {}
+    for name in blocks[0]:
+        if name == "ci95":
+            scores[name] = np.concatenate([block[name] for block in blocks])
+        else:
+            values = np.concatenate([block[name][0] for block in blocks])
+            reasons = np.concatenate([block[name][1] for block in blocks])
+            scores[name] = values, reasons
+    return scores
 
 
-def protocol(name, excerpts, simulated):
-    """(number or None, reason or None) of one neuron under a protocol of PROTOCOLS.
+def score_excerpts(protocol, excerpts, simulated):
+    """(score or None, reason or None) of one neuron under one of PROTOCOLS.
 
-    excerpts: tokens (n, w + 1), acts (n, w), origin n strings; a position whose token is negative is padding.
-    simulated: n rows of w numbers, or None (or NaN throughout) where the simulator failed; such an excerpt is
-    left out and counted in the reason, and above 20 % of them the neuron counts as failed.
+    excerpts: tokens (n, w + 1), acts (n, w), n strings origin; a negative token is padding.
+    simulated: n rows of w numbers, or None (or only NaN) where the simulator failed. Such an
+    excerpt is left out and counted in the reason; if more than 20 % fail, so does the neuron.
     """
-    keep = [
-        i
-        for i, origin in enumerate(excerpts.origin)
-        if name != "openai_random" or origin == "random"
-    ]
-    if not keep:
+    chosen = range(len(excerpts.origin))
+    if protocol == "openai_random":
+        chosen = [i for i in chosen if excerpts.origin[i] == "random"]
+    if not len(chosen):
         return None, "no such excerpts in the record"
-    truth, guess, missing = [], [], 0
-    for i in keep:
+    true, answers = [], []
+    for i in chosen:
         real = np.asarray(excerpts.tokens[i][1:]) >= 0
-        row = (
-            None
-            if simulated is None or simulated[i] is None
-            else np.asarray(simulated[i], np.float64)
-        )
-        if row is None or np.isnan(row[real]).all():
-            missing += 1
-            continue
-        truth.append(np.asarray(excerpts.acts[i], np.float64)[real])
-        guess.append(row[real])
-    said = f"{missing} of {len(keep)} excerpts without a readable answer"
-    if missing > MISSING * len(keep):
-        return None, f"failed: {said}"
-    x, y = np.concatenate(truth), np.concatenate(guess)
-    if name == "anthropic_2023":
-        value, why = metrics.spearman(metrics.quantise(x, highest=9), y)
+        answer = _answer(simulated, i, real)
+        if answer is not None:
+            true.append(np.asarray(excerpts.acts[i], np.float64)[real])
+            answers.append(answer)
+    missing = len(chosen) - len(answers)
+    message = f"{missing} of {len(chosen)} excerpts without a readable answer"
+    if missing > MISSING * len(chosen):
+        return None, f"failed: {message}"
+    x, y = np.concatenate(true), np.concatenate(answers)
+    if protocol == "anthropic_2023":
+        values, reasons = stats.spearman(metrics.quantise(x, highest=9), y)
     else:
-        value, why = metrics.pearson(x, y)
-    return (None, why[0]) if why[0] else (float(value[0]), f"{said}, left out" if missing else None)
+        values, reasons = stats.pearson(x, y)
+    if reasons[0]:
+        return None, reasons[0]
+    return float(values[0]), f"{message}, left out" if missing else None
 
 
-def protocols(selected, simulate, simulator):
-    """{"NAME[simulator]": (number, reason)} of one neuron; selected: {protocol: Excerpts to score};
-    simulate(tokens (n, w + 1)) -> n rows, called once for each set of excerpts."""
-    return {
-        f"{name}[{simulator}]": protocol(name, excerpts, simulate(excerpts.tokens))
-        for name, excerpts in selected.items()
-    }
+def _answer(simulated, i, real):
+    """The simulated activations of excerpt i without padding, or None if there are none."""
+    if simulated is None or simulated[i] is None:
+        return None
+    answer = np.asarray(simulated[i], np.float64)[real]
+    return None if np.isnan(answer).all() else answer
 
 
-# ---- density matching ------------------------------------------------------------------------------------
+# ---- rows of scores.jsonl ------------------------------------------------------------------------
 
 
-def thresholds(acts, share):
-    """Per neuron (h,) the value above which `share` of its activations lie; acts (n, h) or (W, T, h).
+def score_row(site, layer, neuron, activity, label, uniform, others, ci95=None):
+    """The row of one neuron, a line of scores.jsonl: a JSON-able dict.
 
-    Never below 0: a neuron that fires less often than `share` is left as it is. Equal values at the cut fall
-    together, so the share above is exact where values differ and never larger than asked.
+    activity: {"density", "max", "mean"} from the record; label: see labels.py; uniform, others:
+    {metric: (number or NaN or None, reason)}; ci95: {metric: (low, high)}. A dead neuron has no
+    scores.
     """
-    if not 0 < share < 1:
-        raise UserError(f"--match-density {share} must be above 0 and below 1, for example 0.01.")
-    acts = np.asarray(acts).reshape(-1, np.shape(acts)[-1])
-    at = len(acts) - 1 - min(max(1, round(share * len(acts))), len(acts) - 1)
-    return np.maximum(np.partition(acts, at, axis=0)[at], 0)
+    dead = not activity["max"] > 0
+    why = {}
 
-
-def cut(acts, limits):
-    """Activations above their neuron's limit, zero elsewhere; a NumPy array or a torch tensor (..., h)."""
-    return acts * (acts > limits)
-
-
-# ---- the book --------------------------------------------------------------------------------------------
-
-
-def row(site, layer, neuron, stats, label, uniform, others, ci95=None):
-    """One line of scores.jsonl, by the contract of interpret.py.
-
-    stats: {"density", "max", "mean"} of the record; label: what `explain` shows; uniform and others: {metric:
-    (number or NaN or None, reason)} of this neuron; ci95: {metric: (low, high)}. A dead neuron has no scores.
-    """
-    dead, why = not stats["max"] > 0, {}
-
-    def told(name, found):
-        value, reason = found
+    def score(name, value, reason):
         if dead:
             value, reason = None, DEAD
         elif value is None or not np.isfinite(value):
@@ -147,52 +124,47 @@ def row(site, layer, neuron, stats, label, uniform, others, ci95=None):
             why[name] = str(reason)
         return None if value is None else round(float(value), 6)
 
-    scores = {"uniform": {k: told(k, v) for k, v in uniform.items()}} if uniform else {}
-    scores |= {k: told(k, v) for k, v in others.items()}
-    kinds = {kind(value, why.get(name)) for name, value in flat(scores).items()}
-    status = next((s for s in ("live", "undefined", "failed") if s in kinds), "undefined")
-    bounds = {
-        k: [round(float(b), 4) for b in v] for k, v in (ci95 or {}).items() if np.isfinite(v).all()
-    }
+    scores = {}
+    if uniform:
+        scores["uniform"] = {name: score(name, *pair) for name, pair in uniform.items()}
+    for name, pair in others.items():
+        scores[name] = score(name, *pair)
+    intervals = {}
+    for name, bounds in (ci95 or {}).items():
+        if not dead and np.isfinite(bounds).all():
+            intervals[name] = [round(float(bound), 4) for bound in bounds]
     return {
         "site": site,
         "layer": int(layer),
         "neuron": int(neuron),
-        "status": "dead" if dead else status,
-        **{k: float(f"{float(stats[k]):.6g}") for k in ("density", "max", "mean")},
+        "status": "dead" if dead else _row_status(scores, why),
+        **{name: metrics.rounded(activity[name], 6) for name in ("density", "max", "mean")},
         "label": label,
         "scores": scores,
-        "ci95": {} if dead else bounds,
+        "ci95": intervals,
         "why": why,
     }
 
 
-def kind(value, why):
-    """What a number of one neuron is: live, dead, undefined or failed."""
+def _row_status(scores, why):
+    """live if any of a neuron's scores is, else undefined, else failed."""
+    statuses = {status_of(value, why.get(name)) for name, value in flat_scores(scores).items()}
+    for status in ("live", "undefined", "failed"):
+        if status in statuses:
+            return status
+    return "undefined"
+
+
+def status_of(value, reason):
+    """The status of one score of a neuron: live, dead, undefined or failed."""
     if value is not None:
         return "live"
-    return "dead" if why == DEAD else "failed" if (why or "").startswith("failed") else "undefined"
+    if reason == DEAD:
+        return "dead"
+    return "failed" if (reason or "").startswith("failed") else "undefined"
 
 
-def flat(scores):
-    """{metric: number or None} of a row's scores, the protocol `uniform` opened."""
-    return {**scores.get("uniform", {}), **{k: v for k, v in scores.items() if k != "uniform"}}
-
-
-def write_rows(path, rows):
-    """scores.jsonl: one JSON line per row, whole or not at all. ValueError on NaN, which JSON lacks."""
-    with atomic_write(path) as file:
-        for r in rows:
-            file.write(json.dumps(r, allow_nan=False, ensure_ascii=False).encode() + b"\n")
-
-
-def read_rows(path):
-    """The rows of a scores.jsonl. Raises UserError when it is missing or broken."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"Cannot read the scores in {path} ({error}); make them again with "
-            "`python interpret.py neurons CKPT --from score`."
-        ) from None
+def flat_scores(scores):
+    """{metric: number or None} of a row's scores, those of the protocol `uniform` among them."""
+    others = {name: value for name, value in scores.items() if name != "uniform"}
+    return {**scores.get("uniform", {}), **others}

@@ -1,105 +1,120 @@
-"""Record: run a model over held-out documents and keep, of each site, what scoring needs.
+"""Record: run a model over held-out documents and keep what scoring needs of each site.
 
-    sites -> record -> record.json, record-shared.npz, record-<site>.npz -> load -> select (excerpts.py)
+    sites -> record -> record.json, record-shared.npz, record-<site>.npz (record_files.py)
 
-    record.json          schema, seed, checkpoint, corpus, counts by part, sites; see `record`
-    record-shared.npz    counts (V,) of tokens, pairs (P, 2) frequent bigrams and pair_counts (P,), of fit;
-                         uniform_fit (128, 65), uniform_score (256, 65) windows and uniform_<part>_doc
-    record-<site>.npz    of all tokens: mean var skew kurtosis density max (h,), hist (h, 50), hist_edges
-                         (51,); of fit: token_sum (V, h), pair_sum (P, h); of both: uniform_<part>_acts (W,
-                         64, h), top_<part>_tokens (h, 36, 65), _acts (h, 36, 64), _at, _doc (h, 36)
-
-Two passes: one over the tokens (what is there, which bigrams are frequent), one through the model for all
-sites at once. Memory depends on the model and the sites, not on the length of the corpus. The same seed deals
-the same documents and windows, whatever the model: an untrained one's record lies in a folder of its own.
+Two passes over the documents: the first counts tokens and bigrams, the second runs the model, for
+all sites at once. Memory depends on the model and the sites, not on the length of the corpus. The
+seed alone decides on documents and windows, so that an untrained control sees what the trained
+model saw.
 """
 
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from crate_mini import UserError
+from crate_mini import UserError, results
+from crate_mini.console import terminal
 from crate_mini.data.tokenizer import load_tokenizer
-from crate_mini.model import KINDS, LM, to_dict
-from crate_mini.neurons.accumulate import BINS, Shared, Tally, Top, half
-from crate_mini.neurons.documents import PARTS, WINDOW, Parts, documents
-from crate_mini.neurons.excerpts import Excerpts, select
-from crate_mini.neurons.record_files import SCHEMA, Record, load, write
-from crate_mini.training import device as machine
-
-__all__ = [
-    "Excerpts",
-    "Record",
-    "Site",
-    "documents",
-    "kind_of",
-    "load",
-    "record",
-    "select",
-    "sites",
-    "untrained",
-]
+from crate_mini.intervene import hook_codes
+from crate_mini.model import KINDS
+from crate_mini.neurons import record_files
+from crate_mini.neurons.accumulate import BINS, Shared, TokenStats, TopWindows, half
+from crate_mini.neurons.documents import PARTS, WINDOW, FitScoreSplit
+from crate_mini.training.checkpoint import untrained
+from crate_mini.training.device import choose_dtype, total_memory
 
 UNIFORM = {"fit": 128, "score": 256}  # windows drawn uniformly, the same for all neurons
-TOP = 36  # windows of highest peak
-PAIR_BYTES = 1 << 28  # of sums by bigram, all sites together
-TOKENS, FLOATS = 1 << 13, 1 << 24  # of a batch, activations of a site in it
+TOP = 36  # windows with the highest peaks, of each neuron in each part
+BIGRAM_BYTES = 1 << 28  # of the sums by bigram, all sites together
+BATCH_TOKENS = 1 << 13
+BATCH_FLOATS = 1 << 24  # activations of the widest site in a batch
 
 
 @dataclass(frozen=True)
 class Site:
-    """What is scored: a layer's codes, or features of them. encode: codes (N, h) -> features (N, width)."""
+    """Neurons to score: a layer's codes, or features computed from them.
+
+    encode: None for the codes themselves, else codes (N, h) -> features (N, width).
+    """
 
     name: str
     layer: int
     width: int
     encode: Callable | None = field(default=None, compare=False)
-    sae: str | None = None  # where the autoencoder lies
+    sae: str | None = None  # file of the autoencoder
 
 
 def sites(model, layers="all"):
-    """A Site for the codes of each layer; layers: "all", or numbers such as "0,2". UserError for others."""
+    """The Site of each layer's codes; layers: "all", or numbers such as "0,2".
+
+    Raises UserError for a layer that does not exist.
+    """
     n = len(model.blocks)
-    words = (
-        [str(i) for i in range(n)]
-        if layers == "all"
-        else [word.strip() for word in layers.split(",")]
-    )
-    for word in words:
-        if not word.isdecimal() or int(word) >= n:
-            raise UserError(
-                f"layer {word!r} is not there; the model's layers are 0 to {n - 1}, as in "
-                "--layers 0."
-            )
-    return [Site(f"L{i}", i, model.config.n_code) for i in sorted({int(word) for word in words})]
+    if layers == "all":
+        numbers = range(n)
+    else:
+        numbers = sorted({_layer_number(word.strip(), n) for word in layers.split(",")})
+    return [Site(f"L{i}", i, model.config.n_code) for i in numbers]
 
 
-def untrained(model, meta, seed=0):
-    """(model, meta) of the same architecture with fresh weights, on the same device: for init_r."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fresh = LM(model.config)
-    return fresh.to(model.tokens.weight.device).eval(), {
-        **meta,
-        "sha256": None,
-        "training": {"step": 0, "settings": {"seed": seed}},
-    }
+def _layer_number(word, n):
+    if not word.isdecimal() or int(word) >= n:
+        raise UserError(
+            f"layer {word!r} does not exist; the model's layers are 0 to {n - 1}, as in --layers 0."
+        )
+    return int(word)
+
+
+def thresholds(acts, share):
+    """(h,): the value of each neuron that `share` of its activations exceed; acts (.., h).
+
+    For density matching. Never below 0: a neuron that fires less often keeps all its activations.
+    Activations equal to the threshold are zeroed together, so the share above it is exact where
+    values are distinct, and never larger than asked. Raises UserError unless 0 < share < 1.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"--match-density {share} must be above 0 and below 1, for example 0.01.")
+    acts = np.asarray(acts)
+    acts = acts.reshape(-1, acts.shape[-1])
+    n = len(acts)
+    above = min(max(1, round(share * n)), n - 1)
+    rank = n - 1 - above
+    return np.maximum(np.partition(acts, rank, axis=0)[rank], 0)
+
+
+def zero_below(acts, limits):
+    """Activations above their neuron's limit, 0 elsewhere; a NumPy array or tensor (.., h)."""
+    return acts * (acts > limits)
+
+
+def thresholded(site, limits):
+    """The Site with the activations of `site` that exceed limits (width,), and 0 elsewhere."""
+
+    def encode(codes):
+        acts = codes if site.encode is None else site.encode(codes)
+        return zero_below(acts, torch.from_numpy(limits).to(acts))
+
+    return Site(site.name, site.layer, site.width, encode, site.sae)
+
+
+def untrained_control(model, meta, seed=0):
+    """(model, meta): the same architecture with fresh weights on the same device, for init_r."""
+    fresh = untrained(model.config, seed).to(model.tokens.weight.device)
+    training = {"step": 0, "settings": {"seed": seed}}
+    return fresh, {**meta, "sha256": None, "training": training}
 
 
 def kind_of(config):
-    """crate, gpt2 or crate+ for a Config that is such a preset but for its size, else other."""
-    return next(
-        (
-            kind
-            for kind, words in KINDS.items()
-            if all(getattr(config, name) == value for name, value in words.items())
-        ),
-        "other",
-    )
+    """crate, gpt2 or crate+ for a Config that differs from this preset in size alone; or other."""
+    for kind, fields in KINDS.items():
+        if all(getattr(config, name) == value for name, value in fields.items()):
+            return kind
+    return "other"
 
 
 def record(
@@ -118,157 +133,174 @@ def record(
     split="val",
     log=print,
 ):
-    """Write the record of `sites` over about `tokens` tokens of a split to the folder `out`; returns it.
+    """Record `sites` over about `tokens` tokens of a corpus split, in the folder `out`.
 
-    meta: as checkpoint.load gives it; path, command: for the header. dedup: top windows hold at most one of a
-    document (the paper's code does not dedup). dtype: of the model's products (see machine.choose_dtype);
-    everything is counted in float32, powers in float64. The files are replaced all together or not at all.
-    Raises UserError when there are too few documents or windows, too little memory, no room on the disk.
+    Returns the Record. meta: from checkpoint.load; path, command: for the header. dedup: at most
+    one top window per document (the paper's code does not dedup). dtype: of the model's products,
+    see choose_dtype; everything is counted in float32, powers in float64. The files are replaced
+    all together or not at all. Raises UserError if there are too few documents or windows, too
+    little memory, or no room on the disk.
     """
-    began, device, config = time.monotonic(), model.tokens.weight.device, model.config
-    V, widest, T = config.vocab_size, max(site.width for site in sites), config.block_size
-    pairs = PAIR_BYTES // 4 // sum(site.width for site in sites)
-    parts = Parts(corpus, split, load_tokenizer(meta["tokenizer"]["spec"]).eot, T, seed, tokens)
-    counts, seen, bigrams = parts.survey(V, pairs)
-    _check(counts, corpus, split, T)
-    _check_memory(sites, V, len(bigrams), device)
-    dtype, reason = machine.choose_dtype(device, dtype)
-    control = "" if meta.get("sha256") else " of an untrained model, the control"
-    log(
-        f"record    {len(sites)} sites{control}, {sum(counts['tokens'].values()):,} tokens; products in "
-        f"{str(dtype).removeprefix('torch.')}: {reason}"
-    )
-    shared = Shared(
-        seen,
-        bigrams,
-        V,
-        {part: (UNIFORM[part], counts["windows"][part]) for part in PARTS},
-        seed,
-        device,
-    )
-    tallies = {
-        site.name: _SiteTally(site, V, len(bigrams), shared, dedup, device) for site in sites
-    }
-    done, told, total = 0, time.monotonic(), sum(counts["tokens"].values())
-    for part in PARTS:
-        for chunks in parts.batches(part, max(T, min(TOKENS, FLOATS // widest))):
-            batch = shared.batch(part, chunks)
-            _run(model, batch, sites, tallies, part, dtype)
-            done += len(batch.token)
-            if time.monotonic() - told > 5 or done == total:
-                told, rate = time.monotonic(), done / (time.monotonic() - began)
-                left = round((total - done) / rate)
-                log(
-                    f"record    {done:,} of {total:,} tokens  {rate:,.0f} tokens/s  "
-                    f"ETA {left // 60}:{left % 60:02d}"
-                )
+    began = time.monotonic()
+    device = model.tokens.weight.device
+    V, T = model.config.vocab_size, model.config.block_size
+    eot = load_tokenizer(meta["tokenizer"]["spec"]).eot
+    documents = FitScoreSplit(corpus, split, eot, T, seed, tokens)
+    counts, token_counts, bigrams = _count(documents, sites, V, device)
+    dtype, reason = choose_dtype(device, dtype)
+    total = sum(counts["tokens"].values())
+    n_sites = "1 site" if len(sites) == 1 else f"{len(sites)} sites"
+    is_control = "sha256" in meta and meta["sha256"] is None  # as untrained_control returns it
+    control = " of an untrained model, the control" if is_control else ""
+    products = f"products in {_name(dtype)}: {reason}"
+    log(f"record    {n_sites}{control}, {total:,} tokens; {products}")
+    windows = {part: (UNIFORM[part], counts["windows"][part]) for part in PARTS}
+    shared = Shared(token_counts, bigrams, V, windows, seed, device)
+    arrays = _run(model, documents, sites, shared, dedup, dtype, terminal.Progress("record", total))
     header = {
-        "schema": SCHEMA,
+        "schema": record_files.SCHEMA,
         "command": command,
-        "machine": machine.describe(device),
+        "machine": results.machine(device),
         "seed": seed,
-        "checkpoint": {
-            "path": str(path),
-            "sha256": meta.get("sha256"),
-            "kind": kind_of(config),
-            "config": to_dict(config),
-            "training": meta.get("training", {}),
-        },
+        "checkpoint": _checkpoint(model, meta, path),
         "corpus": corpus.meta,
         "split": split,
-        "tokens": counts["tokens"],
-        "documents": counts["documents"],
-        "windows": counts["windows"],
+        **counts,
         "window": WINDOW,
         "dedup": dedup,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": _name(dtype),
         "seconds": round(time.monotonic() - began, 1),
-        "sites": [
-            {"name": s.name, "layer": s.layer, "width": s.width, "sae": s.sae} for s in sites
-        ],
+        "sites": [_description(site) for site in sites],
     }
-    arrays = {
-        "shared": shared.results(),
-        **{name: tally.results() for name, tally in tallies.items()},
-    }
-    write(Path(out), header, arrays)
-    return load(out)
+    record_files.write(Path(out), header, arrays)
+    return record_files.load(out)
+
+
+def _count(documents, sites, V, device):
+    """FitScoreSplit.count with as many bigrams as memory allows.
+
+    Raises UserError if a part has no window, or if the arrays of the record would not fit.
+    """
+    max_bigrams = BIGRAM_BYTES // 4 // sum(site.width for site in sites)
+    counts, token_counts, bigrams = documents.count(V, max_bigrams)
+    _check_windows(counts, documents)
+    _check_memory(sites, V, len(bigrams), device)
+    return counts, token_counts, bigrams
+
+
+def _run(model, documents, sites, shared, dedup, dtype, progress):
+    """Send all documents through the model; {"shared" or site: {name: array}} of the record."""
+    stats = {site.name: SiteStats(site, shared, dedup, shared.device) for site in sites}
+    widest = max(site.width for site in sites)
+    size = max(documents.T, min(BATCH_TOKENS, BATCH_FLOATS // widest))
+    done = 0
+    for part in PARTS:
+        for chunks in documents.batches(part, size):
+            batch = shared.batch(part, chunks)
+            _run_batch(model, batch, part, sites, stats, dtype)
+            done += len(batch.token)
+            progress.update(done)
+    arrays = {"shared": shared.results()}
+    for name, site_stats in stats.items():
+        arrays[name] = site_stats.results()
+    return arrays
 
 
 @torch.no_grad()
-def _run(model, batch, sites, tallies, part, dtype):
-    """One batch through the model; each site takes its activations as they pass."""
+def _run_batch(model, batch, part, sites, stats, dtype):
+    """Send one batch through the model; the SiteStats of each site take its activations."""
 
-    def hook(site):
-        def see(module, inputs, codes):
-            with torch.autocast(codes.device.type, enabled=False):
-                x = codes.float()
-                if site.encode is not None:
-                    x = site.encode(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])
-                tallies[site.name].add(x.contiguous(), batch, part)
+    def observe(site):
+        def take(codes):  # (R, C, h)
+            x = codes.float()
+            if site.encode is not None:
+                features = site.encode(x.flatten(0, 1)).float()
+                x = features.unflatten(0, x.shape[:2])
+            stats[site.name].add(x.contiguous(), batch, part)
 
-        return see
+        return take
 
-    with ExitStack() as stack:
+    with ExitStack() as hooks:
         for site in sites:
-            handle = model.blocks[site.layer].sparsifier.code.register_forward_hook(hook(site))
-            stack.callback(handle.remove)
+            hooks.enter_context(hook_codes(model, site.layer, observe(site)))
         with torch.autocast(batch.ids.device.type, dtype, enabled=dtype != torch.float32):
             model.trunk(batch.ids)
 
 
-class _SiteTally:
-    """All that is kept of one site: a Tally, the Top of each part, activations in the uniform windows."""
+class SiteStats:
+    """The state of one site: statistics of all tokens, top and uniform windows."""
 
-    def __init__(self, site, V, P, shared, dedup, device):
-        self.tally = Tally(site.width, V, P, device)
-        self.top = {part: Top(site.width, TOP, dedup, device) for part in PARTS}
-        self.uniform = {
-            part: torch.zeros(
-                len(shared.tokens[part]), WINDOW, site.width, dtype=torch.float16, device=device
-            )
-            for part in PARTS
-        }
+    def __init__(self, site, shared, dedup, device):
+        self.tokens = TokenStats(site.width, shared.V, len(shared.bigrams), device)
+        self.top = {}
+        self.uniform = {}
+        for part in PARTS:
+            shape = len(shared.uniform[part].numbers), WINDOW, site.width
+            self.top[part] = TopWindows(site.width, TOP, dedup, device)
+            self.uniform[part] = torch.zeros(shape, dtype=torch.float16, device=device)
 
     def add(self, x, batch, part):
-        """x (R, C, width) float32."""
-        self.tally.add(x, batch, part == "fit")
+        """Add a batch of a part; x (R, C, width) float32."""
+        self.tokens.add(x, batch, part == "fit")
         self.top[part].offer(x, batch)
         for slot, row, start in batch.drawn:
             self.uniform[part][slot] = half(x[row, start : start + WINDOW])
 
     def results(self):
-        out = self.tally.results()
+        """{name: array} of record-SITE.npz."""
+        arrays = self.tokens.results()
         for part in PARTS:
-            out |= self.top[part].results(part)
-            out[f"uniform_{part}_acts"] = self.uniform[part].cpu().numpy()
-        return out
+            arrays |= self.top[part].results(part)
+            arrays[f"uniform_{part}_acts"] = self.uniform[part].cpu().numpy()
+        return arrays
 
 
-def _check(counts, corpus, split, T):
-    """UserError unless both parts have windows."""
-    of = f"the {split} split of {corpus.meta['source']['name']} ({corpus.n_tokens[split]:,} tokens)"
-    if T < WINDOW:
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def _checkpoint(model, meta, path):
+    """The header's facts about the model."""
+    return {
+        "path": str(path),
+        "sha256": meta.get("sha256"),
+        "kind": kind_of(model.config),
+        "config": asdict(model.config),
+        "training": meta.get("training", {}),
+    }
+
+
+def _description(site):
+    return {"name": site.name, "layer": site.layer, "width": site.width, "sae": site.sae}
+
+
+def _check_windows(counts, documents):
+    """Raise UserError unless both parts have windows."""
+    if documents.T < WINDOW:
         raise UserError(
-            f"the model's context of {T} tokens is shorter than a window of {WINDOW}; train one "
-            f"with --block-size {WINDOW} or more."
+            f"the model's context of {documents.T} tokens is shorter than a window of {WINDOW}; "
+            f"train one with --block-size {WINDOW} or more."
         )
+    corpus, split = documents.corpus, documents.split
     for part in PARTS:
         if not counts["windows"][part]:
+            source = corpus.meta["source"]["name"]
             raise UserError(
-                f"{of} gives {counts['documents'][part]} documents to the part {part!r}, none of "
-                f"which has {WINDOW} tokens; give more text with --data, or more --tokens."
+                f"the {split} split of {source} ({corpus.n_tokens[split]:,} tokens) gives "
+                f"{counts['documents'][part]} documents to the part {part!r}, none of which has "
+                f"{WINDOW} tokens; give more text with --data, or more --tokens."
             )
 
 
 def _check_memory(sites, V, P, device):
-    """UserError if what is kept would fill the memory."""
-    kept = (
-        4 * V + 4 * P + 2 * WINDOW * sum(UNIFORM.values()) + 2 * TOP * (6 * WINDOW + 22) + 8 * BINS
-    )
-    need, have = kept * sum(site.width for site in sites), machine.total_memory(device)
-    if have and need > 0.8 * have:
+    """Raise UserError if the arrays of a record would not fit into memory."""
+    sums = 4 * (V + P)  # bytes per neuron
+    uniform = 2 * WINDOW * sum(UNIFORM.values())
+    top = 2 * TOP * (6 * WINDOW + 22)
+    needed = (sums + uniform + top + 8 * BINS) * sum(site.width for site in sites)
+    available = total_memory(device)
+    if available and needed > 0.8 * available:
         raise UserError(
-            f"{len(sites)} sites need about {need / 1e9:.0f} GB of memory, {device} has "
-            f"{have / 1e9:.0f}; record fewer layers at a time, as in --layers 0."
+            f"{len(sites)} sites need about {needed / 1e9:.0f} GB of memory, {device} has "
+            f"{available / 1e9:.0f}; record fewer layers at a time, as in --layers 0."
         )

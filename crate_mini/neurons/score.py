@@ -1,240 +1,161 @@
-"""The last stages of `interpret.py neurons`: score (numbers of every neuron, and their summary), report.
+"""The stage `score`: the scores of every neuron, and their summary.
 
-uniform       token_r, ngram_r, label_r@10, controls null_r and init_r; f1 and auprc of the n-gram table
-PROTOCOL[..]  the authorities' protocols, each with its simulator's name
-trie_..       of the neurons that have one
+token_r, ngram_r, label_r@10     Pearson r of a simulator on the uniform windows
+null_r, init_r                   its controls: another neuron's table; the untrained model
+f1, auprc                        does the n-gram table predict when the neuron fires?
+PROTOCOL[SIMULATOR]              a published protocol (protocols.py) with a simulator
+trie_r, trie_precision, ...      only for neurons that have a trie
 """
-
-import json
 
 import numpy as np
 
-from crate_mini import UserError, atomic_write
-from crate_mini import stats as metrics
-from crate_mini.neurons import page as pages
-from crate_mini.neurons import protocols as score
-from crate_mini.neurons import simulators as explain
-from crate_mini.neurons import summary
-from crate_mini.neurons import survey as human
+from crate_mini import results, stats
+from crate_mini.neurons import page_excerpts, protocols, summary
+from crate_mini.neurons.labels import LABEL_TOKENS
 from crate_mini.neurons.relatives import relatives
-from crate_mini.plots import figure as figures
+from crate_mini.neurons.trie import Trie, precision_recall
 
-AROUND = 24  # tokens of an excerpt on a page
-DRAWS = 200  # redraws of windows for a neuron's own interval
+DRAWS = 200  # redraws of windows for the interval of one neuron's ngram_r
+ON_EXCERPTS = (  # (protocol that selected the excerpts, protocol that scores them, simulator)
+    ("openai_tar", "openai_tar", "ngram"),
+    ("openai_tar", "openai_random", "ngram"),
+    ("openai_tar", "openai_tar", "five excerpts"),
+    ("openai_tar", "openai_random", "five excerpts"),
+    ("anthropic_crate", "anthropic_crate", "ngram"),
+    ("anthropic_2023", "anthropic_2023", "ngram"),
+)
+
+
+def score_neurons(work):
+    """Write scores.jsonl, excerpts.jsonl and summary.json."""
+    rows, shown = [], []
+    for site in work.each_site():
+        site_rows, site_shown = _score_site(work, site)
+        rows += site_rows
+        shown += site_shown
+    results.write_rows(work.folder / "scores.jsonl", rows)
+    results.write_rows(work.folder / "excerpts.jsonl", shown)
+    header = work.record.header
+    windows = len(work.record.shared["uniform_score"])
+    summarised = summary.summarise(rows, work.saw, len(work.model.blocks), work.seed, windows)
+    content = {
+        "schema": 1,
+        "command": work.command,
+        "machine": header["machine"],
+        "record": header,
+        "match_density": work.density or None,
+        **summarised,
+    }
+    results.write_json(work.folder / "summary.json", content)
+
+
+def _score_site(work, site):
+    """(lines of scores.jsonl, lines of excerpts.jsonl) of one site."""
+    neurons, arrays = work.neurons(site), work.record.site(site.name)
+    simulated, selected = work.read("simulate", site), work.read("select", site)
+    lines = work.explanations(site)
+    uniform, intervals = uniform_scores(work, site, simulated, neurons)
+    shown = page_excerpts.of_site(work, site, simulated)
+    direction = work.directions.get(site.name)
+    related = relatives(work.model, site, arrays["uniform_score_acts"], neurons, direction)
+    rows, for_page = [], []
+    for i, (j, line) in enumerate(zip(neurons.tolist(), lines)):
+        others = protocol_scores(work, simulated, selected, i)
+        if "trie" in line:
+            others |= trie_scores(work, site, j, line["trie"])
+        row = protocols.score_row(
+            site.name,
+            site.layer,
+            j,
+            {name: arrays[name][j] for name in ("density", "max", "mean")},
+            line["label"],
+            {name: (values[i], reasons[i]) for name, (values, reasons) in uniform.items()},
+            others,
+            {"ngram_r": intervals[i]},
+        )
+        if "effect" in line:
+            row["effect"] = line["effect"]
+        rows.append(row)
+        hist = arrays["hist"][j].tolist()
+        facts = {"site": site.name, "neuron": j, "hist": hist}
+        for_page.append({**facts, **related[i], **shown[i]})
+    return rows, for_page
+
+
+def uniform_scores(work, site, simulated, neurons):
+    """Scores on the uniform windows of the score part, for n neurons of a site at once.
+
+    Returns ({metric: (values (n,), reasons (n,))}, 95 % intervals (n, 2) of ngram_r).
+    """
+    arrays = work.record.site(site.name)
+    true = arrays["uniform_score_acts"][..., neurons]
+    ngram = protocols.score_uniform(
+        true, simulated.uniform_ngram, firing=True, draws=DRAWS, seed=work.seed
+    )
+    scores = {
+        "token_r": protocols.score_uniform(true, simulated.uniform_token)["r"],
+        "ngram_r": ngram["r"],
+        f"label_r@{LABEL_TOKENS}": protocols.score_uniform(true, simulated.uniform_label)["r"],
+    }
+    if "shuffle" in work.controls and len(neurons) > 1:
+        partner = partners(len(neurons), arrays["max"][neurons] > 0, work.rng(site, "null"))
+        shuffled = simulated.uniform_ngram[..., partner]
+        scores["null_r"] = protocols.score_uniform(true, shuffled)["r"]
+    if hasattr(simulated, "uniform_init"):
+        init = work.init_record.site(site.name)["uniform_score_acts"][..., neurons]
+        scores["init_r"] = protocols.score_uniform(init, simulated.uniform_init)["r"]
+    scores |= {"f1": ngram["f1"], "auprc": ngram["auprc"]}
+    return scores, ngram["ci95"]
 
 
 def partners(n, live, rng):
-    """(n,) for each of n neurons another one, each live one once if it can be: whose table null_r tries."""
+    """(n,) another neuron for each of n: the one whose table null_r tries.
+
+    Among live neurons where possible, each then being the partner of exactly one. live (n,) bool.
+    """
     order = rng.permutation(np.flatnonzero(live) if live.sum() > 1 else n)
-    other = np.full(n, order[0])
-    other[order] = np.roll(order, 1)
-    return other
+    partner = np.full(n, order[0])
+    partner[order] = np.roll(order, 1)
+    return partner
 
 
-def uniform_scores(r, site, sims, neurons):
-    """{metric: (values, why)} of the uniform windows, and the intervals of ngram_r (n, 2)."""
-    own = r.record.site(site.name)
-    true = own["uniform_score_acts"][..., neurons]
-    main = score.uniform(true, sims.uniform_ngram, firing=True, draws=DRAWS, seed=r.seed)
-    found = {
-        "token_r": score.uniform(true, sims.uniform_token)["r"],
-        "ngram_r": main["r"],
-        f"label_r@{explain.SHOWN}": score.uniform(true, sims.uniform_label)["r"],
-    }
-    if "shuffle" in r.controls and len(neurons) > 1:
-        other = partners(len(neurons), own["max"][neurons] > 0, r.rng(site, "null"))
-        found["null_r"] = score.uniform(true, sims.uniform_ngram[..., other])["r"]
-    if hasattr(sims, "uniform_init"):
-        init = r.init.site(site.name)["uniform_score_acts"][..., neurons]
-        found["init_r"] = score.uniform(init, sims.uniform_init)["r"]
-    return found | {"f1": main["f1"], "auprc": main["auprc"]}, main["ci95"]
+def protocol_scores(work, simulated, selected, i):
+    """{"PROTOCOL[SIMULATOR]": (number, reason)} of the i-th scored neuron.
 
-
-def protocol_scores(r, sims, selected, i):
-    """{"PROTOCOL[simulator]": (number, reason)} of the scored neuron number i.
-
-    A reason beside a number says that there were too few documents or firings for all of the excerpts.
+    A reason next to a number means that there were fewer excerpts than the protocol asks for: few
+    documents, or a neuron that seldom fires.
     """
-    found = {}
-    for source, name, simulator in (
-        *(
-            ("openai_tar", name, sim)
-            for sim in ("ngram", "five excerpts")
-            for name in ("openai_tar", "openai_random")
-        ),
-        *((name, name, "ngram") for name in ("anthropic_crate", "anthropic_2023")),
-    ):
-        array = getattr(sims, f"{source}_{simulator.split()[0]}")[i]
-        excerpts = r.chosen(selected, source, "score", i)
-        value, why = score.protocol(name, excerpts, array)
-        n = (
-            excerpts.origin.tolist().count("random")
-            if name == "openai_random"
-            else len(excerpts.origin)
-        )
-        if n < score.EXCERPTS[name]:
-            why = why or f"{n} {score.FEWER} {score.EXCERPTS[name]}"
-        found[f"{name}[{simulator}]"] = value, why
-    return found
+    scores = {}
+    for source, protocol, simulator in ON_EXCERPTS:
+        excerpts = work.selected(selected, source, "score", i)
+        acts = getattr(simulated, f"{source}_{simulator.split()[0]}")[i]
+        value, reason = protocols.score_excerpts(protocol, excerpts, acts)
+        count = len(excerpts.origin)
+        if protocol == "openai_random":
+            count = excerpts.origin.tolist().count("random")
+        if count < protocols.EXCERPTS[protocol] and not reason:
+            reason = f"{count} {protocols.FEWER} {protocols.EXCERPTS[protocol]}"
+        scores[f"{protocol}[{simulator}]"] = value, reason
+    return scores
 
 
-def trie_scores(r, site, j, patterns):
-    """Of a neuron's patterns: r on the uniform windows; precision, recall, F1 at half of its maximum on top
-    windows of the score part, which is how Neuron2Graph judges (so: where it fires, easy positives)."""
-    trie, own = explain.Trie.of(patterns), r.record.site(site.name)
-    true, windows = (
-        own["uniform_score_acts"][..., j].astype(np.float32),
-        r.record.shared["uniform_score"],
-    )
-    value, why = metrics.pearson(true.ravel(), trie(windows).ravel())
-    top = own["top_score_doc"][j] >= 0
-    found = explain.precision_recall(
-        own["top_score_acts"][j][top], trie(own["top_score_tokens"][j][top]), own["max"][j] / 2
-    )
-    reason = "nothing to tell apart, or no pattern that fires"
-    return {
-        "trie_r": (value[0], why[0]),
-        **{f"trie_{k}": (v, None if v is not None else reason) for k, v in found.items()},
-    }
+def trie_scores(work, site, j, patterns):
+    """{"trie_r", "trie_precision", ...: (number, reason)} of a neuron's trie.
 
-
-def score_all(r):
-    """scores.jsonl, excerpts.jsonl, summary.json."""
-    rows, shown, header = [], [], r.record.header
-    for site in r.each_site():
-        js, own = r.neurons(site), r.record.site(site.name)
-        sims, selected, lines = r.read("simulate", site), r.read("select", site), r.explained(site)
-        uniform, ci95 = uniform_scores(r, site, sims, js)
-        tables = r.tables(site, js)
-        near = relatives(r.model, site, own["uniform_score_acts"], js, r.directions.get(site.name))
-        for i, (j, line) in enumerate(zip(js.tolist(), lines)):
-            others = protocol_scores(r, sims, selected, i)
-            if "trie" in line:
-                others |= trie_scores(r, site, j, line["trie"])
-            stats = {name: own[name][j] for name in ("density", "max", "mean")}
-            mine = {name: (values[i], why[i]) for name, (values, why) in uniform.items()}
-            row = score.row(
-                site.name, site.layer, j, stats, line["label"], mine, others, {"ngram_r": ci95[i]}
-            )
-            rows.append(row | {"effect": line["effect"]} if "effect" in line else row)
-            shown.append(
-                {
-                    "site": site.name,
-                    "neuron": j,
-                    "hist": own["hist"][j].tolist(),
-                    **near[i],
-                    **excerpts_of(r, own, j, i, sims, tables),
-                }
-            )
-    score.write_rows(r.folder / "scores.jsonl", rows)
-    score.write_rows(r.folder / "excerpts.jsonl", shown)
-    found = summary.summarise(
-        rows, r.saw, len(r.model.blocks), r.seed, len(r.record.shared["uniform_score"])
-    )
-    found = {
-        "schema": 1,
-        "command": r.command,
-        "machine": header["machine"],
-        "record": header,
-        "match_density": r.density or None,
-        **found,
-    }
-    with atomic_write(r.folder / "summary.json") as file:
-        file.write(json.dumps(found, indent=1, allow_nan=False).encode() + b"\n")
-
-
-def excerpts_of(r, own, j, i, sims, tables):
-    """What a page shows of a neuron: five top windows of each part, two of each fifth of its range, three
-    drawn from all."""
-    top = [
-        (float(own[f"top_{part}_acts"][j, k].max()), part, k)
-        for part in ("fit", "score")
-        for k in range(5)
-        if own[f"top_{part}_doc"][j, k] >= 0
-    ]
-    rows = []
-    for _, part, k in sorted(top, key=lambda t: -t[0]):
-        tokens, acts = own[f"top_{part}_tokens"][j, k], own[f"top_{part}_acts"][j, k]
-        sim = (
-            tables(tokens[None], i)[0] if part == "score" else None
-        )  # tables know the fit part by heart
-        rows.append(cut(tokens, acts, sim, own[f"top_{part}_doc"][j, k], part))
-    shared, acts = r.record.shared, own["uniform_score_acts"][..., j]
-    peaks, limit = acts.max(1).astype(np.float32), max(float(own["max"][j]), 1e-30)
-
-    def window(w):
-        return cut(
-            shared["uniform_score"][w],
-            acts[w],
-            sims.uniform_ngram[w, :, i],
-            shared["uniform_score_doc"][w],
-            "score",
-        )
-
-    fifth = np.where(peaks > 0, np.minimum(np.floor(5 * (peaks / limit)), 4), -1)
-    rng = np.random.default_rng([r.seed, j])
-    order, drawn = (
-        rng.permutation(len(peaks)),
-        rng.choice(len(peaks), min(3, len(peaks)), replace=False),
-    )
-    between = [
-        sorted([w for w in order if fifth[w] == step][:2], key=lambda w: -peaks[w])
-        for step in (4, 3, 2, 1, 0)
-    ]
-    return {
-        "top": rows,
-        "intervals": [window(w) for some in between for w in some],
-        "random": [window(w) for w in drawn],
-    }
-
-
-def cut(tokens, acts, sim, doc, part):
-    """An excerpt for a page: AROUND tokens with the peak inside."""
-    at = int(np.argmax(acts))
-    start = int(np.clip(at - AROUND // 2, 0, len(acts) - AROUND))
-    some = slice(start, start + AROUND)
-
-    def printed(values):
-        return None if values is None else [explain.rounded(v, 3) for v in values[some]]
-
-    return {
-        "tokens": tokens[1:][some].tolist(),
-        "acts": printed(acts),
-        "sim": printed(sim),
-        "at": at - start,
-        "doc": int(doc),
-        "part": part,
-    }
-
-
-def report(r):
-    """What people look at, of the result files."""
-    draw(r.folder, r.tokenizer.token_bytes, r.seed)
-
-
-def draw(folder, token, seed=0, most=2048, humans=30):
-    """Write index.html, human.html if there are neurons to ask people about, scores.png and density.png.
-
-    Their paths. Arguments as those of pages.index and human.page, whose errors it raises; a UserError too
-    when the scores are not of the record beside them, whose seed and text the page would tell.
+    trie_r is over the uniform windows. Precision, recall and F1 are of firing at half of the
+    neuron's maximum on its top windows of the score part, as Neuron2Graph judges; those windows
+    are where it fires, so positives are easy.
     """
-    record, found, neurons = pages.read(folder)
-    if found.get("record", record).get("stamp") != record.get("stamp"):
-        raise UserError(
-            f"the scores in {folder} are of another record than is there now; make them again "
-            "with `python interpret.py neurons CKPT --from select`."
-        )
-    made = {
-        "index.html": pages.index(folder, token, seed, most),
-        "human.html": human.page(folder, token, seed, humans),
-    }
-    files = [folder / name for name, content in made.items() if content]
-    for path in files:
-        with atomic_write(path) as file:
-            file.write(made[path.name])
-    name = pages.checkpoint_name(record)
-    return [
-        *files,
-        figures.scores_by_layer({name: found}, folder / "scores.png"),
-        figures.score_against_density({name: neurons}, folder / "density.png"),
-    ]
+    trie, arrays = Trie.of(patterns), work.record.site(site.name)
+    true = arrays["uniform_score_acts"][..., j].astype(np.float32)
+    expected = trie(work.record.shared["uniform_score"])
+    values, reasons = stats.pearson(true.ravel(), expected.ravel())
+    scores = {"trie_r": (values[0], reasons[0])}
+    exists = arrays["top_score_doc"][j] >= 0
+    top_acts = arrays["top_score_acts"][j][exists]
+    top_expected = trie(arrays["top_score_tokens"][j][exists])
+    counted = precision_recall(top_acts, top_expected, arrays["max"][j] / 2)
+    for name, value in counted.items():
+        reason = "nothing to tell apart, or no pattern that fires" if value is None else None
+        scores[f"trie_{name}"] = value, reason
+    return scores

@@ -1,219 +1,281 @@
-"""`interpret.py selftest`: do simulators tell a true explanation from false ones, and metrics a worse one?
+"""`interpret.py selftest`: planted neurons show which simulators and metrics can be trusted.
 
-    simulators  each puzzle's neuron is planted, and so are neurons that do what its false explanations say. A
-                simulator is told an explanation by being made from the neuron that does what it says; told
-                the true one, it must predict the puzzle's neuron better than told any false one.
-    metrics     (Oikarinen, Yan & Weng 2025) a perfect prediction from which half of the places where it fires
-                are removed, or to which half as many are added, must score lower.
+    simulators  Every explanation of a planted neuron, true or false, has a neuron that does what
+                it says. A simulator is given an explanation by making it from that neuron; with
+                the true one it must predict the planted neuron better than with any false one.
+    metrics     A perfect prediction must lose score when half of the places where it fires are
+                removed, and when half as many are added (Oikarinen, Yan & Weng 2025).
 
-The planted neurons go through record, select, explain, simulate and score like those of any model.
+The planted neurons go through the stages record, select, explain, simulate and score like those of
+any model.
 """
+
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from crate_mini import stats as metrics
-from crate_mini.data import batches as data
-from crate_mini.neurons import pipeline as neurons
-from crate_mini.neurons import planted as puzzles
-from crate_mini.neurons import protocols as score
-from crate_mini.neurons import simulators as explain
+from crate_mini import results, stats
+from crate_mini.cli import setting
+from crate_mini.console import terminal
+from crate_mini.data.batches import open_corpus
+from crate_mini.data.tokenizer import load_tokenizer
+from crate_mini.neurons import pipeline, planted, protocols, score_files
+from crate_mini.neurons.labels import LABEL_TOKENS
 from crate_mini.neurons.record import sites
+from crate_mini.neurons.simulators import excerpt_table
+from crate_mini.neurons.trie import Trie
+from crate_mini.neurons.workspace import Workspace
+from crate_mini.training.device import choose_device
 
-MARGIN = 0.05  # by which the true explanation must win: a tie is no win
-CLOSE = 0.9  # r from which we say that a simulator can express an explanation
-DRAWS = 20  # of what is removed and added, for each neuron
-PASS = 0.95  # share of them in which the score must be lower
-WON = [i for i, (puzzle, _) in enumerate(puzzles.READINGS) if puzzle.expect == "true wins"]
+MARGIN = 0.05  # in r, by which the true explanation must win
+EXPRESSES = 0.9  # r from which a simulator is said to express an explanation
+DRAWS = 20  # of the places to remove or add, for each neuron
+PASS = 0.95  # share of the draws in which the score must fall
+
+
+@dataclass
+class Settings:
+    """Planted neurons: which simulators and metrics can be trusted?
+
+    Every simulator must prefer the true explanation to false ones, and every metric must punish
+    missing and superfluous activations.
+    """
+
+    documents: int = setting(1500, "documents of 64 to 192 random characters", low=100, high=10**6)
+    seed: int = setting(0, "seed of the documents and of everything drawn from them")
+    out: str = setting("out/selftest", "folder of the results")
+
+
+def run(settings):
+    """Write selftest.json to the folder and print its table."""
+    folder = Path(settings.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    outcome = solve(folder, settings.documents, settings.seed)
+    result = {
+        "schema": 1,
+        "command": results.command("interpret.py"),
+        "machine": results.machine(choose_device("cpu")),
+        **outcome,
+    }
+    path = results.write_json(folder / "selftest.json", result)
+    print(f"\n{table(outcome)}\n\nfile      {path}")
 
 
 def solve(folder, documents=1500, seed=0, log=print):
-    """{"simulators", "metrics", "command": ..} of a run in `folder`; see the module. JSON-able."""
-    puzzles.write_texts(folder / "puzzles.jsonl", documents, seed)
-    tokenizer = data.load_tokenizer("bytes")
-    corpus = data.open_corpus(
-        str(folder / "puzzles.jsonl"), tokenizer, folder / "cache", 1.0, log=log
-    )
-    model, meta = puzzles.Planted(), {"tokenizer": {"spec": "bytes"}}
-    r = neurons.Run(
+    """Run the stages in `folder` and judge; returns {"simulators", "metrics", ...}, JSON-able.
+
+    Raises UserError as the stages do.
+    """
+    source = folder / "puzzles.jsonl"
+    planted.write_texts(source, documents, seed)
+    tokenizer = load_tokenizer("bytes")
+    corpus = open_corpus(str(source), tokenizer, folder / "cache", 1.0, log=log)
+    model = planted.PlantedModel()
+    work = Workspace(
         model,
-        meta,
+        {"tokenizer": {"spec": "bytes"}},
         tokenizer,
         corpus,
         folder,
         sites(model),
-        "planted",
+        path="planted",
         seed=seed,
         controls=("shuffle",),
-        trie=len(puzzles.READINGS),
+        trie=len(planted.EXPLANATIONS),
         log=log,
     )
-    neurons.run(r, until="score")
+    pipeline.run(work, until="score")
+    puzzles = []
+    for neuron in planted.PLANTED:
+        puzzles.append(
+            {
+                "name": neuron.name,
+                "expect": neuron.expect,
+                "true": neuron.true.text,
+                "false": [explanation.text for explanation in neuron.false],
+            }
+        )
     return {
-        "simulators": simulators(r),
-        "metrics": checks(r),
+        "simulators": judge_simulators(work),
+        "metrics": judge_metrics(work),
         "seed": seed,
         "documents": documents,
-        "puzzles": [
-            {
-                "name": p.name,
-                "expect": p.expect,
-                "true": p.true.text,
-                "false": [reading.text for reading in p.false],
-            }
-            for p in puzzles.PUZZLES
-        ],
+        "puzzles": puzzles,
     }
 
 
-# ---- simulators ------------------------------------------------------------------------------------------
+# ---- simulators ----------------------------------------------------------------------------------
 
 
-def predictions(r):
-    """{simulator: (W, T, h)}: what it expects of the uniform windows, told each of the h explanations."""
-    site, windows = r.sites[0], r.record.shared["uniform_score"]
-    sims, selected, lines = r.read("simulate", site), r.read("select", site), r.explained(site)
-    five = [
-        explain.five_table(e.tokens, e.acts)
-        for e in (r.chosen(selected, "openai_tar", "fit", j) for j in range(site.width))
-    ]
-    tries = [explain.Trie.of(line["trie"]) for line in lines]
-    literal = torch.from_numpy(windows.astype(np.int64))
+def predictions(work):
+    """{simulator: (W, T, h)}: what it expects on the uniform windows, given each explanation."""
+    site, windows = work.sites[0], work.record.shared["uniform_score"]
+    simulated, selected = work.read("simulate", site), work.read("select", site)
+    ids = torch.from_numpy(windows.astype(np.int64))
+    literal = [explanation.predict(ids)[:, 1:].numpy() for _, explanation in planted.EXPLANATIONS]
+    from_five, from_trie = [], []
+    for j, line in enumerate(work.explanations(site)):
+        five = work.selected(selected, "openai_tar", "fit", j)
+        from_five.append(excerpt_table(five.tokens, five.acts)(windows))
+        from_trie.append(Trie.of(line["trie"])(windows))
     return {
-        "perfect reader": np.stack(
-            [reading.predict(literal)[:, 1:].numpy() for _, reading in puzzles.READINGS], -1
-        ),
-        "token": sims.uniform_token,
-        "ngram": sims.uniform_ngram,
-        f"label@{explain.SHOWN}": sims.uniform_label,
-        "five excerpts": np.stack([table(windows) for table in five], -1),
-        "trie": np.stack([trie(windows) for trie in tries], -1),
+        "perfect reader": np.stack(literal, -1),
+        "token": simulated.uniform_token,
+        "ngram": simulated.uniform_ngram,
+        f"label@{LABEL_TOKENS}": simulated.uniform_label,
+        "five excerpts": np.stack(from_five, -1),
+        "trie": np.stack(from_trie, -1),
     }
 
 
-def simulators(r):
-    """{simulator: {puzzle: {"true": r, "false": [r, ..], "passes": bool, ..}}}: r on the uniform windows."""
-    true = r.record.site("L0")["uniform_score_acts"].astype(np.float64)
-    status = [row["status"] for row in score.read_rows(r.folder / "scores.jsonl")]
-    noise = 3 / np.sqrt(true[..., 0].size)
-    found = {}
-    for name, expected in predictions(r).items():
-        for puzzle in puzzles.PUZZLES:
-            own = [i for i, (p, _) in enumerate(puzzles.READINGS) if p is puzzle]
-            y = np.stack([true[..., own[0]].ravel()] * len(own), -1)
-            values, why = metrics.pearson(y, expected[..., own].reshape(len(y), -1))
-            seen = [None if reason else float(v) for v, reason in zip(values, why)]
-            first, best = seen[0], max((v for v in seen[1:] if v is not None), default=-1.0)
-            passes = {
-                "true wins": first is not None and first > best + MARGIN,
-                "no score": first is None or abs(first) < noise or name == "perfect reader",
-                "undefined": first is None and status[own[0]] == "undefined",
-                "dead": status[own[0]] == "dead",
-            }[puzzle.expect]
-            found.setdefault(name, {})[puzzle.name] = {
-                "true": first,
-                "false": seen[1:],
-                "passes": bool(passes),
-                "why": why[0],
-                "expresses": first is not None and first >= CLOSE,
-                "status": status[own[0]],
-            }
-    return found
+def judge_simulators(work):
+    """{simulator: {planted neuron: {"true": r, "false": [r, ...], "passes", ...}}}.
+
+    r is on the uniform windows of the score part.
+    """
+    true_acts = work.record.site("L0")["uniform_score_acts"].astype(np.float64)
+    rows = score_files.read_rows(work.folder / "scores.jsonl")
+    judged = {}
+    for simulator, expected in predictions(work).items():
+        judged[simulator] = {}
+        for neuron in planted.PLANTED:
+            columns = [i for i, (p, _) in enumerate(planted.EXPLANATIONS) if p is neuron]
+            acts = true_acts[..., columns[0]].ravel()
+            status = rows[columns[0]]["status"]
+            judged[simulator][neuron.name] = _judge(
+                simulator, neuron.expect, status, acts, expected[..., columns]
+            )
+    return judged
 
 
-# ---- metrics ---------------------------------------------------------------------------------------------
+def _judge(simulator, expect, status, acts, expected):
+    """One simulator on one planted neuron; expected (W, T, n), the true explanation first."""
+    n = expected.shape[-1]
+    values, reasons = stats.pearson(np.stack([acts] * n, -1), expected.reshape(-1, n))
+    r = [None if reason else float(value) for value, reason in zip(values, reasons)]
+    true, false = r[0], r[1:]
+    best_false = max((value for value in false if value is not None), default=-1.0)
+    chance = 3 / np.sqrt(acts.size)
+    if expect == "true wins":
+        passes = true is not None and true > best_false + MARGIN
+    elif expect == "no score":
+        passes = true is None or abs(true) < chance or simulator == "perfect reader"
+    elif expect == "undefined":
+        passes = true is None and status == "undefined"
+    else:
+        passes = status == "dead"
+    return {
+        "true": true,
+        "false": false,
+        "passes": bool(passes),
+        "why": reasons[0],
+        "expresses": true is not None and true >= EXPRESSES,
+        "status": status,
+    }
 
 
-def spoiled(predicted, how, share, rng):
-    """A prediction with half of the places where it fires removed, or half as many added.
+# ---- metrics -------------------------------------------------------------------------------------
 
-    predicted: arrays of 0 and 1; share: how often the neuron fires on ordinary text, which says how many
-    added places an explanation that is too wide would have here.
+
+def judge_metrics(work):
+    """{metric: {"removed", "added": share of draws in which the score falls, "passes"}}."""
+    site, rng = work.sites[0], np.random.default_rng(work.seed)
+    arrays, selected = work.record.site(site.name), work.read("select", site)
+    acts = arrays["uniform_score_acts"].astype(np.float64)
+    falls = {}  # {metric: {"removed" or "added": [whether the score fell, ...]}}
+    for j, (neuron, _) in enumerate(planted.EXPLANATIONS):
+        if neuron.expect != "true wins":
+            continue
+        density = float(arrays["density"][j])
+        truths = {"uniform": acts[..., [j]]}
+        for protocol in _selected_protocols(selected):
+            truths[protocol] = work.selected(selected, protocol, "score", j)
+        perfect = {}
+        for name, truth in truths.items():
+            perfect[name] = scores(name, truth, truth if name == "uniform" else truth.acts)
+        for how in ("removed", "added"):
+            for _ in range(DRAWS):
+                for name, truth in truths.items():
+                    real = truth if name == "uniform" else np.nan_to_num(truth.acts)
+                    worse = scores(name, truth, spoil((real > 0) * 1.0, how, density, rng))
+                    for metric, best in perfect[name].items():
+                        if best is not None:
+                            fell = worse[metric] is None or worse[metric] < best - 1e-9
+                            falls.setdefault(metric, {}).setdefault(how, []).append(fell)
+    judged = {}
+    for metric, by_change in falls.items():
+        judged[metric] = {how: round(float(np.mean(fell)), 4) for how, fell in by_change.items()}
+        judged[metric]["passes"] = all(np.mean(fell) >= PASS for fell in by_change.values())
+    return judged
+
+
+def _selected_protocols(selected):
+    """The protocols that excerpts were selected for, sorted by name."""
+    ending = "_score_acts"
+    return sorted(name.removesuffix(ending) for name in vars(selected) if name.endswith(ending))
+
+
+def scores(name, truth, predicted):
+    """{metric: number or None} of every metric that applies to one set of excerpts.
+
+    name: "uniform", with truth (W, T, 1), or a protocol, with its Excerpts.
+    """
+    if name != "uniform":
+        names = ("openai_tar", "openai_random") if name == "openai_tar" else (name,)
+        return {key: protocols.score_excerpts(key, truth, predicted)[0] for key in names}
+    by_metric = {}
+    for key, (values, reasons) in protocols.score_uniform(truth, predicted, firing=True).items():
+        by_metric[f"uniform {key}"] = None if reasons[0] else float(values[0])
+    return by_metric
+
+
+def spoil(predicted, how, density, rng):
+    """A prediction (array of 0 and 1) with firing places removed or added, half as many as it has.
+
+    density: how often the neuron fires on ordinary text. It sets how many places are added: as
+    many as an explanation that is too wide would add to these excerpts.
     """
     places = rng.random(predicted.shape)
     if how == "removed":
         return predicted * (places < 0.5)
-    return np.maximum(predicted, places < 0.5 * share / (1 - share))
+    return np.maximum(predicted, places < 0.5 * density / (1 - density))
 
 
-def checks(r):
-    """{metric: {"removed", "added": share of draws with a lower score, "passes": bool}}; see the module."""
-    site, rng, lower = r.sites[0], np.random.default_rng(r.seed), {}
-    own, selected = r.record.site(site.name), r.read("select", site)
-    acts = own["uniform_score_acts"].astype(np.float64)
-    for j in WON:
-        share, sets = float(own["density"][j]), {"uniform": acts[..., [j]]}
-        sets |= {
-            name: r.chosen(selected, name, "score", j) for name in selected_protocols(selected)
-        }
-        perfect = {
-            name: measured(name, truth, truth if name == "uniform" else truth.acts)
-            for name, truth in sets.items()
-        }
-        for how in ("removed", "added"):
-            for _ in range(DRAWS):
-                for name, truth in sets.items():
-                    base = truth if name == "uniform" else np.nan_to_num(truth.acts)
-                    worse = measured(name, truth, spoiled((base > 0) * 1.0, how, share, rng))
-                    for metric, value in perfect[name].items():
-                        if value is not None:
-                            fell = worse[metric] is None or worse[metric] < value - 1e-9
-                            lower.setdefault(metric, {}).setdefault(how, []).append(fell)
-    return {
-        metric: {how: round(float(np.mean(fell)), 4) for how, fell in found.items()}
-        | {"passes": all(np.mean(fell) >= PASS for fell in found.values())}
-        for metric, found in lower.items()
-    }
+# ---- the table -----------------------------------------------------------------------------------
 
 
-def selected_protocols(selected):
-    """The protocols that excerpts were selected for."""
-    return sorted(
-        name[: -len("_score_acts")] for name in vars(selected) if name.endswith("_score_acts")
-    )
-
-
-def measured(name, truth, predicted):
-    """{metric: number or None}: every metric that applies to the truth of one protocol."""
-    if name == "uniform":
-        found = score.uniform(truth, predicted, firing=True)
-        return {
-            f"uniform {key}": None if why[0] else float(value[0])
-            for key, (value, why) in found.items()
-        }
-    names = ("openai_tar", "openai_random") if name == "openai_tar" else (name,)
-    return {key: score.protocol(key, truth, predicted)[0] for key in names}
-
-
-# ---- the table -------------------------------------------------------------------------------------------
-
-
-def told(found):
-    """What `solve` returned as text."""
-    names = [p["name"] for p in found["puzzles"]]
-    lines = [
-        f"{'r, told the truth (best lie)':30}" + "".join(n.rjust(18) for n in names) + "  passes"
-    ]
-    for simulator, results in found["simulators"].items():
-        cells = []
-        for result in results.values():
-            lie = max((v for v in result["false"] if v is not None), default=None)
-            numbers = f"{short(result['true'])} ({short(lie)})"
-            cells.append(f"{numbers} {'ok' if result['passes'] else '--'}".rjust(18))
-        won = sum(result["passes"] for result in results.values())
-        lines.append(f"{simulator:30}" + "".join(cells) + f"  {won} of {len(results)}")
+def table(outcome):
+    """The result of `solve` as text."""
+    names = "".join(puzzle["name"].rjust(18) for puzzle in outcome["puzzles"])
+    lines = [f"{'r, told the truth (best lie)':30}{names}  passes"]
+    for simulator, judged in outcome["simulators"].items():
+        cells = "".join(_cell(result) for result in judged.values())
+        won = sum(result["passes"] for result in judged.values())
+        lines.append(f"{simulator:30}{cells}  {won} of {len(judged)}")
     lines += [
         "",
-        "ok: truth beats every lie; noise scores nothing; dead and constant neurons are counted so",
+        "ok: truth beats every lie; noise scores nothing; dead and constant neurons count as such",
         "",
         f"{'lower score with firing places':30}{'half removed':>18}{'half as many added':>20}",
     ]
-    for metric, result in found["metrics"].items():
+    for metric, result in outcome["metrics"].items():
         verdict = "ok" if result["passes"] else "--"
         lines.append(f"{metric:30}{result['removed']:18.1%}{result['added']:20.1%}  {verdict}")
     return "\n".join(lines)
 
 
-def short(value):
-    """A correlation in four characters."""
-    return "none" if value is None else f"{value:.2f}".replace("0.", ".", 1)
+def _cell(result):
+    """A simulator on one planted neuron: r with the truth, (with the best lie), verdict."""
+    best_lie = max((value for value in result["false"] if value is not None), default=None)
+    numbers = f"{_short(result['true'])} ({_short(best_lie)})"
+    return f"{numbers} {'ok' if result['passes'] else '--'}".rjust(18)
+
+
+def _short(r):
+    """A correlation in four characters: " .93"."""
+    return "none" if r is None else f"{r:.2f}".replace("0.", ".", 1)
+
+
+COMMAND = terminal.Command(Settings, run, checkpoint=False)

@@ -1,7 +1,8 @@
-"""What scores.jsonl says altogether: counts, means with intervals, layers, two models compared, the table.
+"""summary.json from the rows of scores.jsonl: counts, means with intervals, comparisons, the table.
 
-Functions of the rows that `score.row` makes and of nothing else: a summary is drawn again without a model.
-For every metric n = live + dead + undefined + failed, and a mean is over the live ones.
+Everything here is a function of the rows that protocols.score_row makes, so that a summary can be
+made again without a model. For every metric n = live + dead + undefined + failed; means are over
+the live neurons.
 """
 
 import itertools
@@ -9,60 +10,111 @@ from collections import Counter
 
 import numpy as np
 
-from crate_mini import stats as metrics
-from crate_mini.neurons.protocols import FEWER, PROTOCOLS, flat, kind
+from crate_mini import stats
+from crate_mini.neurons.protocols import FEWER, PROTOCOLS, flat_scores, status_of
 
 STATUS = ("live", "dead", "undefined", "failed")
 ORDER = ("token_r", "ngram_r", "label_r@10", "null_r", "init_r", "f1", "auprc", *PROTOCOLS)
-WINDOWS = {
-    "dense": 50,
-    "sparse": 200,
-}  # uniform windows wanted, for densities from 1 % and below it
+SPARSE = 0.01  # density below which more windows are wanted
+WINDOWS = {"dense": 50, "sparse": 200}  # uniform windows wanted for dense and sparse neurons
 PAPER_DROPS_LAST = (6, 12)  # layers of the models whose last layer the paper leaves out
-ACROSS = 6  # sites side by side in a printed table
+SITES_ACROSS = 6  # sites next to one another in a printed table
+
+
+def summarise(rows, saw, layers, seed=0, windows=None):
+    """The part of summary.json that follows from scores.jsonl.
+
+    saw: {simulator: a sentence on what it saw}; layers: of the whole model. windows: the number of
+    uniform windows; "few_windows" counts the neurons that need more. "few_excerpts" counts, for
+    each metric, the neurons with fewer excerpts than its protocol asks for.
+    """
+    sites = {}
+    for name, group in by_site(rows).items():
+        scores = scores_by_metric(group)
+        n = {"neurons": counts([row["status"] for row in group])}
+        for metric, pairs in scores.items():
+            n[metric] = counts([status for _, status in pairs])
+        if windows is not None:
+            n["few_windows"] = sum(windows < _windows_wanted(row) for row in group)
+        n["few_excerpts"] = _few_excerpts(group, scores)
+        means = {metric: statistics(pairs, seed) for metric, pairs in scores.items()}
+        sites[name] = {"n": n, "density": density(group), **means}
+    overall_means = {}
+    for family, by_layer in families(rows).items():
+        overall_means[family] = overall(by_layer, layers, seed)
+    return {
+        "seed": seed,
+        "what_the_simulator_saw": saw,
+        "sites": sites,
+        "overall": overall_means,
+    }
 
 
 def by_site(rows):
     """{site: its rows}, layers in order, codes before the features of autoencoders."""
-    keyed = sorted(rows, key=lambda r: (r["site"].partition(".")[2], r["layer"], r["site"]))
-    return {name: list(group) for name, group in itertools.groupby(keyed, lambda r: r["site"])}
+
+    def place(row):
+        return row["site"].partition(".")[2], row["layer"], row["site"]
+
+    groups = itertools.groupby(sorted(rows, key=place), place)
+    return {site: list(group) for (_, _, site), group in groups}
 
 
 def families(rows):
-    """{"codes" or the name after the dot of a site: {layer: rows}}: what may be averaged over layers."""
-    found = {}
-    for name, group in by_site(rows).items():
-        found.setdefault(name.partition(".")[2] or "codes", {})[group[0]["layer"]] = group
-    return found
+    """{"codes" or an autoencoder's name: {layer: rows}}: what may be averaged over layers."""
+    grouped = {}
+    for site, group in by_site(rows).items():
+        family = site.partition(".")[2] or "codes"
+        grouped.setdefault(family, {})[group[0]["layer"]] = group
+    return grouped
 
 
-def numbers(rows):
-    """{metric: [(number or None, kind)]} over rows, in the order of the table; a row may lack a metric."""
-    found = {}
-    for r in rows:
-        for name, value in flat(r["scores"]).items():
-            found.setdefault(name, []).append((value, kind(value, r["why"].get(name))))
-    base = {name: name.split("[")[0] for name in found}
-    return dict(
-        sorted(
-            found.items(),
-            key=lambda item: (
-                ORDER.index(base[item[0]]) if base[item[0]] in ORDER else len(ORDER),
-                item[0],
-            ),
-        )
-    )
+def scores_by_metric(rows):
+    """{metric: [(number or None, status)]} in the order of the table; rows may lack a metric."""
+    scores = {}
+    for row in rows:
+        for metric, value in flat_scores(row["scores"]).items():
+            status = status_of(value, row["why"].get(metric))
+            scores.setdefault(metric, []).append((value, status))
+    return {metric: scores[metric] for metric in sorted(scores, key=_place_in_table)}
 
 
-def counts(kinds):
-    """{"total", "live", "dead", "undefined", "failed"} of a list of them."""
-    return {"total": len(kinds), **{s: kinds.count(s) for s in STATUS}}
+def _place_in_table(metric):
+    """Sort key of a metric: its place in ORDER, then its name."""
+    base = metric.partition("[")[0]
+    return (ORDER.index(base) if base in ORDER else len(ORDER), metric)
 
 
-def statistics(found, seed=0):
-    """One metric over neurons: mean of the live, its 95 % interval by redrawing neurons, median, deciles; and
-    the mean with dead and undefined neurons as 0 (the failed, of which nothing is known, still left out)."""
-    live, known = [v for v, k in found if k == "live"], sum(k != "failed" for _, k in found)
+def counts(statuses):
+    """{"total", "live", "dead", "undefined", "failed"} of a list of statuses."""
+    return {"total": len(statuses), **{status: statuses.count(status) for status in STATUS}}
+
+
+def _windows_wanted(row):
+    return WINDOWS["sparse" if row["density"] < SPARSE else "dense"]
+
+
+def _few_excerpts(rows, metrics):
+    """{metric: neurons scored on fewer excerpts than its protocol asks for}, without zeros."""
+    few = {}
+    for metric in metrics:
+        count = sum(FEWER in row["why"].get(metric, "") for row in rows)
+        if count:
+            few[metric] = count
+    return few
+
+
+# ---- means ---------------------------------------------------------------------------------------
+
+
+def statistics(scores, seed=0):
+    """One metric over neurons; scores: [(number or None, status)].
+
+    The mean of the live with its 95 % interval (neurons redrawn), median and deciles; and the mean
+    with dead and undefined neurons as 0. Nothing is known about the failed: they are left out.
+    """
+    live = [value for value, status in scores if status == "live"]
+    known = sum(status != "failed" for _, status in scores)
     if not live:
         return {
             "n": 0,
@@ -72,205 +124,209 @@ def statistics(found, seed=0):
             "deciles": None,
             "mean_undefined_as_0": 0.0 if known else None,
         }
-    tenths = [float(v) for v in np.quantile(live, np.arange(1, 10) / 10)]
+    deciles = np.quantile(live, np.arange(1, 10) / 10).tolist()
     return {
         "n": len(live),
         "mean": float(np.mean(live)),
-        "ci95": metrics.interval([live], seed=seed),
-        "median": tenths[4],
-        "deciles": tenths,
+        "ci95": stats.bootstrap_interval([live], seed=seed),
+        "median": deciles[4],
+        "deciles": deciles,
         "mean_undefined_as_0": float(np.sum(live) / known),
     }
 
 
 def density(rows):
-    """How often a site's neurons fire: over neurons, and how many fire on a mean token (L0)."""
-    d = np.array([r["density"] for r in rows])
+    """How often the neurons of a site fire; L0: how many of them fire on a mean token."""
+    densities = np.array([row["density"] for row in rows])
     return {
-        "n": len(d),
-        "mean": float(d.mean()),
-        "median": float(np.median(d)),
-        "max": float(d.max()),
-        "over_1%": float((d > 0.01).mean()),
-        "over_10%": float((d > 0.1).mean()),
-        "L0": float(d.sum()),
+        "n": len(densities),
+        "mean": float(densities.mean()),
+        "median": float(np.median(densities)),
+        "max": float(densities.max()),
+        "over_1%": float((densities > 0.01).mean()),
+        "over_10%": float((densities > 0.1).mean()),
+        "L0": float(densities.sum()),
     }
 
 
-def summarise(rows, saw, layers, seed=0, windows=None):
-    """The part of summary.json that follows from scores.jsonl; the caller adds command, machine and record.
+def overall(by_layer, layers, seed=0):
+    """{metric: mean of the layers' means, each layer counting once}; by_layer {layer: rows}.
 
-    saw: {simulator: the sentence that says what it saw}; layers: of the whole model; windows: how many
-    uniform windows there are, to count the neurons ("few_windows") for which they are fewer than wanted.
-    "few_excerpts": by metric, how many neurons had fewer than its protocol asks for.
+    layers: of the whole model. "paper": the same by the paper's convention, which leaves out the
+    last of 6 or 12 layers and gives the population variance of the layers' means. A layer without
+    a live neuron is in no mean; "without" names it.
     """
-    sites = {}
-    for name, group in by_site(rows).items():
-        found = numbers(group)
-        n = {
-            "neurons": counts([r["status"] for r in group]),
-            **{metric: counts([k for _, k in values]) for metric, values in found.items()},
-        }
-        if windows is not None:
-            n["few_windows"] = sum(
-                windows < WINDOWS["sparse" if r["density"] < 0.01 else "dense"] for r in group
-            )
-        few = {metric: sum(FEWER in r["why"].get(metric, "") for r in group) for metric in found}
-        n["few_excerpts"] = {metric: count for metric, count in few.items() if count}
-        sites[name] = {
-            "n": n,
-            "density": density(group),
-            **{metric: statistics(values, seed) for metric, values in found.items()},
-        }
-    return {
-        "seed": seed,
-        "what_the_simulator_saw": saw,
-        "sites": sites,
-        "overall": {name: overall(group, layers, seed) for name, group in families(rows).items()},
-    }
-
-
-def live_by_layer(layers):
-    """{metric: {layer: its live numbers}} of {layer: rows}; a layer without any is there, empty."""
-    found = {layer: numbers(rows) for layer, rows in layers.items()}
-    names = dict.fromkeys(name for of in found.values() for name in of)
-    return {
-        name: {
-            layer: [v for v, k in of[name] if k == "live"]
-            for layer, of in found.items()
-            if name in of
-        }
-        for name in names
-    }
-
-
-def overall(layers, total, seed=0):
-    """{metric: the mean of the layers' means, each counting once}; {layer: rows}; total: layers of the model.
-
-    paper: the same by the paper's convention: at 6 and 12 layers the last one left out; variance is the
-    population variance of the layers' means. A layer without a live neuron is in no mean but is named.
-    """
-    found = {}
-    for name, values in live_by_layer(layers).items():
-        groups = {layer: v for layer, v in values.items() if v}
-        kept = {
-            layer: np.mean(v)
-            for layer, v in groups.items()
-            if not (total in PAPER_DROPS_LAST and layer == total - 1)
-        }
-        found[name] = {
+    averaged = {}
+    for metric, live in live_by_layer(by_layer).items():
+        groups = {layer: values for layer, values in live.items() if values}
+        means = {layer: np.mean(values) for layer, values in groups.items()}
+        paper_means = dict(means)
+        if layers in PAPER_DROPS_LAST:
+            paper_means.pop(layers - 1, None)
+        averaged[metric] = {
             "n": sum(map(len, groups.values())),
             "layers": sorted(groups),
-            "without": sorted(set(values) - set(groups)),
-            "mean": float(np.mean([np.mean(v) for v in groups.values()])) if groups else None,
-            "ci95": metrics.interval(list(groups.values()), seed=seed),
+            "without": sorted(set(live) - set(groups)),
+            "mean": _or_none(np.mean, means),
+            "ci95": stats.bootstrap_interval(list(groups.values()), seed=seed),
             "paper": {
-                "layers": sorted(kept),
-                "mean": float(np.mean([*kept.values()])) if kept else None,
-                "variance": float(np.var([*kept.values()])) if kept else None,
+                "layers": sorted(paper_means),
+                "mean": _or_none(np.mean, paper_means),
+                "variance": _or_none(np.var, paper_means),
             },
         }
-    return found
+    return averaged
+
+
+def _or_none(function, means):
+    """function of the means {layer: mean}, None if there are none."""
+    return float(function(list(means.values()))) if means else None
+
+
+def live_by_layer(by_layer):
+    """{metric: {layer: its live scores}} of {layer: rows}; a layer may have none."""
+    scores = {layer: scores_by_metric(rows) for layer, rows in by_layer.items()}
+    live = {}
+    for layer, by_metric in scores.items():
+        for metric, pairs in by_metric.items():
+            values = [value for value, status in pairs if status == "live"]
+            live.setdefault(metric, {})[layer] = values
+    return live
+
+
+# ---- two models ----------------------------------------------------------------------------------
 
 
 def compare(ours, theirs, seed=0, family="codes", other=None):
-    """Two models: {metric: {layer or "all": {"difference", "ci95"}}}, of ours minus theirs (rows of each).
+    """Differences of two models, ours minus theirs; each given as rows.
 
-    Only layers and metrics that both have; neurons of two models are not matched, so both are redrawn apart.
-    family, other: which sites of ours, of theirs ("codes" or an autoencoder's name; default the same).
+    Returns {metric: {layer or "all": {"difference", "ci95"}}} for layers and metrics that both
+    have. Neurons of two models are not matched, so each side is redrawn separately. family, other:
+    the sites of ours and of theirs, "codes" or an autoencoder's name; by default the same.
     """
-    sides = [
-        live_by_layer(families(rows).get(name, {}))
-        for rows, name in ((ours, family), (theirs, other or family))
-    ]
-    found = {}
-    for name in (n for n in sides[0] if n in sides[1]):
-        a, b = (side[name] for side in sides)
-        shared = sorted(layer for layer in a if a[layer] and b.get(layer))
-        for key, pick in [*((str(layer), [layer]) for layer in shared), ("all", shared)]:
-            left, right = ([side[layer] for layer in pick] for side in (a, b))
-            if pick:
-                found.setdefault(name, {})[key] = difference(left, right, seed)
-    return found
+    left_scores = live_by_layer(families(ours).get(family, {}))
+    right_scores = live_by_layer(families(theirs).get(other or family, {}))
+    compared = {}
+    for metric in left_scores:
+        left, right = left_scores[metric], right_scores.get(metric, {})
+        shared = sorted(layer for layer in left if left[layer] and right.get(layer))
+        if not shared:
+            continue
+        groups = {str(layer): [layer] for layer in shared}
+        groups["all"] = shared
+        compared[metric] = {}
+        for name, chosen in groups.items():
+            left_groups = [left[layer] for layer in chosen]
+            right_groups = [right[layer] for layer in chosen]
+            compared[metric][name] = difference(left_groups, right_groups, seed)
+    return compared
 
 
 def difference(left, right, seed=0):
-    """{"difference", "ci95"} of two means of group means, each bootstrapped by itself."""
-    means = [float(np.mean([np.mean(g) for g in side])) for side in (left, right)]
-    if min(len(g) for g in left + right) < 2:
-        return {"difference": means[0] - means[1], "ci95": None}
-    draws = metrics.resample(left, seed=seed) - metrics.resample(right, seed=seed + 1)
-    return {"difference": means[0] - means[1], "ci95": np.quantile(draws, (0.025, 0.975)).tolist()}
+    """{"difference", "ci95"} of two means of group means, each side bootstrapped on its own."""
+    interval = None
+    if min(len(group) for group in left + right) >= 2:
+        left_draws = stats.bootstrap_means(left, seed=seed)
+        right_draws = stats.bootstrap_means(right, seed=seed + 1)
+        interval = np.quantile(left_draws - right_draws, (0.025, 0.975)).tolist()
+    return {"difference": _mean_of_means(left) - _mean_of_means(right), "ci95": interval}
 
 
-def table(found, seeds=1):
-    """summary.json as text: a metric a row, a site a column; means with intervals, and n under every mean."""
-    sites = list(found["sites"].items())
-    blocks = [side_by_side(sites[i : i + ACROSS]) for i in range(0, len(sites), ACROSS)]
-    few = sum(site["n"].get("few_windows", 0) for _, site in sites)
-    blocks += [
+def _mean_of_means(groups):
+    return float(np.mean([np.mean(group) for group in groups]))
+
+
+# ---- the printed table ---------------------------------------------------------------------------
+
+
+def table(summary, seeds=1):
+    """summary.json as text: a row for each metric, a column for each site, n below every mean.
+
+    seeds: training seeds behind the summary, for its last note.
+    """
+    sites = list(summary["sites"].items())
+    blocks = []
+    for i in range(0, len(sites), SITES_ACROSS):
+        blocks.append(_site_columns(sites[i : i + SITES_ACROSS]))
+    blocks.append(_notes_on_counts(summary["sites"].values()))
+    for family, by_metric in summary["overall"].items():
+        blocks.append(_all_layers(family, by_metric))
+    seeds_text = "One training seed." if seeds == 1 else f"{seeds} training seeds."
+    blocks.append(
+        "paper: averaged as the paper does, without the last layer at 6 and 12 layers; "
+        f"variance of\nthe layers' means. {seeds_text}"
+    )
+    blocks.append("\n".join(summary["what_the_simulator_saw"].values()))
+    return "\n\n".join(blocks)
+
+
+def _notes_on_counts(sites):
+    """Notes under the table: the meaning of n, and neurons with too few windows or excerpts."""
+    text = (
         "n = live + dead + undefined + failed; mean over the live [95 % interval, neurons redrawn]"
-        + (
+    )
+    few = sum(site["n"].get("few_windows", 0) for site in sites)
+    if few:
+        text += (
             f"\n{few} neurons have fewer uniform windows than the {WINDOWS['dense']} wanted, or "
             f"{WINDOWS['sparse']} below 1 % density"
-            if few
-            else ""
         )
-    ]
-    short = Counter()
-    for _, site in sites:
-        short.update(site["n"].get("few_excerpts", {}))
-    blocks += [
-        "\n".join(
+    few_excerpts = Counter()
+    for site in sites:
+        few_excerpts.update(site["n"].get("few_excerpts", {}))
+    lines = []
+    for metric, count in few_excerpts.items():
+        lines.append(
             f"{metric}: {count} neurons have fewer excerpts than it asks for (few documents, or "
             "they seldom fire)"
-            for metric, count in short.items()
         )
-    ] * bool(short)
-    blocks += [all_layers(name, of) for name, of in found["overall"].items()]
-    blocks += [
-        "paper: averaged as the paper does, without the last layer at 6 and 12 layers; variance of\n"
-        f"the layers' means. {'One training seed.' if seeds == 1 else f'{seeds} training seeds.'}"
-    ]
-    return "\n\n".join([*blocks, "\n".join(found["what_the_simulator_saw"].values())])
+    return "\n\n".join([text, "\n".join(lines)]) if lines else text
 
 
-def side_by_side(sites):
-    """The block of a table for some sites [(name, site)]."""
-    names = list(dict.fromkeys(m for _, s in sites for m in s if m not in ("n", "density")))
+def _site_columns(sites):
+    """The block of the table for a few sites [(name, site)]."""
+    metrics = {}  # in order of appearance
+    for _, site in sites:
+        metrics |= dict.fromkeys(name for name in site if name not in ("n", "density"))
     rows = [
         ("", [name for name, _ in sites]),
-        ("density", [f"{s['density']['mean']:.3f}" for _, s in sites]),
+        ("density", [f"{site['density']['mean']:.3f}" for _, site in sites]),
     ]
-    for m in names:
-        rows += [
-            (m, [cell(s.get(m)) for _, s in sites]),
-            ("", [tally(s["n"].get(m)) for _, s in sites]),
-        ]
+    for metric in metrics:
+        rows.append((metric, [mean_text(site.get(metric)) for _, site in sites]))
+        rows.append(("", [count_text(site["n"].get(metric)) for _, site in sites]))
     width = max(len(head) for head, _ in rows) + 2
-    lines = [head.ljust(width) + "".join(c.rjust(25) for c in cells) for head, cells in rows]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def all_layers(family, found):
-    """The block of a table for means over layers."""
-    width = max(map(len, found), default=0) + 2
-    lines = [f"{'':{width}}{f'all layers, {family}':>25}{'paper: mean':>14}{'variance':>10}"]
-    for m, of in found.items():
-        mean, variance = of["paper"]["mean"], of["paper"]["variance"]
-        paper = f"{mean:14.3f}{variance:10.5f}" if mean is not None else f"{'-':>14}{'-':>10}"
-        lines.append(f"{m:{width}}{cell(of):>25}{paper}")
+    lines = []
+    for head, cells in rows:
+        line = head.ljust(width) + "".join(cell.rjust(25) for cell in cells)
+        lines.append(line.rstrip())
     return "\n".join(lines)
 
 
-def cell(stat):
-    """Mean and interval, short: ".93 [.92, .94]"."""
-    if not stat or stat["mean"] is None:
+def _all_layers(family, by_metric):
+    """The block of the table for means over layers."""
+    width = max(map(len, by_metric), default=0) + 2
+    lines = [f"{'':{width}}{f'all layers, {family}':>25}{'paper: mean':>14}{'variance':>10}"]
+    for metric, statistic in by_metric.items():
+        mean, variance = statistic["paper"]["mean"], statistic["paper"]["variance"]
+        paper = f"{'-':>14}{'-':>10}" if mean is None else f"{mean:14.3f}{variance:10.5f}"
+        lines.append(f"{metric:{width}}{mean_text(statistic):>25}{paper}")
+    return "\n".join(lines)
+
+
+def mean_text(statistic):
+    """Mean and interval as text: "0.930 [0.920, 0.940]"."""
+    if not statistic or statistic["mean"] is None:
         return "-"
-    bounds = f" [{stat['ci95'][0]:.3f}, {stat['ci95'][1]:.3f}]" if stat["ci95"] else ""
-    return f"{stat['mean']:.3f}{bounds}"
+    text = f"{statistic['mean']:.3f}"
+    if statistic["ci95"]:
+        low, high = statistic["ci95"]
+        text += f" [{low:.3f}, {high:.3f}]"
+    return text
 
 
-def tally(n):
+def count_text(n):
     """Counts as a sum: "512 = 500+8+4+0"."""
-    return f"{n['total']} = " + "+".join(str(n[s]) for s in STATUS) if n else ""
+    if not n:
+        return ""
+    return f"{n['total']} = " + "+".join(str(n[status]) for status in STATUS)

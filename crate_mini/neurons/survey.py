@@ -1,15 +1,14 @@
-"""Questions for people: human.html asks, `score` counts what was answered.
+"""Questions for people: human.html asks them, `score` counts the answers.
 
-Two tasks about the same neurons, drawn at random by the seed among those that fire and have a label:
-    intruder   five excerpts, four of one neuron and one of another: which does not belong? (chance 1/5)
-    label      held-out excerpts and four labels, three of other neurons: which describes them? (chance 1/4)
-Both after topic models' word intrusion (Chang et al. 2009) and its use for neurons in Transluce's and
-EleutherAI's studies. Whoever answers sees no score. The page saves its answers as a JSON file.
+Two tasks on the same neurons, drawn by the seed from those that fire and have a label:
+    intruder   five excerpts, four of one neuron and one of another: which does not belong?
+    label      held-out excerpts and four labels, three of other neurons: which describes them?
+Chance is 1/5 and 1/4. Both tasks follow word intrusion for topic models (Chang et al. 2009), as
+Transluce and EleutherAI use it for neurons. The page shows no score and saves the answers as JSON.
 """
 
 import hashlib
 import json
-import math
 from html import escape
 from pathlib import Path
 
@@ -17,156 +16,181 @@ import numpy as np
 
 from crate_mini import UserError
 from crate_mini.data.tokenizer import visible
-from crate_mini.neurons.page import checkpoint_name, label_text, read
+from crate_mini.neurons.labels import LABEL_TOKENS, label_text
+from crate_mini.neurons.score_files import checkpoint_name, read
 from crate_mini.plots.html import asset, html, quiz_script
+from crate_mini.stats import wilson
 
 SHOWN = 4  # excerpts of the neuron in a question
 DECOYS = 3  # labels of other neurons
 CHANCE = {"intruder": 1 / (SHOWN + 1), "label": 1 / (DECOYS + 1)}
 
 
-def wilson(right, n, z=1.959963984540054):
-    """(low, high) of Wilson's score interval for `right` of n; z = 1.96 is 95 %. (0, 1) when n is 0."""
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = right / n, z * z / n
-    middle, half = p + z2 / 2, z * math.sqrt(p * (1 - p) / n + z2 / (4 * n))
-    return max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))
+def page(folder, token_bytes, seed=0, n=30):
+    """human.html of a result folder, as bytes, with questions on n neurons.
 
-
-def held_out(neuron):
-    """The top excerpts that no table or label was made from."""
-    return [e for e in neuron.get("top") or [] if e.get("part") == "score"]
-
-
-def _pick(rng, found, n):
-    """n of a list, at random, in their order."""
-    return [found[i] for i in sorted(rng.choice(len(found), n, replace=False))]
-
-
-def questions(neurons, token, seed, n):
-    """Questions of both tasks about n neurons, JSON-able; `answer` is the number of the right option.
-
-    Decoys come from the same site. A decoy whose excerpt or label is one of the neuron's own is drawn again.
-    """
-    rng = np.random.default_rng(seed)
-    fit = [x for x in neurons if len(held_out(x)) >= SHOWN and (x.get("label") or {}).get("tokens")]
-    sites = {
-        site: [x for x in fit if x["site"] == site]
-        for site in dict.fromkeys(x["site"] for x in fit)
-    }
-    asked = [fit[i] for i in rng.permutation(len(fit))[:n]]
-    found = {"intruder": [], "label": []}
-    for x in asked:
-        others = [y for y in sites[x["site"]] if y is not x]
-        for make, task in ((_intruder, "intruder"), (_label, "label")):
-            question = make(x, [others[i] for i in rng.permutation(len(others))], token, rng)
-            if question:
-                found[task].append(
-                    {"task": task, "site": x["site"], "neuron": x["neuron"], **question}
-                )
-    return found["intruder"] + [found["label"][i] for i in rng.permutation(len(found["label"]))]
-
-
-def _shown(e, token, top=None):
-    """An excerpt as the page gets it: texts, the peak, and with `top` the values as shares of it."""
-    shares = (
-        {} if top is None else {"values": [round(min(1, max(0, v / top)), 2) for v in e["acts"]]}
-    )
-    return {"tokens": [token(t) if t >= 0 else "" for t in e["tokens"]], "at": e["at"], **shares}
-
-
-def _intruder(x, others, token, rng):
-    """Four of x's excerpts and one of the first of `others` that has another text; None if none has."""
-    own = _pick(rng, held_out(x), SHOWN)
-    texts = [e["tokens"] for e in x["top"]]
-    strange = next((e for y in others for e in held_out(y) if e["tokens"] not in texts), None)
-    if strange is None:
-        return None
-    at = int(rng.integers(SHOWN + 1))
-    return {"options": [_shown(e, token) for e in [*own[:at], strange, *own[at:]]], "answer": at}
-
-
-def _label(x, others, token, rng):
-    """x's excerpts, and its label among three of others; None if there are not three that differ."""
-    own = label_text(x["label"], token, 10)
-    labels = list(dict.fromkeys(label_text(y["label"], token, 10) for y in others))
-    decoys = [text for text in labels if text != own][:DECOYS]
-    if len(decoys) < DECOYS:
-        return None
-    at = int(rng.integers(DECOYS + 1))
-    return {
-        "given": [_shown(e, token, x["max"]) for e in _pick(rng, held_out(x), SHOWN)],
-        "options": [*decoys[:at], own, *decoys[at:]],
-        "answer": at,
-    }
-
-
-def page(folder, token, seed=0, n=30):
-    """human.html of a result folder, as bytes: equal for equal inputs; token, errors as for `pages.index`.
-
-    None when too few neurons have a label and held-out excerpts to ask about.
+    token_bytes: from an id to its bytes. Equal inputs give equal bytes. None if no neuron has a
+    label and enough held-out excerpts. Raises UserError as score_files.read does.
     """
     record, _, neurons = read(folder)
-    asked = questions(neurons, lambda i: visible(token(i)), seed, n)
+
+    def token_text(id):
+        return visible(token_bytes(id))
+
+    asked = questions(neurons, token_text, seed, n)
     if not asked:
         return None
-    name, checkpoint = checkpoint_name(record), record.get("checkpoint") or {}
-    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    name = checkpoint_name(record)
     data = {
-        "page": digest,
+        "page": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
         "model": name,
-        "sha256": checkpoint.get("sha256"),
+        "sha256": (record.get("checkpoint") or {}).get("sha256"),
         "seed": seed,
         "questions": asked,
     }
     body = (
-        f'<main><header class="task"><p class="eyebrow">crate_mini · what people see in neurons</p>'
+        '<main><header class="task"><p class="eyebrow">crate_mini · what people see in neurons</p>'
         f'<h1>{escape(name)}</h1></header><div id="task" class="task"></div></main>'
     )
-    return html(
-        f"{name} · questions", body, data, quiz_script() + asset("crate_mini.neurons", "survey.js")
-    )
+    script = quiz_script() + asset("crate_mini.neurons", "survey.js")
+    return html(f"{name} · questions", body, data, script)
+
+
+def questions(neurons, token_text, seed, n):
+    """Questions of both tasks on up to n neurons, JSON-able.
+
+    "answer" is the place of the right option. The other neurons in a question come from the same
+    site; an excerpt or label of theirs that equals one of the neuron's own is skipped.
+    """
+    rng = np.random.default_rng(seed)
+    usable = []
+    for neuron in neurons:
+        if len(held_out(neuron)) >= SHOWN and (neuron.get("label") or {}).get("tokens"):
+            usable.append(neuron)
+    intruders, labels = [], []
+    for i in rng.permutation(len(usable))[:n]:
+        neuron = usable[i]
+        others = [
+            other for other in usable if other["site"] == neuron["site"] and other is not neuron
+        ]
+        for task, make, asked in (
+            ("intruder", _intruder, intruders),
+            ("label", _label, labels),
+        ):
+            shuffled = [others[k] for k in rng.permutation(len(others))]
+            question = make(neuron, shuffled, token_text, rng)
+            if question:
+                source = {"task": task, "site": neuron["site"], "neuron": neuron["neuron"]}
+                asked.append({**source, **question})
+    return intruders + [labels[i] for i in rng.permutation(len(labels))]
+
+
+def held_out(neuron):
+    """The top excerpts that neither a table nor a label was made from."""
+    return [excerpt for excerpt in neuron.get("top") or [] if excerpt.get("part") == "score"]
+
+
+def _intruder(neuron, others, token_text, rng):
+    """Four excerpts of the neuron, and one of another neuron with different text.
+
+    None if no other neuron has such an excerpt.
+    """
+    options = _draw(rng, held_out(neuron), SHOWN)
+    texts = [excerpt["tokens"] for excerpt in neuron["top"]]
+    strangers = (excerpt for other in others for excerpt in held_out(other))
+    intruder = next((excerpt for excerpt in strangers if excerpt["tokens"] not in texts), None)
+    if intruder is None:
+        return None
+    answer = int(rng.integers(SHOWN + 1))
+    options.insert(answer, intruder)
+    return {"options": [_shown(excerpt, token_text) for excerpt in options], "answer": answer}
+
+
+def _label(neuron, others, token_text, rng):
+    """Excerpts of the neuron, and its label among three labels of others.
+
+    None if fewer than three other labels differ from it.
+    """
+    label = label_text(neuron["label"], token_text, LABEL_TOKENS)
+    decoys = {}  # as an ordered set
+    for other in others:
+        decoys[label_text(other["label"], token_text, LABEL_TOKENS)] = None
+    options = [text for text in decoys if text != label][:DECOYS]
+    if len(options) < DECOYS:
+        return None
+    answer = int(rng.integers(DECOYS + 1))
+    options.insert(answer, label)
+    excerpts = _draw(rng, held_out(neuron), SHOWN)
+    given = [_shown(excerpt, token_text, neuron["max"]) for excerpt in excerpts]
+    return {"given": given, "options": options, "answer": answer}
+
+
+def _draw(rng, items, n):
+    """n items of a list, drawn at random, in their order."""
+    return [items[i] for i in sorted(rng.choice(len(items), n, replace=False))]
+
+
+def _shown(excerpt, token_text, largest=None):
+    """An excerpt for the page: texts and the place of the peak.
+
+    With `largest` also its activations, as shares of that.
+    """
+    shown = {
+        "tokens": [token_text(id) if id >= 0 else "" for id in excerpt["tokens"]],
+        "at": excerpt["at"],
+    }
+    if largest is not None:
+        shares = [min(1, max(0, value / largest)) for value in excerpt["acts"]]
+        shown["values"] = [round(share, 2) for share in shares]
+    return shown
+
+
+# ---- answers -------------------------------------------------------------------------------------
 
 
 def score(path):
-    """{task: {"n", "right", "accuracy", "ci95" (Wilson), "chance", "unanswered"}} of a file of answers.
+    """{task: counts} of a file of answers that human.html saved.
 
-    Raises UserError for a file that is missing or no answers of human.html.
+    Counts are "n" answered, "right", "unanswered", "accuracy", "ci95" (Wilson) and "chance".
+    Raises UserError for a file that is missing or does not hold such answers.
     """
     try:
         answers = json.loads(Path(path).read_text(encoding="utf-8"))["answers"]
-        found = {task: [a for a in answers if a["task"] == task] for task in CHANCE}
-        counts = {
-            t: (len(f), [a["choice"] == a["answer"] for a in f if a["choice"] is not None])
-            for t, f in found.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        return {task: _count(answers, task) for task in CHANCE}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} cannot be read as answers ({type(e).__name__}); human.html saves such a "
-            "file; `python interpret.py report CKPT --answers answers.json` reads it."
+            f"{path} cannot be read as answers ({type(error).__name__}); expected a file that "
+            "human.html saved, for `python interpret.py report CKPT --answers answers.json`."
         ) from None
+
+
+def _count(answers, task):
+    """The counts of one task."""
+    asked = [answer for answer in answers if answer["task"] == task]
+    correct = []
+    for answer in asked:
+        if answer["choice"] is not None:
+            correct.append(answer["choice"] == answer["answer"])
+    n, right = len(correct), sum(correct)
     return {
-        task: {
-            "n": len(right),
-            "right": sum(right),
-            "unanswered": asked - len(right),
-            "accuracy": sum(right) / len(right) if right else None,
-            "ci95": wilson(sum(right), len(right)),
-            "chance": CHANCE[task],
-        }
-        for task, (asked, right) in counts.items()
+        "n": n,
+        "right": right,
+        "unanswered": len(asked) - n,
+        "accuracy": right / n if n else None,
+        "ci95": wilson(right, n),
+        "chance": CHANCE[task],
     }
 
 
-def table(found):
-    """`score` as text."""
+def table(counts):
+    """The result of `score` as text."""
     lines = ["task           right  accuracy  95 % (Wilson)   chance  unanswered"]
-    for task, s in found.items():
-        accuracy = "-" if s["accuracy"] is None else f"{s['accuracy']:.3f}"
-        right, (low, high) = f"{s['right']} of {s['n']}", s["ci95"]
+    for task, count in counts.items():
+        right = f"{count['right']} of {count['n']}"
+        accuracy = "-" if count["accuracy"] is None else f"{count['accuracy']:.3f}"
+        low, high = count["ci95"]
         lines.append(
-            f"{task:<8}{right:>12}{accuracy:>10}  {low:.3f} to {high:.3f}{s['chance']:>8.2f}"
-            f"{s['unanswered']:>12}"
+            f"{task:<8}{right:>12}{accuracy:>10}  {low:.3f} to {high:.3f}{count['chance']:>8.2f}"
+            f"{count['unanswered']:>12}"
         )
     return "\n".join(lines)

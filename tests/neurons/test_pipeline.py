@@ -1,75 +1,64 @@
-"""`interpret.py neurons`, its stages end to end on planted neurons, and the selftest."""
+"""The stages of `interpret.py neurons`, end to end on planted neurons."""
 
 import json
 
 import numpy as np
 import pytest
+from planted_workspace import META, planted_workspace
 
-from crate_mini import UserError
-from crate_mini import stats as metrics
-from crate_mini.data import batches as data
-from crate_mini.neurons import pipeline as neurons
-from crate_mini.neurons import planted as puzzles
-from crate_mini.neurons import record as activations
-from crate_mini.neurons import score as results
-from crate_mini.neurons import selftest, summary
-from crate_mini.neurons import simulators as explain
-
-J = puzzles.NEURON
-
-
-def planted(place, **changes):
-    """A Run on planted neurons and the texts that lie in a folder; by default it writes there too."""
-    source = place / "puzzles.jsonl"
-    if not source.exists():
-        puzzles.write_texts(source, 500)
-    tokenizer, model = data.load_tokenizer("bytes"), puzzles.Planted()
-    corpus = data.open_corpus(str(source), tokenizer, place / "cache", 1.0, log=lambda line: None)
-    made = {"folder": place / "out", "controls": ("shuffle",), "log": lambda line: None, **changes}
-    return neurons.Run(
-        model,
-        {"tokenizer": {"spec": "bytes"}},
-        tokenizer,
-        corpus,
-        made.pop("folder"),
-        activations.sites(model),
-        **made,
-    )
+from crate_mini import UserError, stats
+from crate_mini.neurons import page_excerpts, pipeline, planted, record, score, summary
+from crate_mini.neurons.planted import INDEX
+from crate_mini.neurons.simulators import SAW, NgramTable, excerpt_table
+from crate_mini.neurons.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """A finished Run, with tries for all neurons."""
-    r = planted(tmp_path_factory.mktemp("planted"), trie=99)
-    neurons.run(r)
-    return r
+def finished(tmp_path_factory):
+    """A Workspace after all stages, with tries for all neurons."""
+    work = planted_workspace(tmp_path_factory.mktemp("planted"), trie=99)
+    pipeline.run(work)
+    return work
 
 
-def lines(r, name):
-    return [json.loads(line) for line in (r.folder / name).read_text().splitlines()]
+@pytest.fixture
+def again(finished):
+    """Make another Workspace on the same texts, by default in the same folder."""
+
+    def make(**changes):
+        return planted_workspace(finished.folder.parent, **changes)
+
+    return make
 
 
-def test_scores_of_planted_neurons(done):
-    rows = lines(done, "scores.jsonl")
-    assert [row["neuron"] for row in rows] == list(range(len(puzzles.READINGS)))
-    score = {name: rows[j]["scores"] for name, j in J.items()}
-    uniform = {name: found["uniform"] for name, found in score.items()}
-    assert uniform["token set"]["token_r"] > 0.99 and uniform["token set"]["label_r@10"] > 0.99
+def read_lines(work, name):
+    return [json.loads(line) for line in (work.folder / name).read_text().splitlines()]
+
+
+# ---- what the files hold -------------------------------------------------------------------------
+
+
+def test_scores_of_planted_neurons(finished):
+    rows = read_lines(finished, "scores.jsonl")
+    assert [row["neuron"] for row in rows] == list(range(len(planted.EXPLANATIONS)))
+    scores = {name: rows[j]["scores"] for name, j in INDEX.items()}
+    uniform = {name: by_metric["uniform"] for name, by_metric in scores.items()}
+    token_set, third_back = uniform["token set"], "third token back"
+    assert token_set["token_r"] > 0.99
+    assert token_set["label_r@10"] > 0.99
+    assert token_set["f1"] == token_set["auprc"] == 1
+    assert abs(token_set["null_r"]) < 0.3
     assert uniform["bigram"]["ngram_r"] > 0.9 > 0.5 > uniform["bigram"]["token_r"]
-    assert (
-        abs(uniform["third token back"]["ngram_r"])
-        < 0.1
-        < 0.9
-        < score["third token back"]["trie_r"]
-    )
-    assert score["third token back"]["trie_f1"] > 0.8
-    assert abs(uniform["noise"]["ngram_r"]) < 0.05 and abs(uniform["token set"]["null_r"]) < 0.3
-    assert uniform["token set"]["f1"] == uniform["token set"]["auprc"] == 1
-    assert (
-        score["token set"]["openai_tar[ngram]"] > 0.99
-        and score["token set"]["openai_random[ngram]"] > 0.9
-    )
-    assert {name: rows[j]["status"] for name, j in J.items()} == {
+    assert abs(uniform[third_back]["ngram_r"]) < 0.1 < 0.9 < scores[third_back]["trie_r"]
+    assert scores[third_back]["trie_f1"] > 0.8
+    assert abs(uniform["noise"]["ngram_r"]) < 0.05
+    assert scores["token set"]["openai_tar[ngram]"] > 0.99
+    assert scores["token set"]["openai_random[ngram]"] > 0.9
+
+
+def test_status_and_reasons_of_planted_neurons(finished):
+    rows = read_lines(finished, "scores.jsonl")
+    assert {name: rows[j]["status"] for name, j in INDEX.items()} == {
         "token set": "live",
         "bigram": "live",
         "third token back": "live",
@@ -79,288 +68,296 @@ def test_scores_of_planted_neurons(done):
         "always on": "undefined",
         "negative only": "dead",
     }
-    assert rows[J["always on"]]["why"]["token_r"] == "true activations are constant"
-    assert all(
-        (value is None) == (name in row["why"]) or value is not None
-        for row in rows
-        for name, value in row["scores"]["uniform"].items()
-    )
+    reasons = rows[INDEX["always on"]]["why"]
+    assert reasons["token_r"] == "true activations are constant"
+    for row in rows:
+        for name, value in row["scores"]["uniform"].items():
+            assert value is not None or name in row["why"]
 
 
-def test_counts_in_the_summary_add_up(done):
-    found = json.loads((done.folder / "summary.json").read_text())
-    for name, n in found["sites"]["L0"]["n"].items():
+def test_counts_in_the_summary_add_up(finished):
+    content = json.loads((finished.folder / "summary.json").read_text())
+    for name, n in content["sites"]["L0"]["n"].items():
         if not name.startswith("few_"):
-            assert n["total"] == sum(n[k] for k in ("live", "dead", "undefined", "failed"))
-            assert n["total"] == len(puzzles.READINGS)
-    assert set(found["what_the_simulator_saw"]) == set(explain.SAW) - {"init"}
-    assert found["record"] == json.loads((done.folder / "record.json").read_text())
+            assert n["total"] == sum(n[status] for status in summary.STATUS)
+            assert n["total"] == len(planted.EXPLANATIONS)
+    assert set(content["what_the_simulator_saw"]) == set(SAW) - {"init"}
+    assert content["record"] == json.loads((finished.folder / "record.json").read_text())
 
 
-def test_fewer_excerpts_than_the_protocol_asks_for_are_told(done):
-    """Seven documents have seven top windows: too few for the ten that CRATE-LM's code scores on."""
-    site, selected = done.sites[0], done.read("select", done.sites[0])
-    sims, j = done.read("simulate", site), J["noise"]
-    found = results.protocol_scores(done, sims, selected, j)
-    assert not any(why for _, why in found.values())
+def test_too_few_excerpts_are_counted(finished):
+    """Seven documents have seven top windows, fewer than the ten that the paper's code scores."""
+    site, metric = finished.sites[0], "anthropic_crate[ngram]"
+    selected, simulated = finished.read("select", site), finished.read("simulate", site)
+    j = INDEX["noise"]
+    scores = score.protocol_scores(finished, simulated, selected, j)
+    assert not any(reason for _, reason in scores.values())
     selected.anthropic_crate_score_origin[j, 40:] = ""
-    found = results.protocol_scores(done, sims, selected, j)
-    value, why = found.pop("anthropic_crate[ngram]")
-    assert value is not None and why == "40 excerpts of the protocol's 47"
-    assert not any(why for _, why in found.values())
-    rows = lines(done, "scores.jsonl")
-    rows[j]["why"]["anthropic_crate[ngram]"] = why
-    told = summary.summarise(rows, {}, 1)
-    assert told["sites"]["L0"]["n"]["few_excerpts"]["anthropic_crate[ngram]"] >= 1
-    assert "anthropic_crate[ngram]: " in summary.table(told) and "fewer excerpts" in summary.table(
-        told
-    )
+    scores = score.protocol_scores(finished, simulated, selected, j)
+    value, reason = scores.pop(metric)
+    assert value is not None
+    assert reason == "40 excerpts of the protocol's 47"
+    assert not any(reason for _, reason in scores.values())
+    rows = read_lines(finished, "scores.jsonl")
+    rows[j]["why"][metric] = reason
+    content = summary.summarise(rows, {}, 1)
+    assert content["sites"]["L0"]["n"]["few_excerpts"][metric] >= 1
+    table = summary.table(content)
+    assert f"{metric}: " in table
+    assert "fewer excerpts" in table
 
 
-def test_simulated_values_are_those_of_the_tables(done):
-    site, shared = done.sites[0], done.record.shared
-    own, sims, selected = (
-        done.record.site("L0"),
-        done.read("simulate", site),
-        done.read("select", site),
+def test_simulated_values_are_those_of_the_tables(finished):
+    site, shared = finished.sites[0], finished.record.shared
+    arrays = finished.record.site("L0")
+    selected, simulated = finished.read("select", site), finished.read("simulate", site)
+    ngram = NgramTable(
+        shared["counts"],
+        arrays["token_sum"],
+        shared["pairs"],
+        shared["pair_counts"],
+        arrays["pair_sum"],
     )
-    tables = explain.Backoff(
-        shared["counts"], own["token_sum"], shared["pairs"], shared["pair_counts"], own["pair_sum"]
-    )
-    assert np.allclose(sims.uniform_ngram, tables(shared["uniform_score"]), atol=1e-3)
-    j = J["bigram"]
-    e = done.chosen(selected, "openai_tar", "score", j)
-    assert np.allclose(sims.openai_tar_ngram[j, : len(e.doc)], tables(e.tokens, j), atol=1e-6)
-    r, _ = metrics.pearson(e.acts.ravel(), tables(e.tokens, j).ravel())
-    assert lines(done, "scores.jsonl")[j]["scores"]["openai_tar[ngram]"] == pytest.approx(
-        r[0], abs=1e-6
-    )
-    fit = done.chosen(selected, "openai_tar", "fit", j)
-    five = explain.five_table(fit.tokens, fit.acts)(e.tokens)
-    assert np.allclose(sims.openai_tar_five[j, : len(e.doc)], five, atol=1e-6)
-    assert not set(fit.doc.tolist()) & set(e.doc.tolist())
+    expected = ngram(shared["uniform_score"])
+    assert np.allclose(simulated.uniform_ngram, expected, atol=1e-3)
+    j = INDEX["bigram"]
+    held_out = finished.selected(selected, "openai_tar", "score", j)
+    n = len(held_out.doc)
+    expected = ngram(held_out.tokens, j)
+    assert np.allclose(simulated.openai_tar_ngram[j, :n], expected, atol=1e-6)
+    r, _ = stats.pearson(held_out.acts.ravel(), expected.ravel())
+    scored = read_lines(finished, "scores.jsonl")[j]["scores"]["openai_tar[ngram]"]
+    assert scored == pytest.approx(r[0], abs=1e-6)
+    fit = finished.selected(selected, "openai_tar", "fit", j)
+    expected = excerpt_table(fit.tokens, fit.acts)(held_out.tokens)
+    assert np.allclose(simulated.openai_tar_five[j, :n], expected, atol=1e-6)
+    assert not set(fit.doc.tolist()) & set(held_out.doc.tolist())
 
 
-def test_excerpts_for_the_page(done):
-    shown = lines(done, "excerpts.jsonl")
-    assert [row["neuron"] for row in shown] == list(range(len(puzzles.READINGS)))
-    own = done.record.site("L0")
-    for row in shown:
-        assert len(row["hist"]) == 50 and sum(row["hist"]) == own["hist"][row["neuron"]].sum()
-        for e in (*row["top"], *row["intervals"], *row["random"]):
-            assert len(e["tokens"]) == len(e["acts"]) == results.AROUND
-            assert e["acts"][e["at"]] == max(e["acts"]) and (e["sim"] is None) == (
-                e["part"] == "fit"
-            )
+def test_excerpts_for_the_page(finished):
+    lines = read_lines(finished, "excerpts.jsonl")
+    assert [line["neuron"] for line in lines] == list(range(len(planted.EXPLANATIONS)))
+    arrays = finished.record.site("L0")
+    for line in lines:
+        assert len(line["hist"]) == 50
+        assert sum(line["hist"]) == arrays["hist"][line["neuron"]].sum()
+        for excerpt in (*line["top"], *line["intervals"], *line["random"]):
+            assert len(excerpt["tokens"]) == len(excerpt["acts"]) == page_excerpts.TOKENS
+            assert excerpt["acts"][excerpt["at"]] == max(excerpt["acts"])
+            assert (excerpt["sim"] is None) == (excerpt["part"] == "fit")
         for group in ("top", "intervals"):
-            peaks = [max(e["acts"]) for e in row[group]]
+            peaks = [max(excerpt["acts"]) for excerpt in line[group]]
             assert peaks == sorted(peaks, reverse=True)
-    assert len(shown[J["token set"]]["top"]) == 10 and not shown[J["dead"]]["top"]
-    acts = own["uniform_score_acts"].reshape(-1, len(shown)).astype(np.float64)
-    other, r = shown[J["bigram"]]["together"][0]
-    assert r == pytest.approx(np.corrcoef(acts[:, J["bigram"]], acts[:, other])[0, 1], abs=1e-3)
-    assert all(row["atoms"] == [] for row in shown)  # planted neurons write nothing
+    assert len(lines[INDEX["token set"]]["top"]) == 10
+    assert not lines[INDEX["dead"]]["top"]
 
 
-def test_pages_are_there(done):
-    page = (done.folder / "index.html").read_text("utf-8")
-    assert all(word in page for word in ("ngram_r", "null_r", "openai_tar[five excerpts]"))
-    assert (done.folder / "human.html").exists()
+def test_related_neurons_for_the_page(finished):
+    lines = read_lines(finished, "excerpts.jsonl")
+    acts = finished.record.site("L0")["uniform_score_acts"].astype(np.float64)
+    acts = acts.reshape(-1, len(lines))
+    j = INDEX["bigram"]
+    other, r = lines[j]["together"][0]
+    assert r == pytest.approx(np.corrcoef(acts[:, j], acts[:, other])[0, 1], abs=1e-3)
+    assert all(line["atoms"] == [] for line in lines)  # planted neurons write nothing
+
+
+def test_pages_and_figures_are_there(finished):
+    text = (finished.folder / "index.html").read_text("utf-8")
+    for word in ("ngram_r", "null_r", "openai_tar[five excerpts]"):
+        assert word in text
+    assert (finished.folder / "human.html").exists()
     for name in ("scores.png", "density.png"):
-        assert (done.folder / name).read_bytes().startswith(b"\x89PNG")
+        assert (finished.folder / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_live_neuron_has_its_effect_and_no_dead_one(done):
-    for row, shown in zip(
-        lines(done, "scores.jsonl"), lines(done, "explain-L0.jsonl"), strict=True
-    ):
-        assert ("effect" in row) == (row["status"] != "dead") and row.get("effect") == shown.get(
-            "effect"
-        )
+def test_every_neuron_but_a_dead_one_has_its_effect(finished):
+    rows = read_lines(finished, "scores.jsonl")
+    explained = read_lines(finished, "explain-L0.jsonl")
+    for row, line in zip(rows, explained, strict=True):
+        assert ("effect" in row) == (row["status"] != "dead")
+        assert row.get("effect") == line.get("effect")
         if "effect" in row:  # a planted neuron moves no logit
-            assert (
-                row["effect"]["raised"] == [] and row["effect"]["kl"] == 0 == row["effect"]["loss"]
-            )
-            assert row["effect"]["clamp"] == pytest.approx(row["max"], rel=1e-3)
-            assert row["effect"]["far"]["clamp"] == pytest.approx(5 * row["max"], rel=1e-3)
+            effect = row["effect"]
+            assert effect["raised"] == []
+            assert effect["kl"] == effect["loss"] == 0
+            assert effect["clamp"] == pytest.approx(row["max"], rel=1e-3)
+            assert effect["far"]["clamp"] == pytest.approx(5 * row["max"], rel=1e-3)
 
 
-def test_same_seed_same_files_and_any_stage_again(done):
-    before = {
-        name: (done.folder / name).read_bytes()
-        for name in ("scores.jsonl", "excerpts.jsonl", "index.html", "explain-L0.jsonl")
-    }
-    for start in ("score", "explain", "record"):
-        neurons.run(planted(done.folder.parent, trie=99), start)
+# ---- stages again, alone, interrupted ------------------------------------------------------------
+
+
+def test_every_stage_alone_writes_the_same_files_again(finished, again):
+    names = ("scores.jsonl", "excerpts.jsonl", "index.html", "explain-L0.jsonl")
+    before = {name: (finished.folder / name).read_bytes() for name in names}
+    for stage in pipeline.STAGES:
+        pipeline.run(again(trie=99), stage, until=stage)
         for name, content in before.items():
-            assert (done.folder / name).read_bytes() == content, (start, name)
-
-
-def test_a_stage_refuses_what_is_not_of_this_record(done, tmp_path):
-    r = planted(done.folder.parent, folder=tmp_path / "out")
-    for stages, said in (
-        (("recrod",), "--from 'recrod' is no stage; choose one of record"),
-        (("record", "scores"), "--until 'scores' is no stage"),
-        (("score", "select"), "--until select comes before --from score"),
-    ):
-        with pytest.raises(UserError, match=said):
-            neurons.run(r, *stages)
-    with pytest.raises(UserError, match="holds no record"):
-        neurons.run(r, "select")
-    neurons.run(r, until="explain")
-    with pytest.raises(UserError, match="make it with --from simulate"):
-        neurons.run(r, "score")
-    neurons.run(r, "simulate")
-    fresh = planted(done.folder.parent, folder=tmp_path / "out", seed=1)
-    with pytest.raises(UserError, match="of another checkpoint or seed"):
-        neurons.run(fresh, "select")
-    neurons.run(fresh, until="record")
-    with pytest.raises(
-        UserError, match="of another record than is there now; make it with --from select"
-    ):
-        neurons.run(fresh, "explain")
-    fewer = planted(done.folder.parent, folder=tmp_path / "out", n=5, seed=1)
-    neurons.run(fewer, "select", until="explain")
-    with pytest.raises(UserError, match="of other neurons"):
-        planted(done.folder.parent, folder=tmp_path / "out", n=6, seed=1).explained(fewer.sites[0])
-    other = planted(done.folder.parent, folder=tmp_path / "out", n=5, seed=1, tokens=20_000)
-    neurons.run(other, until="select")  # its labels may know the documents that score now
-    with pytest.raises(UserError, match="of another record than is there now.*--from explain"):
-        neurons.run(other, "simulate")
+            assert (finished.folder / name).read_bytes() == content, (stage, name)
 
 
 @pytest.mark.parametrize(
-    "name, spoil, said",
+    "stages, message",
     [
-        ("select-L0.npz", lambda raw: raw[:-99], "--from select"),
-        ("explain-L0.jsonl", lambda raw: b"[]\n", "--from explain"),
-        ("select-L0.npz", lambda raw: raw[:2000] + bytes(2000) + raw[4000:], "--from select"),
+        (("recrod",), "--from 'recrod' is not a stage; choose record, select"),
+        (("record", "scores"), "--until 'scores' is not a stage"),
+        (("score", "select"), "--until select comes before --from score"),
     ],
 )
-def test_a_damaged_file_is_one_sentence(done, name, spoil, said):
-    path = done.folder / name
-    raw = path.read_bytes()
-    path.write_bytes(spoil(raw))
-    with pytest.raises(UserError, match=f"{name} .* make it with {said}"):
-        neurons.run(planted(done.folder.parent, trie=99), "simulate")
-    path.write_bytes(raw)
+def test_unknown_stages_and_empty_ranges_get_one_sentence(stages, message, again, tmp_path):
+    with pytest.raises(UserError, match=message):
+        pipeline.run(again(folder=tmp_path / "out"), *stages)
 
 
-def test_a_stop_says_where_to_go_on_and_keeps_what_is_finished(done, monkeypatch):
-    said, before = [], (done.folder / "explain-L0.jsonl").read_bytes()
+def test_a_stage_refuses_files_of_another_record(again, tmp_path):
+    folder = tmp_path / "out"
+    work = again(folder=folder)
+    with pytest.raises(UserError, match="holds no record"):
+        pipeline.run(work, "select")
+    pipeline.run(work, until="explain")
+    with pytest.raises(UserError, match="make it with --from simulate"):
+        pipeline.run(work, "score")
+    pipeline.run(work, "simulate", until="simulate")
+    other_seed = again(folder=folder, seed=1)
+    with pytest.raises(UserError, match="of another checkpoint or seed"):
+        pipeline.run(other_seed, "select")
+    pipeline.run(other_seed, until="record")
+    with pytest.raises(UserError, match="of another record; make it again with --from select"):
+        pipeline.run(other_seed, "explain")
+    fewer = again(folder=folder, n=5, seed=1)
+    pipeline.run(fewer, "select", until="explain")
+    with pytest.raises(UserError, match="of other neurons"):
+        again(folder=folder, n=6, seed=1).explanations(fewer.sites[0])
+    other_record = again(folder=folder, n=5, seed=1, tokens=20_000)
+    pipeline.run(other_record, until="select")  # its labels may know the documents that score now
+    with pytest.raises(UserError, match="it is of another record.*--from explain"):
+        pipeline.run(other_record, "simulate")
 
-    def interrupted(r):
+
+def truncated(content):
+    return content[:-99]
+
+
+def overwritten(content):
+    return content[:2000] + bytes(2000) + content[4000:]
+
+
+def replaced(content):
+    return b"[]\n"
+
+
+@pytest.mark.parametrize(
+    "name, damage, stage",
+    [
+        ("select-L0.npz", truncated, "select"),
+        ("explain-L0.jsonl", replaced, "explain"),
+        ("select-L0.npz", overwritten, "select"),
+    ],
+)
+def test_a_damaged_file_gets_one_sentence(finished, again, name, damage, stage):
+    path = finished.folder / name
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    try:
+        with pytest.raises(UserError, match=f"{name} .* make it .*--from {stage}"):
+            pipeline.run(again(trie=99), "simulate")
+    finally:
+        path.write_bytes(content)
+
+
+def test_a_stop_keeps_finished_stages_and_says_how_to_resume(finished, again, monkeypatch):
+    messages, before = [], (finished.folder / "explain-L0.jsonl").read_bytes()
+
+    def interrupted(work):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(neurons.STAGES, "simulate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        neurons.run(planted(done.folder.parent, trie=99, log=said.append), "explain")
-    assert said[-1].endswith("--from simulate goes on") and said[0].startswith("explain ")
-    assert (done.folder / "explain-L0.jsonl").read_bytes() == before
-    monkeypatch.undo()
-    neurons.run(planted(done.folder.parent, trie=99), "simulate")
+    with monkeypatch.context() as patch:
+        patch.setitem(pipeline.STAGES, "simulate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(again(trie=99, log=messages.append), "explain")
+    assert messages[0].startswith("explain ")
+    assert messages[-1].endswith("resume with --from simulate")
+    assert (finished.folder / "explain-L0.jsonl").read_bytes() == before
+    pipeline.run(again(trie=99), "simulate", until="simulate")
 
 
-def test_memory_holds_one_site_at_a_time(done):
-    r = planted(done.folder.parent, trie=99)
+def test_memory_holds_one_site_at_a_time(again, tmp_path):
+    work = again(folder=tmp_path / "out", n=5, trie=1)
+    pipeline.run(work, until="record")
     for stage in ("select", "explain", "simulate", "score"):
-        neurons.run(r, stage, until=stage)
-        assert r.record.site("L0") == {}, stage
+        pipeline.run(work, stage, until=stage)
+        assert work.record.site("L0") == {}, stage
 
 
-def test_a_lone_neuron_has_no_other_ones_table(done, tmp_path):
-    r = planted(done.folder.parent, folder=tmp_path / "out", n=1)
-    neurons.run(r, until="score")
-    (row,) = lines(r, "scores.jsonl")
-    assert "null_r" not in row["scores"]["uniform"] and "token_r" in row["scores"]["uniform"]
+# ---- which neurons, and their controls -----------------------------------------------------------
 
 
-def test_a_drawn_few_are_scored_as_among_all(done, tmp_path):
-    r = planted(done.folder.parent, folder=tmp_path / "out", n=7, controls=())
-    neurons.run(r, until="score")
-    rows, every = lines(r, "scores.jsonl"), lines(done, "scores.jsonl")
-    assert len(rows) == 7 and len({row["neuron"] for row in rows}) == 7
+def test_a_lone_neuron_has_no_partner(again, tmp_path):
+    work = again(folder=tmp_path / "out", n=1)
+    pipeline.run(work, until="score")
+    (row,) = read_lines(work, "scores.jsonl")
+    assert "null_r" not in row["scores"]["uniform"]
+    assert "token_r" in row["scores"]["uniform"]
+
+
+def test_drawn_neurons_score_as_they_do_among_all(finished, again, tmp_path):
+    work = again(folder=tmp_path / "out", n=7, controls=())
+    pipeline.run(work, until="score")
+    rows, all_rows = read_lines(work, "scores.jsonl"), read_lines(finished, "scores.jsonl")
+    assert len({row["neuron"] for row in rows}) == len(rows) == 7
     for row in rows:
-        own = {k: v for k, v in every[row["neuron"]]["scores"]["uniform"].items() if k != "null_r"}
-        assert (
-            row["scores"]["uniform"] == pytest.approx(own, abs=1e-6, nan_ok=True)
-            or None in own.values()
-        )
+        among_all = dict(all_rows[row["neuron"]]["scores"]["uniform"])
+        del among_all["null_r"]
+        scores = row["scores"]["uniform"]
+        assert scores.keys() == among_all.keys()
+        for metric, value in scores.items():
+            assert value == pytest.approx(among_all[metric], abs=1e-6)
 
 
-def test_every_neuron_is_as_likely_to_be_drawn(done):
-    counts = np.zeros(done.sites[0].width)
+def test_every_neuron_is_as_likely_to_be_drawn(finished):
+    site = finished.sites[0]
+    counts = np.zeros(site.width)
     for seed in range(400):
-        r = neurons.Run(None, None, None, None, None, done.sites, seed=seed, n=6)
-        counts[r.neurons(done.sites[0])] += 1
+        work = Workspace(None, None, None, None, None, finished.sites, seed=seed, n=6)
+        counts[work.neurons(site)] += 1
     expected = 400 * 6 / len(counts)
-    assert counts.sum() == 2400 and abs(counts - expected).max() < 4.5 * np.sqrt(expected)
+    assert counts.sum() == 2400
+    assert abs(counts - expected).max() < 4.5 * np.sqrt(expected)
 
 
 def test_partners_are_others_and_alive():
     live = np.array([1, 0, 1, 1, 0, 1], bool)
-    other = results.partners(6, live, np.random.default_rng(0))
-    assert live[other].all() and sorted(other[live]) == [0, 2, 3, 5]
-    assert (other[live] != np.flatnonzero(live)).all()
+    partner = score.partners(6, live, np.random.default_rng(0))
+    assert live[partner].all()
+    assert sorted(partner[live]) == [0, 2, 3, 5]
+    assert (partner[live] != np.flatnonzero(live)).all()
 
 
-def test_match_density_cuts_what_is_recorded(done, tmp_path):
-    r = planted(done.folder.parent, folder=tmp_path / "out", density=0.05)
-    neurons.run(r, until="record")
-    cut, plain = r.record.site("L0"), done.record.site("L0")
-    j = J["noise"]
-    assert plain["density"][j] > 0.2 and 0.03 < cut["density"][j] < 0.06
-    assert cut["max"][j] == plain["max"][j]
-    values = cut["uniform_score_acts"][..., j]
+def test_match_density_thresholds_what_is_recorded(finished, again, tmp_path):
+    work = again(folder=tmp_path / "out", density=0.05)
+    pipeline.run(work, until="record")
+    matched, plain = work.record.site("L0"), finished.record.site("L0")
+    j = INDEX["noise"]
+    assert plain["density"][j] > 0.2
+    assert 0.03 < matched["density"][j] < 0.06
+    assert matched["max"][j] == plain["max"][j]
+    values = matched["uniform_score_acts"][..., j]
     full = plain["uniform_score_acts"][..., j]
     limit = full[values > 0].min()
     assert np.array_equal(values, np.where(full >= limit, full, 0))
 
 
-def test_untrained_control_is_scored_by_its_own_tables(done, tmp_path, monkeypatch):
-    model = puzzles.Planted()
-    monkeypatch.setattr(
-        activations, "untrained", lambda *_: (model, {"tokenizer": {"spec": "bytes"}})
-    )
-    r = planted(done.folder.parent, folder=tmp_path / "out", controls=("init",))
-    neurons.run(r, until="score")
-    for row in lines(r, "scores.jsonl"):  # here the "untrained" model is the model itself
+def test_untrained_control_is_scored_by_its_own_tables(again, tmp_path, monkeypatch):
+    model, folder = planted.PlantedModel(), tmp_path / "out"
+    monkeypatch.setattr(record, "untrained_control", lambda *_: (model, META))
+    work = again(folder=folder, controls=("init",))
+    pipeline.run(work, until="score")
+    for row in read_lines(work, "scores.jsonl"):  # here the "untrained" model is the model itself
         assert row["scores"]["uniform"]["init_r"] == row["scores"]["uniform"]["ngram_r"]
-    neurons.run(
-        planted(done.folder.parent, folder=tmp_path / "out", tokens=20_000), until="explain"
-    )
-    stale = planted(done.folder.parent, folder=tmp_path / "out", controls=("init",), tokens=20_000)
+    pipeline.run(again(folder=folder, tokens=20_000), until="explain")
+    stale = again(folder=folder, controls=("init",), tokens=20_000)
     with pytest.raises(UserError, match="init is of another text, seed or model"):
-        neurons.run(stale, "simulate")
-    with pytest.raises(UserError, match="scores in .* are of another record than is there now"):
-        neurons.run(stale, "report")
-
-
-def test_selftest_expectations(tmp_path):
-    found = selftest.solve(tmp_path, 600, log=lambda line: None)
-    passed = {
-        name: {p for p, result in results.items() if result["passes"]}
-        for name, results in found["simulators"].items()
-    }
-    always = {"token set", "noise", "dead", "always on", "negative only"}
-    assert passed["perfect reader"] == set(J) and passed["token"] == always
-    assert passed["ngram"] == always | {"bigram"}
-    assert passed["trie"] == always | {"bigram", "third token back"}
-    for metric in ("uniform r", "uniform f1", "uniform auprc"):
-        assert found["metrics"][metric]["passes"], metric
-    assert set(found["metrics"]) >= {
-        "openai_tar",
-        "openai_random",
-        "anthropic_crate",
-        "anthropic_2023",
-    }
-    table = selftest.told(found)
-    assert "perfect reader" in table and "8 of 8" in table
-    json.dumps(found, allow_nan=False)
-
-
-def test_spoiling_removes_or_adds_half():
-    predicted, rng = np.zeros(200_000), np.random.default_rng(0)
-    predicted[:20_000] = 1
-    assert selftest.spoiled(predicted, "removed", 0.1, rng).sum() == pytest.approx(10_000, rel=0.05)
-    assert selftest.spoiled(predicted, "added", 0.1, rng).sum() == pytest.approx(30_000, rel=0.05)
+        pipeline.run(stale, "simulate")
+    with pytest.raises(UserError, match="scores in .* are of another record than the one there"):
+        pipeline.run(stale, "report")

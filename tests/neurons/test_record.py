@@ -1,7 +1,6 @@
-"""A record says of every neuron what brute force says; the two parts and their documents never meet."""
+"""A record agrees with brute force for every neuron; the two parts share no document."""
 
 import json
-import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -9,92 +8,105 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from little_world import BYTES, META, H, Ids, quiet, recorded, text, truth, windows, world
+from little_world import (
+    BYTES,
+    META,
+    H,
+    Ids,
+    make_record,
+    no_log,
+    random_text,
+    recorded,
+    truth,
+    windows,
+    world,
+)
+from simulations import SEEDS
 
 from crate_mini import UserError
-from crate_mini.data import batches as data
+from crate_mini.data.batches import open_corpus
 from crate_mini.data.formats import END
 from crate_mini.model import LM
-from crate_mini.neurons import accumulate as tally
-from crate_mini.neurons import documents as parts
-from crate_mini.neurons import record as activations
-from crate_mini.neurons.documents import PARTS, WINDOW, Parts, part_of
-from crate_mini.neurons.record import documents, load, record
+from crate_mini.neurons import documents, record
+from crate_mini.neurons.accumulate import Batch, Shared, TokenStats, TopWindows
+from crate_mini.neurons.documents import PARTS, WINDOW, FitScoreSplit, part_of
+from crate_mini.neurons.record_files import load
 
-# ---- documents and parts
+CPU = torch.device("cpu")
+
+# ---- documents and parts -------------------------------------------------------------------------
 
 
 @given(
     st.lists(st.lists(st.integers(0, 9), max_size=30), max_size=12), st.booleans(), st.booleans()
 )
-def test_documents_are_what_lies_between_the_marks(texts, first, last):
-    ids = [i for t in texts for i in [*t, 99]]
-    corpus = Ids([99] * first + (ids if last else ids[:-1]))
-    found = list(documents(corpus, "val", 99))
+def test_documents_lie_between_the_marks(texts, mark_first, mark_last):
+    ids = [99] if mark_first else []
+    for text in texts:
+        ids += [*text, 99]
+    if texts and not mark_last:
+        ids.pop()
+    corpus = Ids(ids)
+    read = list(documents.documents(corpus, "val", 99))
     if corpus.n_tokens["val"] > 1:
-        assert [i.tolist() for _, i in found] == [t for t in texts if t]
-    assert [n for n, _ in found] == list(range(len(found)))
+        assert [ids.tolist() for _, ids in read] == [text for text in texts if text]
+    assert [number for number, _ in read] == list(range(len(read)))
 
 
 @given(st.integers(1, 80_000), st.integers(0, 3))
 @settings(max_examples=10)
-def test_long_documents_are_cut_where_they_stand_whatever_the_blocks(length, before):
+def test_long_documents_are_cut_at_the_same_places_whatever_the_blocks(length, before):
     ids = np.arange(length) % 90
     corpus = Ids(np.concatenate((np.full(before, 99), ids, [99, 1, 2])))
-    found = [i for _, i in documents(corpus, "val", 99)]
-    longest = max(4 * WINDOW, min(parts.LONG, len(corpus.ids) // 16))
-    assert np.array_equal(np.concatenate(found[:-1]), ids) and found[-1].tolist() == [1, 2]
-    assert [len(i) for i in found[:-2]] == [longest] * (len(found) - 2) and len(
-        found[-2]
-    ) <= longest
+    *pieces, last = [ids for _, ids in documents.documents(corpus, "val", 99)]
+    assert np.array_equal(np.concatenate(pieces), ids)
+    assert last.tolist() == [1, 2]
+    longest = max(4 * WINDOW, min(documents.LONGEST, len(corpus.ids) // 16))
+    assert [len(piece) for piece in pieces[:-1]] == [longest] * (len(pieces) - 1)
+    assert len(pieces[-1]) <= longest
 
 
 def test_documents_of_a_corpus_on_disk(tmp_path):
-    texts = [f"{i}: " + text(np.random.default_rng(i), 200) for i in range(150)]
+    texts = [f"{i}: " + random_text(np.random.default_rng(i), 200) for i in range(150)]
     (tmp_path / "t.txt").write_text(END.join(texts), encoding="utf-8")
-    corpus = data.open_corpus(str(tmp_path / "t.txt"), BYTES, tmp_path / "cache", log=quiet)
-    found = [
-        BYTES.decode(ids.tolist())
-        for split in ("train", "val")
-        for _, ids in documents(corpus, split, BYTES.eot)
-    ]
-    assert sorted(found) == sorted(t.strip("\n") for t in texts)
+    corpus = open_corpus(str(tmp_path / "t.txt"), BYTES, tmp_path / "cache", log=no_log)
+    read = []
+    for split in ("train", "val"):
+        for _, ids in documents.documents(corpus, split, BYTES.eot):
+            read.append(BYTES.decode(ids.tolist()))
+    assert sorted(read) == sorted(text.strip("\n") for text in texts)
     with pytest.raises(UserError):
-        record(
-            world()[0],
-            META,
-            activations.sites(world()[0]),
-            corpus,
-            tmp_path / "out",
-            tokens=0,
-            log=quiet,
-        )
+        make_record(tmp_path / "out", corpus=corpus, tokens=0, dtype="auto")
 
 
 def test_parts_are_halves_of_a_share_and_depend_on_the_seed():
-    dealt = [part_of(i, 0, 0.5) for i in range(4000)]
+    parts = [part_of(i, 0, 0.5) for i in range(4000)]
     for part, expected in (("fit", 1000), ("score", 1000), (None, 2000)):
-        assert abs(dealt.count(part) - expected) < 4 * expected**0.5
-    assert dealt != [part_of(i, 1, 0.5) for i in range(4000)]
-    whole = [part_of(i, 0) for i in range(4000)]
-    assert set(whole) == set(PARTS)
+        assert abs(parts.count(part) - expected) < 4 * expected**0.5
+    assert parts != [part_of(i, 1, 0.5) for i in range(4000)]
+    assert {part_of(i, 0) for i in range(4000)} == set(PARTS)
 
 
-def test_all_that_the_header_counts_adds_up():
-    r, found = recorded(), truth()
+def test_the_counts_of_the_header_add_up():
+    r = recorded()
     header = r.header
     for part in PARTS:
-        assert header["tokens"][part] == sum(len(ids) for _, ids, _ in found[part])
-        assert header["documents"][part] == len({doc for doc, _, _ in found[part]})
+        chunks = truth()[part]
+        assert header["tokens"][part] == sum(len(ids) for _, ids, _ in chunks)
+        assert header["documents"][part] == len({document for document, _, _ in chunks})
         assert header["windows"][part] == len(windows(part, 0))
-    assert sum(header["tokens"].values()) == np.count_nonzero(world()[1].ids != BYTES.eot)
-    fit = np.concatenate([ids for _, ids, _ in found["fit"]])
+    total = sum(header["tokens"].values())
+    assert total == np.count_nonzero(world()[1].ids != BYTES.eot)
+    fit = np.concatenate([ids for _, ids, _ in truth()["fit"]])
     assert np.array_equal(r.shared["counts"], np.bincount(fit, minlength=257))
     for site in r.sites:
-        a, n = r.site(site), sum(header["tokens"].values())
-        assert np.array_equal(a["hist"].sum(1), np.rint(a["density"].astype(np.float64) * n))
-    assert header["checkpoint"]["kind"] == "crate" and header["checkpoint"]["sha256"] == "of a test"
-    assert header["window"] == 64 and [s["name"] for s in header["sites"]] == ["L0", "L1"]
+        arrays = r.site(site)
+        positive = np.rint(arrays["density"].astype(np.float64) * total)
+        assert np.array_equal(arrays["hist"].sum(1), positive)
+    assert header["checkpoint"]["kind"] == "crate"
+    assert header["checkpoint"]["sha256"] == "of a test"
+    assert header["window"] == 64
+    assert [site["name"] for site in header["sites"]] == ["L0", "L1"]
 
 
 def test_a_limit_of_tokens_is_met_by_documents_from_everywhere():
@@ -104,15 +116,19 @@ def test_a_limit_of_tokens_is_met_by_documents_from_everywhere():
     assert docs.min() < 20 and docs.max() > 70
 
 
-# ---- numbers of all tokens
+# ---- statistics of all tokens --------------------------------------------------------------------
+
+
+def all_acts(layer):
+    """(N, 64) float64: the activations of a layer at all tokens of both parts."""
+    acts = [acts[:, layer] for part in PARTS for _, _, acts in truth()[part]]
+    return np.concatenate(acts).astype(np.float64)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_moments_density_and_maximum_are_those_of_float64(layer):
-    a = recorded().site(f"L{layer}")
-    x = np.concatenate([acts[:, layer] for part in PARTS for _, _, acts in truth()[part]]).astype(
-        np.float64
-    )
+    arrays = recorded().site(f"L{layer}")
+    x = all_acts(layer)
     y = x - x.mean(0)
     with np.errstate(invalid="ignore"):
         expected = {
@@ -124,11 +140,28 @@ def test_moments_density_and_maximum_are_those_of_float64(layer):
             "max": x.max(0),
         }
     for name, value in expected.items():
-        np.testing.assert_allclose(a[name], value, rtol=2e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(arrays[name], value, rtol=2e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_histogram_is_right_but_for_the_bins_at_the_edges(layer):
+    arrays = recorded().site(f"L{layer}")
+    x = all_acts(layer)
     for j in range(0, H, 7):
-        counts = np.histogram(x[:, j][x[:, j] > 0], a["hist_edges"] * x[:, j].max())[0]
-        off = np.abs(np.cumsum(a["hist"][j]) - np.cumsum(counts))
-        assert off.max() <= 2 + 0.02 * counts.sum(), "an edge lies inside a bin at most 1.6 % wide"
+        positive = x[:, j][x[:, j] > 0]
+        counts, _ = np.histogram(positive, arrays["hist_edges"] * x[:, j].max())
+        off = np.abs(np.cumsum(arrays["hist"][j]) - np.cumsum(counts))
+        assert off.max() <= 2 + 0.02 * counts.sum(), "an edge lies in a bin at most 1.6 % wide"
+
+
+def token_stats(pieces):
+    """results() of the TokenStats of activations given piece by piece, each (n, 5)."""
+    stats = TokenStats(5, 1, 0, CPU)
+    for x in pieces:
+        token = torch.zeros(len(x), dtype=torch.int64)
+        batch = Batch(None, None, token, token - 1, None, None, None, None, [])
+        stats.add(x[None], batch, fit=True)
+    return stats.results()
 
 
 @given(
@@ -137,215 +170,225 @@ def test_moments_density_and_maximum_are_those_of_float64(layer):
 def test_moments_do_not_depend_on_how_the_tokens_are_split(seed, mean, sizes):
     x = torch.randn(sum(sizes), 5, generator=torch.Generator().manual_seed(seed)) * 0.5 + mean
     x[:, 0], x[:, 1] = 0, 3.7
-    whole, split = (tally.Tally(5, 1, 0, torch.device("cpu")) for _ in range(2))
-    for t, pieces in ((whole, [x]), (split, x.split(sizes))):
-        for piece in pieces:
-            token = torch.zeros(len(piece), dtype=torch.int64)
-            t.add(piece[None], tally.Batch(None, None, token, token - 1, *[None] * 5), True)
-    a, b = whole.results(), split.results()
-    for name in a:
-        np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-4, err_msg=name)
-    assert np.array_equal(a["hist"], b["hist"])
-    assert np.isnan(b["skew"][:2]).all() and (b["var"][:2] == 0).all()
-    z = (x.double() - x.double().mean(0)).numpy()[:, 2:]
+    whole, split = token_stats([x]), token_stats(x.split(sizes))
+    for name in whole:
+        np.testing.assert_allclose(whole[name], split[name], rtol=1e-3, atol=1e-4, err_msg=name)
+    assert np.array_equal(whole["hist"], split["hist"])
+    assert np.isnan(split["skew"][:2]).all() and (split["var"][:2] == 0).all()
     if len(x) > 1:
-        np.testing.assert_allclose(b["var"][2:], (z**2).mean(0), rtol=1e-4)
-        np.testing.assert_allclose(
-            b["kurtosis"][2:], (z**4).mean(0) / (z**2).mean(0) ** 2, rtol=1e-3
-        )
+        y = (x.double() - x.double().mean(0)).numpy()[:, 2:]
+        var = (y**2).mean(0)
+        np.testing.assert_allclose(split["var"][2:], var, rtol=1e-4)
+        np.testing.assert_allclose(split["kurtosis"][2:], (y**4).mean(0) / var**2, rtol=1e-3)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_sums_by_token_and_by_bigram(layer):
     r = recorded()
-    a, shared = r.site(f"L{layer}"), r.shared
-    tokens, count, sums, n = np.zeros((257, H)), {}, {}, 0
+    arrays, shared = r.site(f"L{layer}"), r.shared
+    by_token = np.zeros((257, H))
+    counts, by_pair = {}, {}
     for _, ids, acts in truth()["fit"]:
-        np.add.at(tokens, ids, acts[:, layer].astype(np.float64))
+        x = acts[:, layer].astype(np.float64)
+        np.add.at(by_token, ids, x)
         for i in range(1, len(ids)):
             pair = ids[i - 1], ids[i]
-            count[pair] = count.get(pair, 0) + 1
-            sums[pair] = sums.get(pair, 0) + acts[i, layer].astype(np.float64)
-        n += len(ids)
-    np.testing.assert_allclose(a["token_sum"], tokens, rtol=1e-4, atol=1e-4)
-    pairs = [tuple(p) for p in shared["pairs"]]
-    assert set(pairs) == {p for p, c in count.items() if c >= 3} and len(pairs) > 20
-    assert (
-        shared["pair_counts"].tolist()
-        == [count[p] for p in pairs]
-        == sorted(shared["pair_counts"])[::-1]
-    )
-    np.testing.assert_allclose(
-        a["pair_sum"], np.stack([sums[p] for p in pairs]), rtol=1e-4, atol=1e-4
-    )
+            counts[pair] = counts.get(pair, 0) + 1
+            by_pair[pair] = by_pair.get(pair, 0) + x[i]
+    np.testing.assert_allclose(arrays["token_sum"], by_token, rtol=1e-4, atol=1e-4)
+    pairs = [tuple(pair) for pair in shared["pairs"]]
+    assert set(pairs) == {pair for pair, count in counts.items() if count >= 3} and len(pairs) > 20
+    pair_counts = shared["pair_counts"].tolist()
+    assert pair_counts == [counts[pair] for pair in pairs] == sorted(pair_counts)[::-1]
+    expected = np.stack([by_pair[pair] for pair in pairs])
+    np.testing.assert_allclose(arrays["pair_sum"], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_bigrams_are_the_most_frequent_ones_where_not_all_fit(monkeypatch):
-    monkeypatch.setattr(activations, "PAIR_BYTES", 40 * 4 * 2 * H)
-    model, corpus = world()
-    with tempfile.TemporaryDirectory() as folder:
-        few = record(
-            model, META, activations.sites(model), corpus, folder, dtype="float32", log=quiet
-        ).shared
-        assert np.array_equal(few["pairs"], recorded().shared["pairs"][:40])
-        assert np.array_equal(few["pair_counts"], recorded().shared["pair_counts"][:40])
+def test_bigrams_are_the_most_frequent_ones_where_not_all_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "BIGRAM_BYTES", 40 * 4 * 2 * H)
+    few = make_record(tmp_path).shared
+    assert np.array_equal(few["pairs"], recorded().shared["pairs"][:40])
+    assert np.array_equal(few["pair_counts"], recorded().shared["pair_counts"][:40])
 
 
-# ---- windows
+# ---- windows -------------------------------------------------------------------------------------
+
+
+def best_windows(peaks, docs, dedup, k=36):
+    """Numbers of the k windows with the highest peaks (W,) above 0, by brute force."""
+    order, seen = [], set()
+    for i in np.argsort(-peaks, kind="stable"):
+        known = dedup and docs[i] in seen
+        if peaks[i] > 0 and not known and len(order) < k:
+            order.append(i)
+            seen.add(docs[i])
+    return order
 
 
 @pytest.mark.parametrize("dedup", [True, False])
 @pytest.mark.parametrize("part", PARTS)
 def test_top_windows_are_those_of_brute_force(part, dedup):
     for layer in (0, 1):
-        a, found = recorded(dedup=dedup).site(f"L{layer}"), windows(part, layer)
-        peaks = np.stack([acts.max(0) for _, _, acts in found])  # (W, h)
+        arrays = recorded(dedup=dedup).site(f"L{layer}")
+        tokens, acts, at, docs = (
+            arrays[f"top_{part}_{name}"] for name in ("tokens", "acts", "at", "doc")
+        )
+        expected = windows(part, layer)
+        all_docs = [doc for doc, _, _ in expected]
+        peaks = np.stack([x.max(0) for _, _, x in expected])  # (W, h)
         for j in range(H):
-            order, docs = [], set()
-            for i in np.argsort(-peaks[:, j], kind="stable"):
-                if peaks[i, j] > 0 and not (dedup and found[i][0] in docs) and len(order) < 36:
-                    order.append(i)
-                    docs.add(found[i][0])
-            got = a[f"top_{part}_acts"][j].max(1)
-            np.testing.assert_allclose(got[: len(order)], peaks[order, j], rtol=1e-3, atol=1e-6)
-            assert (np.diff(got) <= 0).all() and (a[f"top_{part}_doc"][j, len(order) :] == -1).all()
+            order = best_windows(peaks[:, j], all_docs, dedup)
+            top = acts[j].max(1)
+            np.testing.assert_allclose(top[: len(order)], peaks[order, j], rtol=1e-3, atol=1e-6)
+            assert (np.diff(top) <= 0).all() and (docs[j, len(order) :] == -1).all()
             for k, i in enumerate(order):
-                if np.isclose(peaks[:, j], peaks[i, j], rtol=1e-4).sum() == 1:  # no near tie
-                    doc, tokens, acts = found[i]
-                    assert a[f"top_{part}_doc"][j, k] == doc
-                    assert np.array_equal(a[f"top_{part}_tokens"][j, k], tokens)
-                    np.testing.assert_allclose(
-                        a[f"top_{part}_acts"][j, k], acts[:, j], rtol=1e-3, atol=1e-4
-                    )
-                    assert acts[a[f"top_{part}_at"][j, k], j] >= acts[:, j].max() * (1 - 1e-4)
+                if np.isclose(peaks[:, j], peaks[i, j], rtol=1e-4).sum() > 1:
+                    continue  # a near tie: the order may differ
+                doc, window, x = expected[i]
+                assert docs[j, k] == doc
+                assert np.array_equal(tokens[j, k], window)
+                np.testing.assert_allclose(acts[j, k], x[:, j], rtol=1e-3, atol=1e-4)
+                assert x[at[j, k], j] >= x[:, j].max() * (1 - 1e-4)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 5), st.booleans(), st.integers(1, 6))
 def test_top_does_not_depend_on_batches_nor_on_the_order_of_documents(seed, k, dedup, per_batch):
     rng = np.random.default_rng(seed)
     docs = rng.integers(0, 6, 17)
-    x = torch.from_numpy(
-        np.maximum(rng.normal(-1.5, 1, (17, WINDOW, 3)), 0).astype(np.float16)
-    ).float()
-    top = tally.Top(3, k, dedup, torch.device("cpu"))
+    acts = np.maximum(rng.normal(-1.5, 1, (17, WINDOW, 3)), 0).astype(np.float16)
+    x = torch.from_numpy(acts).float()  # 17 chunks of one window
+    top = TopWindows(3, k, dedup, CPU)
     for rows in torch.arange(17).split(per_batch):
-        zero = torch.zeros(len(rows), dtype=torch.int64)
-        tokens = torch.zeros(len(rows), WINDOW + 1, dtype=torch.int32)
-        top.offer(
-            x[rows],
-            tally.Batch(
-                None,
-                None,
-                None,
-                None,
-                torch.arange(len(rows)),
-                zero,
-                torch.from_numpy(docs[rows.numpy()]),
-                tokens,
-                [],
-            ),
+        batch = Batch(
+            ids=None,
+            text=None,
+            token=None,
+            bigram=None,
+            window_row=torch.arange(len(rows)),
+            window_start=torch.zeros(len(rows), dtype=torch.int64),
+            window_doc=torch.from_numpy(docs[rows.numpy()]),
+            window_tokens=torch.zeros(len(rows), WINDOW + 1, dtype=torch.int32),
+            drawn=[],
         )
-    got, peaks = top.results("fit"), x.amax(1).numpy()
+        top.offer(x[rows], batch)
+    results, peaks = top.results("fit"), x.amax(1).numpy()
     for j in range(3):
-        best = sorted((peaks[i, j] for i in range(17) if peaks[i, j] > 0), reverse=True)
-        if dedup:
-            best = sorted(
-                (v for d in set(docs) if (v := peaks[docs == d, j].max()) > 0), reverse=True
-            )
-        acts = got["top_fit_acts"][j].astype(np.float32).max(1)
-        assert acts[acts > 0].tolist() == best[:k]
-        known = got["top_fit_doc"][j][got["top_fit_doc"][j] >= 0]
-        assert not dedup or len(set(known)) == len(known)
+        order = best_windows(peaks[:, j], docs, dedup, k)
+        kept = results["top_fit_acts"][j].astype(np.float32).max(1)
+        assert kept[kept > 0].tolist() == peaks[order, j].tolist()
+        kept_docs = results["top_fit_doc"][j][results["top_fit_doc"][j] >= 0]
+        assert not dedup or len(set(kept_docs)) == len(kept_docs)
 
 
 def test_windows_stay_in_their_document_and_activations_are_those_of_their_tokens():
     r = recorded()
     for part in PARTS:
         for layer in (0, 1):
-            known = {(doc, tuple(tokens)): acts for doc, tokens, acts in windows(part, layer)}
-            uniform = r.site(f"L{layer}")[f"uniform_{part}_acts"]
-            drawn = list(zip(r.shared[f"uniform_{part}_doc"], r.shared[f"uniform_{part}"], uniform))
-            assert len(drawn) == min(activations.UNIFORM[part], len(known))
-            for doc, tokens, acts in drawn:
-                np.testing.assert_allclose(acts, known[doc, tuple(tokens)], rtol=1e-3, atol=1e-4)
-            assert len({(doc, tuple(tokens)) for doc, tokens, _ in drawn}) == len(drawn), (
-                "without repetition"
-            )
+            known = {}
+            for doc, tokens, acts in windows(part, layer):
+                known[doc, tuple(tokens)] = acts
+            docs, drawn = r.shared[f"uniform_{part}_doc"], r.shared[f"uniform_{part}"]
+            assert len(drawn) == min(record.UNIFORM[part], len(known))
+            names = [(doc, tuple(tokens)) for doc, tokens in zip(docs, drawn)]
+            for name, acts in zip(names, r.site(f"L{layer}")[f"uniform_{part}_acts"]):
+                np.testing.assert_allclose(acts, known[name], rtol=1e-3, atol=1e-4)
+            assert len(set(names)) == len(drawn), "a window is drawn twice"
+
+
+def drawn_windows(seed, **windows):
+    """{part: numbers of the windows drawn}, from windows {part: (wanted, total)}."""
+    no_bigrams = np.empty((0, 2), np.int64)
+    shared = Shared(np.zeros(9), no_bigrams, 9, windows, seed, CPU)
+    return {part: shared.uniform[part].numbers for part in PARTS}
 
 
 def test_uniform_windows_are_drawn_uniformly():
-    """Chi-square of how often each of 40 windows is among 10 drawn, 600 seeds; and parts draw apart."""
-    pairs, times, both = np.empty((0, 2), np.int64), np.zeros(40), 0
+    """Chi-square of how often each of 40 windows is among 10 drawn; the parts are independent."""
+    times, both = np.zeros(40), 0
     for seed in range(600):
-        shared = tally.Shared(
-            np.zeros(9), pairs, 9, {"fit": (10, 40), "score": (10, 40)}, seed, torch.device("cpu")
-        )
-        times += np.isin(np.arange(40), shared.ordinals["fit"])
-        both += len(np.intersect1d(shared.ordinals["fit"], shared.ordinals["score"]))
+        drawn = drawn_windows(seed, fit=(10, 40), score=(10, 40))
+        times += np.isin(np.arange(40), drawn["fit"])
+        both += len(np.intersect1d(drawn["fit"], drawn["score"]))
     chi = ((times - 150) ** 2 / (150 * 30 / 40)).sum()
     assert 15 < chi < 73, "0.1 % and 99.9 % points of 39 degrees of freedom, scaled by n / (n - 1)"
     assert abs(both / 600 - 2.5) < 0.25, "10 of 40, twice: 2.5 in common by chance"
 
 
-def test_another_drawing_for_one_part_leaves_the_other():
-    def ordinals(score):
-        windows = {"fit": (10, 40), "score": score}
-        pairs = np.empty((0, 2), np.int64)
-        return tally.Shared(np.zeros(9), pairs, 9, windows, 3, torch.device("cpu")).ordinals
-
-    assert np.array_equal(ordinals((10, 40))["fit"], ordinals((30, 900))["fit"])
+def test_another_draw_for_one_part_leaves_the_other():
+    few = drawn_windows(3, fit=(10, 40), score=(10, 40))
+    many = drawn_windows(3, fit=(10, 40), score=(30, 900))
+    assert np.array_equal(few["fit"], many["fit"])
 
 
-# ---- sites, other models
+# ---- sites, other models -------------------------------------------------------------------------
 
 
-def test_sites_of_features_and_of_other_kinds_of_models(tmp_path):
-    for kind in ("gpt2", "crate+"):
-        model, corpus = world(kind)
-        ours = activations.sites(model, "1")
-        twice = activations.Site(
-            "L1.sae-twice", 1, 2 * H, lambda x: torch.cat((x, x - 0.1), 1), "a.pt"
-        )
-        r = record(model, META, [*ours, twice], corpus, tmp_path / kind, dtype="float32", log=quiet)
-        codes, features = r.site("L1"), r.site("L1.sae-twice")
-        for name in ("mean", "max", "density", "top_fit_acts", "uniform_score_acts", "hist"):
-            axis = 2 if name.startswith("uniform") else 0
-            same, shifted = np.split(features[name], 2, axis)
-            assert np.array_equal(same, codes[name]), name
-            assert not np.array_equal(shifted, codes[name])
-        assert r.header["checkpoint"]["kind"] == kind
-        assert r.header["sites"][1] == {
-            "name": "L1.sae-twice",
-            "layer": 1,
-            "width": 2 * H,
-            "sae": "a.pt",
-        }
+@pytest.mark.parametrize("kind", ["gpt2", "crate+"])
+def test_sites_of_features_and_of_other_kinds_of_models(kind, tmp_path):
+    def doubled(codes):
+        return torch.cat((codes, codes - 0.1), 1)
+
+    model = world(kind)[0]
+    features = record.Site("L1.sae-twice", 1, 2 * H, doubled, "a.pt")
+    r = make_record(tmp_path, model, chosen=[*record.sites(model, "1"), features])
+    of_codes, of_features = r.site("L1"), r.site("L1.sae-twice")
+    for name in ("mean", "max", "density", "top_fit_acts", "uniform_score_acts", "hist"):
+        axis = 2 if name.startswith("uniform") else 0
+        same, shifted = np.split(of_features[name], 2, axis)
+        assert np.array_equal(same, of_codes[name]), name
+        assert not np.array_equal(shifted, of_codes[name])
+    assert r.header["checkpoint"]["kind"] == kind
+    described = {"name": "L1.sae-twice", "layer": 1, "width": 2 * H, "sae": "a.pt"}
+    assert r.header["sites"][1] == described
 
 
-def test_an_untrained_model_sees_the_same_documents_and_windows(tmp_path):
-    model, corpus = world()
+def test_an_untrained_control_sees_the_same_documents_and_windows(tmp_path):
+    model = world()[0]
     state = torch.random.get_rng_state()
-    fresh, meta = activations.untrained(model, META)
+    fresh, meta = record.untrained_control(model, META)
     assert torch.equal(state, torch.random.get_rng_state()) and not fresh.training
-    again = activations.untrained(model, META)[0]
+    again = record.untrained_control(model, META)[0]
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), again.parameters()))
-    r = record(fresh, meta, activations.sites(fresh), corpus, tmp_path, dtype="float32", log=quiet)
-    for name in (
-        "counts",
-        "pairs",
-        "pair_counts",
-        "uniform_fit",
-        "uniform_score",
-        "uniform_score_doc",
-    ):
+    r = make_record(tmp_path, fresh, meta)
+    names = ["counts", "pairs", "pair_counts", "uniform_fit", "uniform_score", "uniform_score_doc"]
+    for name in names:
         assert np.array_equal(r.shared[name], recorded().shared[name]), name
     assert not np.allclose(r.site("L0")["mean"], recorded().site("L0")["mean"])
-    assert (
-        r.header["checkpoint"]["sha256"] is None and r.header["checkpoint"]["training"]["step"] == 0
+    assert r.header["checkpoint"]["sha256"] is None
+    assert r.header["checkpoint"]["training"]["step"] == 0
+
+
+# ---- density matching ----------------------------------------------------------------------------
+
+
+@given(SEEDS, st.integers(10, 200), st.floats(0.01, 0.6))
+def test_a_threshold_keeps_exactly_the_share_and_is_monotone(seed, n, share):
+    rng = np.random.default_rng(seed)
+    acts = rng.permuted(np.tile(np.arange(1.0, n + 1), (3, 1)), axis=1).T  # distinct, all firing
+    kept = record.zero_below(acts, record.thresholds(acts, share))
+    k = max(1, round(share * n))
+    assert ((kept > 0).sum(0) == min(k, n - 1)).all()
+    assert ((kept == acts) | (kept == 0)).all()
+    for j in range(3):
+        assert (np.diff(kept[np.argsort(acts[:, j]), j]) >= 0).all()
+    fewer = record.zero_below(acts, record.thresholds(acts, share / 2))
+    assert ((fewer > 0) <= (kept > 0)).all()
+    shuffled = acts[rng.permutation(n)]
+    np.testing.assert_array_equal(
+        record.thresholds(shuffled, share), record.thresholds(acts, share)
     )
 
 
-# ---- files
+def test_a_threshold_leaves_sparser_neurons_alone_and_drops_ties_together():
+    acts = np.array([[0, 0, 0, 0, 0, 0, 0, 0, 0, 3.0], [1, 1, 1, 1, 1, 1, 1, 1, 2, 3]]).T
+    kept = record.zero_below(acts, record.thresholds(acts, 0.5))
+    assert kept[:, 0].tolist() == acts[:, 0].tolist()
+    assert kept[:, 1].tolist() == [0] * 8 + [2, 3]
+    with pytest.raises(UserError, match="--match-density 1.5"):
+        record.thresholds(acts, 1.5)
+
+
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def files(folder):
@@ -353,144 +396,118 @@ def files(folder):
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
-    model, corpus = world()
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        record(
-            model,
-            META,
-            activations.sites(model, "0"),
-            corpus,
-            tmp_path / name,
-            seed=seed,
-            dtype="float32",
-            log=quiet,
-        )
+        make_record(tmp_path / name, layers="0", seed=seed)
     a, b, c = (files(tmp_path / name) for name in "abc")
     assert list(a) == ["record-L0.npz", "record-shared.npz", "record.json"]
-    header, again = (json.loads(f.pop("record.json")) for f in (a, b))
-    assert a == b and {**header, "seconds": 0} == {**again, "seconds": 0}
+    header_a, header_b = json.loads(a.pop("record.json")), json.loads(b.pop("record.json"))
+    assert a == b
+    assert {**header_a, "seconds": 0} == {**header_b, "seconds": 0}
     assert a["record-L0.npz"] != c["record-L0.npz"]
 
 
 def test_a_record_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
-    model, corpus = world()
-    args = model, META, activations.sites(model, "0"), corpus, tmp_path
-    record(*args, dtype="float32", log=quiet)
-    before, write = files(tmp_path), np.lib.format.write_array
+    make_record(tmp_path, layers="0")
+    before, write_array = files(tmp_path), np.lib.format.write_array
 
-    def full(file, array, **kwargs):
+    def fail_on_windows(file, array, **kwargs):
         if array.ndim == 3:
             raise OSError(28, "No space left on device")
-        write(file, array, **kwargs)
+        write_array(file, array, **kwargs)
 
-    monkeypatch.setattr(np.lib.format, "write_array", full)
+    monkeypatch.setattr(np.lib.format, "write_array", fail_on_windows)
     with pytest.raises(UserError, match="No space left"):
-        record(*args, seed=1, dtype="float32", log=quiet)
+        make_record(tmp_path, layers="0", seed=1)
     assert files(tmp_path) == before
     monkeypatch.undo()
     assert load(tmp_path).site("L0")["max"].shape == (H,)
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
-    model, corpus = world()
+    a, b = tmp_path / "a", tmp_path / "b"
     with pytest.raises(UserError, match="holds no record"):
         load(tmp_path)
-    for name, seed in (("a", 0), ("b", 1)):
-        record(
-            model,
-            META,
-            activations.sites(model, "0"),
-            corpus,
-            tmp_path / name,
-            seed=seed,
-            dtype="float32",
-            log=quiet,
-        )
+    make_record(a, layers="0")
+    make_record(b, layers="0", seed=1)
     with pytest.raises(UserError, match="no record of 'L7', only of L0"):
-        load(tmp_path / "a").site("L7")
-    (tmp_path / "a" / "record-L0.npz").write_bytes((tmp_path / "b" / "record-L0.npz").read_bytes())
+        load(a).site("L7")
+    (a / "record-L0.npz").write_bytes((b / "record-L0.npz").read_bytes())
     with pytest.raises(UserError, match="another run"):
-        load(tmp_path / "a").site("L0")
-    path = tmp_path / "b" / "record-L0.npz"
+        load(a).site("L0")
+    path = b / "record-L0.npz"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match="damaged"):
-        load(tmp_path / "b").site("L0")
+        load(b).site("L0")
     path.unlink()
     with pytest.raises(UserError, match="Cannot read"):
-        load(tmp_path / "b").site("L0")
-    header = tmp_path / "b" / "record.json"
+        load(b).site("L0")
+    header = b / "record.json"
     header.write_text(header.read_text().replace('"schema": 1', '"schema": 9'))
     with pytest.raises(UserError, match="schema 9"):
-        load(tmp_path / "b")
+        load(b)
 
 
-def test_what_cannot_be_recorded_is_told_in_one_sentence(tmp_path, monkeypatch):
-    model, corpus = world()
-    with pytest.raises(UserError, match="layer '2' is not there; the model's layers are 0 to 1"):
-        activations.sites(model, "0,2")
-    assert [s.name for s in activations.sites(model, "1, 0")] == ["L0", "L1"]
+# ---- what cannot be recorded ---------------------------------------------------------------------
 
-    def attempt(corpus, model=model, **changes):
-        record(
-            model,
-            META,
-            activations.sites(model),
-            corpus,
-            tmp_path / "none",
-            dtype="float32",
-            log=quiet,
-            **changes,
-        )
 
+def test_layers_that_do_not_exist_are_named():
+    model = world()[0]
+    with pytest.raises(UserError, match="layer '2' does not exist; the model's layers are 0 to 1"):
+        record.sites(model, "0,2")
+    assert [site.name for site in record.sites(model, "1, 0")] == ["L0", "L1"]
+
+
+def test_what_cannot_be_recorded_is_said_in_one_sentence(tmp_path, monkeypatch):
+    out = tmp_path / "none"
     short = Ids(np.tile([*range(60), BYTES.eot], 50))
     for bad in (short, Ids(np.arange(50)), Ids(np.zeros(1, int)), Ids(np.zeros(0, int))):
         with pytest.raises(UserError, match="none of which has 64 tokens"):
-            attempt(bad)
-    narrow = LM(replace(model.config, block_size=32)).eval()
+            make_record(out, corpus=bad)
+    narrow = LM(replace(world()[0].config, block_size=32)).eval()
     with pytest.raises(UserError, match="context of 32 tokens is shorter"):
-        attempt(corpus, narrow)
+        make_record(out, narrow)
+    (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="no folder|Cannot make|Not a directory|exists"):
-        (tmp_path / "file").write_text("")
-        record(
-            model,
-            META,
-            activations.sites(model),
-            corpus,
-            tmp_path / "file",
-            dtype="float32",
-            log=quiet,
-        )
-    monkeypatch.setattr(activations.machine, "total_memory", lambda device: 1 << 20)
+        make_record(tmp_path / "file")
+    monkeypatch.setattr(record, "total_memory", lambda device: 1 << 20)
     with pytest.raises(UserError, match="GB of memory"):
-        attempt(corpus)
-    assert not (tmp_path / "none").exists()
+        make_record(out)
+    assert not out.exists()
+
+
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def test_memory_does_not_grow_with_the_corpus(monkeypatch):
-    """Tokens held at a time, and different bigrams counted, stay the same for a corpus ten times as long."""
-    rng, held, keys = np.random.default_rng(0), [], []
-    monkeypatch.setattr(parts, "KEYS", 2000)
-    monkeypatch.setattr(parts, "LONG", 700)
-    even, merge = parts._even, parts._merge
+    """Ten times the text: no more tokens held at a time, no more distinct bigrams counted."""
+    held, counted = [], []
+    monkeypatch.setattr(documents, "MAX_BIGRAMS", 2000)
+    monkeypatch.setattr(documents, "LONGEST", 700)
+    batches_by_length, merge = documents.batches_by_length, documents.BigramCounter.merge
 
-    def watch_even(chunks, tokens):
-        held.append(sum(len(ids) for _, ids, _ in chunks))
-        return even(chunks, tokens)
+    def observe_batches(chunks, tokens):
+        held.append(sum(len(chunk.ids) for chunk in chunks))
+        return batches_by_length(chunks, tokens)
 
-    def watch_merge(known, times, fresh):
-        out = merge(known, times, fresh)
-        keys.append(len(out[0]) + sum(len(ids) for ids in fresh))
-        return out
+    def observe_merge(counter):
+        pending = sum(len(keys) for keys in counter.pending)
+        merge(counter)
+        counted.append(len(counter.keys) + pending)
 
-    monkeypatch.setattr(parts, "_even", watch_even)
-    monkeypatch.setattr(parts, "_merge", watch_merge)
+    monkeypatch.setattr(documents, "batches_by_length", observe_batches)
+    monkeypatch.setattr(documents.BigramCounter, "merge", observe_merge)
+    rng = np.random.default_rng(0)
     peaks = []
     for n in (30_000, 300_000):
         ids = rng.integers(0, 255, n)
         ids[rng.integers(0, n, n // 400)] = 256
-        p = Parts(Ids(ids), "val", 256, 128, 0, n)
-        counts, _, _ = p.survey(257, 100)
-        rows = sum(len(c[1]) for part in PARTS for chunks in p.batches(part, 512) for c in chunks)
-        assert rows == sum(counts["tokens"].values()) == np.count_nonzero(ids != 256)
-        peaks.append((max(held), max(keys)))
-    assert peaks[1][0] <= 16 * 512 + 128 and peaks[1][1] <= 2000 + 2000 // 4 + 700
+        parts = FitScoreSplit(Ids(ids), "val", 256, 128, 0, n)
+        counts, _, _ = parts.count(257, 100)
+        tokens = 0
+        for part in PARTS:
+            for chunks in parts.batches(part, 512):
+                tokens += sum(len(chunk.ids) for chunk in chunks)
+        assert tokens == sum(counts["tokens"].values()) == np.count_nonzero(ids != 256)
+        peaks.append((max(held), max(counted)))
+    assert peaks[1][0] <= 16 * 512 + 128
+    assert peaks[1][1] <= 2000 + 2000 // 4 + 700

@@ -1,0 +1,149 @@
+"""`interpret.py neurons`: score the neurons of a checkpoint, or features of autoencoders."""
+
+from dataclasses import dataclass
+
+from crate_mini import UserError, cli, results
+from crate_mini.cli import setting
+from crate_mini.console import terminal
+from crate_mini.neurons import pipeline, summary
+from crate_mini.neurons.record import Site, sites
+from crate_mini.neurons.workspace import Workspace
+from crate_mini.sae import autoencoder
+from crate_mini.training import checkpoint
+
+SCRIPT = "interpret.py"
+CONTROLS = ("init", "shuffle")
+
+
+@dataclass
+class Settings:
+    """What fires each neuron, according to simulators that need no other model.
+
+    Every score comes with its controls and with counts of the neurons behind it. The stages are
+    record, select, explain, simulate, score and report; the files that a stage has written stay
+    until it runs again.
+    """
+
+    layers: str = setting("all", "layers whose codes to score: all, or numbers like 0,2")
+    sae: str | None = setting(
+        None, "score the features of these autoencoders instead (sae-*.pt, separated by commas)"
+    )
+    from_: str = setting("record", f"stage to start with: {cli.one_of(pipeline.STAGES)}")
+    until: str = setting("report", "stage to end with; the same as --from runs one stage alone")
+    n: int = setting(0, "neurons to score in each layer, drawn by the seed; 0: all")
+    seed: int = setting(
+        0, "seed of documents, windows, excerpts, neurons, partners and the untrained model"
+    )
+    tokens: int = setting(
+        1_000_000, "held-out tokens to record, or all if there are fewer", low=1, high=2**40
+    )
+    controls: str = setting(
+        "init,shuffle",
+        "init: an untrained model; shuffle: the table of another neuron; init,shuffle; or none",
+    )
+    match_density: float = setting(
+        0.0,
+        "zero the weakest activations so that no neuron fires on more than this share of tokens, "
+        "e.g. 0.01; results go to a subfolder, density-0.01; 0: keep all",
+        below=1,
+    )
+    trie: int = setting(
+        0, "neurons in each layer that also get a context trie (about a second each)"
+    )
+    dedup: bool = setting(
+        True, "take each top window from a different document (the paper does not)"
+    )
+    data: str | None = setting(None, "text to score on", shown="the checkpoint's")
+    tokenizer: str | None = setting(None, "tokenizer of that text", shown="the checkpoint's")
+    val_fraction: float | None = setting(
+        None, "share of its documents that is held out", high=1, shown="as in training"
+    )
+    device: str = setting("auto", "auto | cpu | cuda | cuda:N")
+    out: str | None = setting(
+        None, "folder of the results", shown="`interpret` next to the checkpoint"
+    )
+
+
+def run(settings, ckpt):
+    """Write scores.jsonl, summary.json, index.html and the files they were made from.
+
+    Raises UserError for settings that do not fit the checkpoint, and whatever a stage raises.
+    """
+    controls = parse_controls(settings.controls)
+    model, meta, tokenizer = checkpoint.open_model(ckpt, settings.device, settings.tokenizer)
+    corpus = checkpoint.held_out(ckpt, meta, tokenizer, settings.data, settings.val_fraction)
+    scored_sites, directions = choose_sites(settings, model)
+    folder = results.folder(ckpt, settings.out)
+    if settings.sae:
+        folder = folder / "sae"
+    if settings.match_density:
+        folder = folder / f"density-{settings.match_density:g}"
+    work = Workspace(
+        model,
+        meta,
+        tokenizer,
+        corpus,
+        folder,
+        scored_sites,
+        path=str(ckpt),
+        command=results.command(SCRIPT),
+        seed=settings.seed,
+        tokens=settings.tokens,
+        n=settings.n,
+        controls=controls,
+        density=settings.match_density,
+        trie=settings.trie,
+        dedup=settings.dedup,
+        directions=directions,
+    )
+    pipeline.run(work, settings.from_, settings.until)
+    if {"score", "report"} & {settings.from_, settings.until}:
+        print_summary(folder, work.record.header["tokens"])
+
+
+def parse_controls(text):
+    """The names in --controls; none at all for "none". Raises UserError for an unknown one."""
+    names = tuple(word.strip() for word in text.split(",") if word.strip() != "none")
+    if set(names) - set(CONTROLS):
+        raise UserError(
+            f"--controls {text!r} is unknown; choose init, shuffle, init,shuffle or none."
+        )
+    return names
+
+
+def choose_sites(settings, model):
+    """(sites, directions): codes of --layers, or the features of the autoencoders in --sae.
+
+    directions: {site: (width, h)}, what one unit of each feature adds to the codes. Raises
+    UserError for a layer that does not exist, and for two autoencoders with the same name.
+    """
+    if not settings.sae:
+        return sites(model, settings.layers), {}
+    feature_sites, directions = [], {}
+    for path in settings.sae.split(","):
+        sae, _ = autoencoder.load(path, model)
+        name = f"L{sae.layer}.sae-{sae.name}"
+        if name in directions:
+            raise UserError(
+                f"--sae {settings.sae}: two autoencoders are called {name}, so their results would "
+                "mix; score them one after the other, each with its own --out."
+            )
+        feature_sites.append(Site(name, sae.layer, len(sae.W), sae.encode, path))
+        directions[name] = sae.W
+    return feature_sites, directions
+
+
+def print_summary(folder, tokens):
+    """Print the table of summary.json; tokens: how many each part of the record has."""
+    table = summary.table(results.read_json(folder / "summary.json"))
+    print(
+        f"record    tables from {tokens['fit']:,} tokens, scores on windows of {tokens['score']:,} "
+        "others.\n"
+        "          More tokens make better tables: compare scores only at equal numbers of "
+        "tokens.\n\n"
+        f"{table}\n\n"
+        f"files     {folder / 'index.html'}, scores.jsonl, summary.json"
+    )
+
+
+COMMAND = terminal.Command(Settings, run)
