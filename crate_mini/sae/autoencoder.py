@@ -1,45 +1,56 @@
-"""Sparse autoencoders of a layer's codes: what one is, how it is spliced into a model, its files.
+"""A sparse autoencoder of a layer's codes, its splice into a model, and its files.
 
-    f = act((x - b) E + c)      x' = f W + b      x (N, h) codes, f (N, width) features, rows of W of norm 1
+    f = act((x - b) E + c)      x' = f W + b
 
-act is ReLU, trained with an L1 penalty (Bricken et al. 2023, as CRATE-LM used it on GPT-2), or ReLU of the k
-largest pre-activations (TopK, Gao et al. 2024). Training and evaluation: sae_fit.py. To score features as if
-they were neurons, give `encode` the codes.
+x (N, h) are codes, f (N, width) features; the rows of W have norm 1. act is ReLU, trained with an
+L1 penalty (Bricken et al. 2023, used by CRATE-LM on GPT-2), or ReLU of the k largest
+pre-activations (TopK, Gao et al. 2024). `encode` turns codes into features that can be scored like
+neurons.
 """
 
-import json
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from crate_mini import UserError, atomic_write, cli
+from crate_mini import UserError, results
+from crate_mini.intervene import hook_codes
 from crate_mini.training import checkpoint
 from crate_mini.training.foreign_weights import fingerprint
 
+SMALLEST_NORM = 0.1  # of a token's codes in the loss, as a share of the mean norm
+SAME_EVALUATION = ("schema", "model", "corpus", "tokens")  # facts that make two results comparable
+
 
 class SAE(nn.Module):
-    """h codes -> width features -> h codes; at most k features a token or, without k, what l1 leaves."""
+    """h codes -> width features -> h codes.
+
+    With k, at most k features fire on a token; without it, the L1 weight l1 decides how many.
+    layer: the number of the layer it encodes, or None for any.
+    """
 
     def __init__(self, h, width, layer=None, k=None, l1=0.0, seed=0):
         super().__init__()
-        self.layer, self.k, self.l1 = layer, k, l1
+        self.layer = layer
+        self.k = k
+        self.l1 = l1
         rows = torch.randn(width, h, generator=torch.Generator().manual_seed(seed))
         self.W = nn.Parameter(F.normalize(rows, dim=1))
-        self.E = nn.Parameter(self.W.detach().T.clone())  # starts as the decoder's transpose
-        self.b, self.c = nn.Parameter(torch.zeros(h)), nn.Parameter(torch.zeros(width))
+        self.E = nn.Parameter(self.W.detach().T.clone())  # starts as the transpose of the decoder
+        self.b = nn.Parameter(torch.zeros(h))
+        self.c = nn.Parameter(torch.zeros(width))
 
     @property
     def name(self):
-        """What was asked for: x4-l1-8e-05, x16-k32."""
+        """Expansion and sparsity: x4-l1-8e-05, x16-k32."""
         width, h = self.W.shape
-        return f"x{width / h:g}-" + (f"k{self.k}" if self.k else f"l1-{self.l1:g}")
+        sparsity = f"k{self.k}" if self.k else f"l1-{self.l1:g}"
+        return f"x{width / h:g}-{sparsity}"
 
     def encode(self, x):
-        """Features (.., width), none negative, of codes (.., h)."""
+        """Non-negative features (..., width) of codes (..., h)."""
         f = F.relu((x - self.b) @ self.E + self.c)
         if self.k:
             top = f.topk(self.k, dim=-1)
@@ -47,52 +58,48 @@ class SAE(nn.Module):
         return f
 
     def decode(self, f):
-        """Codes (.., h) of features (.., width)."""
+        """Codes (..., h) of features (..., width)."""
         return f @ self.W + self.b
 
     def loss(self, x):
-        """(CRATE-LM's loss, features): the mean of (x - x')^2 / |x| over codes, plus l1 |f|_1, over tokens.
+        """(CRATE-LM's loss, features (N, width)) of codes x (N, h).
 
-        Because of the division both terms grow as x does: an l1 means the same for codes of any size.
+        The loss is the mean over tokens of mean((x - x')^2) / |x| + l1 |f|_1. Because of the
+        division both terms grow like x, so an l1 means the same for codes of any scale.
         """
-        f, norm = self.encode(x), x.norm(dim=-1)
-        error = (x - self.decode(f)).square().mean(-1) / norm.clamp_min(
-            0.1 * norm.mean()
-        )  # |x| may be 0
+        f = self.encode(x)
+        norms = x.norm(dim=-1)
+        norms = norms.clamp_min(SMALLEST_NORM * norms.mean())  # all codes of a token may be 0
+        error = (x - self.decode(f)).square().mean(-1) / norms
         return error.mean() + self.l1 * f.sum(-1).mean(), f
 
 
-@contextmanager
-def replaced(model, layer, function):
-    """In the block, a layer's codes are function(codes (N, h) float32); yields an object that counts `.hits`.
+# ---- in a model ----------------------------------------------------------------------------------
 
-    The model is itself again afterwards, whatever happens. Raises UserError for a layer that is not there.
+
+def replace_codes(model, layer, function):
+    """In the block, a layer's codes become function(codes), a map of (N, h) float32.
+
+    The result takes the dtype of the codes. Where the function returns its argument, the codes stay
+    as they are, to the bit. Yields and raises what `hook_codes` does.
     """
-    if not 0 <= layer < len(model.blocks):
-        raise UserError(
-            f"layer {layer} is not there; the model's layers are 0 to {len(model.blocks) - 1}."
-        )
-    seen = SimpleNamespace(hits=0)
 
-    def hook(module, inputs, a):
-        seen.hits += 1
-        x = a.flatten(0, -2).float()
-        with torch.autocast(a.device.type, enabled=False):
-            y = function(x)
-        return None if y is x else y.to(a.dtype).view_as(a)  # None: as it was, to the bit
+    def new_codes(codes):
+        x = codes.flatten(0, -2).float()
+        y = function(x)
+        if y is x:
+            return None
+        return y.to(codes.dtype).view_as(codes)
 
-    handle = model.blocks[layer].sparsifier.code.register_forward_hook(hook)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+    return hook_codes(model, layer, new_codes)
 
 
 def splice(model, layer, sae, error=False, edit=None):
-    """In the block, the model computes with the SAE's reconstruction of a layer's codes, as by `replaced`.
+    """In the block, the model computes with the SAE's reconstruction x' of a layer's codes x.
 
-    edit: a function of the features (N, width) before they are decoded (steering). error: add what the SAE
-    misses, x - x', so that nothing changes without an edit. Raises UserError when SAE and layer do not fit.
+    edit: a function of the features (N, width), applied before they are decoded, to steer them.
+    error: add the reconstruction error x - x', so that nothing changes without an edit. Raises
+    UserError if the SAE does not fit the layer.
     """
     h = sae.W.shape[1]
     if h != model.config.n_code or sae.layer not in (None, layer):
@@ -101,69 +108,85 @@ def splice(model, layer, sae, error=False, edit=None):
             f"{model.config.n_code} of layer {layer}; train one with --layer {layer}."
         )
 
-    def function(x):
+    def reconstruct(x):
         if error and edit is None:
             return x
         f = sae.encode(x)
         y = sae.decode(f if edit is None else edit(f))
         return x + (y - sae.decode(f)) if error else y
 
-    return replaced(model, layer, function)
+    return replace_codes(model, layer, reconstruct)
+
+
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def save(folder, sae, model, facts):
-    """Write FOLDER/sae-L{layer}-{name}.pt, then .json beside it with `facts`. Returns what the JSON holds."""
+    """Write FOLDER/sae-L{layer}-{name}.pt and .json; returns the content of the JSON.
+
+    The JSON holds the SAE's shape, the given facts, and hashes of the model and of the .pt file.
+    """
     path = Path(folder, f"sae-L{sae.layer}-{sae.name}.pt")
     path.parent.mkdir(parents=True, exist_ok=True)
     width, h = sae.W.shape
-    shape = {"name": sae.name, "layer": sae.layer, "h": h, "width": width, "k": sae.k, "l1": sae.l1}
-    weights = {name: w.cpu() for name, w in sae.state_dict().items()}
-    facts = {
+    weights = {name: tensor.cpu() for name, tensor in sae.state_dict().items()}
+    content = {
         "schema": 1,
-        **shape,
+        "name": sae.name,
+        "layer": sae.layer,
+        "h": h,
+        "width": width,
+        "k": sae.k,
+        "l1": sae.l1,
         **facts,
         "model": fingerprint(model),
         "sha256": checkpoint.write_tensors(path, weights),
     }
-    with atomic_write(path.with_suffix(".json")) as file:
-        file.write(json.dumps(facts, indent=1, allow_nan=False).encode() + b"\n")
-    return facts
+    results.write_json(path.with_suffix(".json"), content)
+    return content
 
 
 def load(path, model):
-    """(SAE on the model's device, its facts) of the .json that `save` wrote, or of the .pt beside it.
+    """(SAE on the model's device, content of its JSON).
 
-    Raises UserError when a file is missing or damaged, or when the SAE was trained on other weights.
+    path: the .json or the .pt that `save` wrote. Raises UserError if a file is missing or damaged,
+    or if the SAE was trained on another model.
     """
     path = Path(str(path).removesuffix(".pt").removesuffix(".json") + ".json")
-    facts = cli.read_json(path, expected="what `python interpret.py sae CKPT` writes")
+    facts = results.read_json(path, expected="a file that `python interpret.py sae CKPT` writes")
     try:
         sae = SAE(facts["h"], facts["width"], facts["layer"], facts["k"], facts["l1"])
         sae.load_state_dict(checkpoint.read_tensors(path.with_suffix(".pt"), facts["sha256"]))
-        belongs = facts["model"] == fingerprint(model)
+        same_model = facts["model"] == fingerprint(model)
     except OSError as error:
         raise UserError(
-            f"Cannot read {error.filename}: {error.strerror}; train it again."
+            f"Cannot read {error.filename}: {error.strerror}; train the autoencoder again with "
+            "`python interpret.py sae CKPT`."
         ) from None
     except (KeyError, TypeError, ValueError, RuntimeError):
         raise UserError(
-            f"{path} is damaged or holds no sparse autoencoder; train it again with "
+            f"{path} is damaged or does not describe a sparse autoencoder; train it again with "
             "`python interpret.py sae CKPT`."
         ) from None
-    if not belongs:
+    if not same_model:
         raise UserError(
-            f"{path} was trained on another checkpoint than this one; train one here with "
+            f"{path} was trained on another checkpoint; train one on this checkpoint with "
             f"`python interpret.py sae CKPT --layer {facts['layer']}`."
         )
-    return sae.requires_grad_(False).to(next(model.parameters()).device), facts
+    device = next(model.parameters()).device
+    return sae.requires_grad_(False).to(device), facts
 
 
-def beside(folder, facts):
-    """Facts of all SAEs in a folder for the same layer, model and held-out text as these, by their L0."""
-    found = []
+def comparable(folder, facts):
+    """The JSON of every SAE in a folder that can be compared with `facts`, sorted by L0.
+
+    These are the SAEs of the same layer and model, evaluated on the same held-out tokens; files
+    that cannot be read are skipped.
+    """
+    saes = []
     for path in sorted(Path(folder).glob(f"sae-L{facts['layer']}-*.json")):
         with suppress(UserError, KeyError, TypeError):
-            other = cli.read_json(path)
-            if all(other[key] == facts[key] for key in ("schema", "model", "corpus", "tokens")):
-                found.append(other)
-    return sorted(found, key=lambda other: other["held_out"]["L0"])
+            other = results.read_json(path)
+            if all(other[key] == facts[key] for key in SAME_EVALUATION):
+                saes.append(other)
+    return sorted(saes, key=lambda sae: sae["held_out"]["L0"])
