@@ -1,10 +1,14 @@
 """Each question to a language model is asked once: cache on disk, budget, recording and replay.
 
-All three are files of JSON lines {"key": hash of back end, model, prompt and parameters, "answer": ...}:
-    llm-cache.jsonl    in the output folder; grows with each answer, so that a stopped run goes on; in its
-                       keys is also where a model lies: two folders, two servers may use the same name
-    --record FILE      what one run used, failures too; a first line says how it was made
-    --replay FILE      such a file; nothing else is asked, and a question it does not know is an error
+All three are files of JSON lines {"key": ..., "answer": ...}; the key is a hash of client, model,
+prompt and parameters:
+    llm-cache.jsonl    in the output folder; grows with each answer, so that a stopped run can
+                       continue. Its keys also hold where a model is: two folders or two servers
+                       may use the same name
+    --record FILE      the answers that one run used, failures too; its first line describes the
+                       run
+    --replay FILE      such a file, from which all answers are taken; a question that it does not
+                       hold is an error
 """
 
 import hashlib
@@ -13,125 +17,165 @@ from pathlib import Path
 from threading import Lock
 
 from crate_mini import UserError, atomic_write
-from crate_mini.judges.http_client import Failed
+from crate_mini.judges.queries import NoAnswer
+
+CHARACTERS_PER_TOKEN = 3  # in quoted words
 
 
-class Spent(Exception):
-    """The budget does not hold the next question."""
+class BudgetSpent(Exception):
+    """The budget does not cover the next question."""
 
 
-def key(name, query):
-    """What an answer is filed under. name: [back end, model]; query: a JSON object."""
-    return hashlib.sha256(json.dumps([name, query], sort_keys=True).encode()).hexdigest()[:32]
+def answer_key(model, query):
+    """The key of an answer. model: [client, name, ...]; query: a JSON object."""
+    return hashlib.sha256(json.dumps([model, query], sort_keys=True).encode()).hexdigest()[:32]
 
 
-def size(query):
-    """(in, out): about how many tokens a query costs. Quoted words take about three characters a token."""
-    said = query.get("prompt") or "".join(content for _, content in query.get("chat", []))
-    return len(said) // 3 + 1, query.get("most", 1)
+def token_estimate(query):
+    """(in, out): about how many tokens a query costs."""
+    text = query.get("prompt") or "".join(content for _, content in query.get("chat", []))
+    return len(text) // CHARACTERS_PER_TOKEN + 1, query.get("most", 1)
 
 
-def read(path):
-    """{key: answer} of a tape. A last line without its end, left by a kill, does not count."""
+def read_answers(path):
+    """{key: answer} of a file. A last line without its end, left by a kill, does not count."""
     lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
     entries = [json.loads(line) for line in lines]
     return {entry["key"]: entry["answer"] for entry in entries if "key" in entry}
 
 
-class Tape:
-    """Asks through what is known already; threads may share it.
+def json_line(key, answer):
+    return json.dumps({"key": key, "answer": answer}, sort_keys=True) + "\n"
 
-    budget: tokens (in and out) that this run may spend, 0 for any number. answers: what is known by key;
-    used: what this run used. asked: questions really sent; spent: their tokens [in, out].
-    closed: set it, and nothing is asked any more.
-    Raises UserError for a tape that cannot be read.
+
+class AnswerCache:
+    """Passes questions on to a model unless their answers are known; threads may share it.
+
+    budget: tokens, in and out, that this run may spend; 0 for no limit. answers: all known ones by
+    key. used: those of this run. spent: tokens [in, out] of questions really asked. closed: once
+    True, nothing more is asked. Raises UserError for a file that cannot be read.
     """
 
-    def __init__(self, cache, budget=0, replay=""):
-        self.path, self.budget, self.replay, self.lock = Path(cache), budget, replay, Lock()
-        self.answers, self.used, self.spent = {}, {}, [0, 0]
-        self.asked, self.closed, self.dear = 0, False, 1.0
+    def __init__(self, path, budget=0, replay=""):
+        self.path = Path(path)
+        self.budget = budget
+        self.replay = replay
+        self.lock = Lock()
+        self.answers = {}
+        self.used = {}
+        self.spent = [0, 0]
+        self.closed = False
+        self._worst_estimate = 1.0  # largest ratio of real to estimated tokens
+        self._cut_line_removed = False
         source = Path(replay) if replay else self.path
         if source.exists() or replay:
             try:
-                self.answers = read(source)
-            except (OSError, ValueError, KeyError, TypeError) as e:
+                self.answers = read_answers(source)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                advice = "give" if replay else "remove it or give"
                 raise UserError(
-                    f"{source} cannot be read as recorded answers ({type(e).__name__}); "
-                    f"{'give' if replay else 'remove it or give'} another file."
+                    f"{source} cannot be read as recorded answers ({type(error).__name__}); "
+                    f"{advice} another file."
                 ) from None
-        self.start = not replay
 
-    def ask(self, name, model, query):
-        """The answer of model.back_end.ask(query), model.where being where it lies. Raises Failed (none that
-        can be used), Spent."""
-        filed = key(name, query)
-        known = filed if self.replay else key([*name, model.where], query)
+    def ask(self, model, query):
+        """The answer to a query, from the cache or from model.client.
+
+        model.identity is [client, name], model.location its folder or URL. Raises NoAnswer,
+        BudgetSpent, and UserError for a question that a replayed file does not hold.
+        """
+        recorded_key = answer_key(model.identity, query)
+        if self.replay:
+            key = recorded_key
+        else:
+            key = answer_key([*model.identity, model.location], query)
+        answer = self._known(key, query)
+        if answer is None:
+            try:
+                answer = model.client.ask(query)
+            except NoAnswer as error:
+                answer = {"failed": str(error)}
+            with self.lock:
+                self._correct_spending(query, answer)
+                self._keep(key, query, answer)
+        self.used[recorded_key] = answer
+        if "failed" in answer:
+            raise NoAnswer(answer["failed"])
+        return answer
+
+    def total(self):
+        """{"questions", "failed", "tokens": [in, out]} of all answers used, old and new."""
+        answers = self.used.values()
+        tokens = [answer.get("tokens", (0, 0)) for answer in answers]
+        return {
+            "questions": len(answers),
+            "failed": sum("failed" in answer for answer in answers),
+            "tokens": [sum(pair[0] for pair in tokens), sum(pair[1] for pair in tokens)],
+        }
+
+    def record(self, path, about):
+        """Write the answers of this run to a file for --replay.
+
+        about: a JSON-able dict that describes the run.
+        """
+        with atomic_write(path) as file:
+            file.write((json.dumps({"about": about}, sort_keys=True) + "\n").encode())
+            for key in sorted(self.used):
+                file.write(json_line(key, self.used[key]).encode())
+
+    def _known(self, key, query):
+        """The answer if it is known, else None, and the estimated tokens count as spent."""
         with self.lock:
-            answer = self.answers.get(known)
             if self.closed:
-                raise Spent
-            if answer is None and self.replay:
+                raise BudgetSpent
+            answer = self.answers.get(key)
+            if answer is not None:
+                return answer
+            if self.replay:
                 raise UserError(
                     f"{self.replay} has no answer to a question of this run: it was made with "
                     "other prompts, models, neurons or settings; make it again with --record."
                 )
-            if answer is None:
-                if self.budget and sum(self.spent) + self.dear * sum(size(query)) > self.budget:
-                    raise Spent
-                self.asked += 1
-                self.spent = [a + b for a, b in zip(self.spent, size(query))]  # corrected by _file
-        if answer is None:
-            try:
-                answer = model.back_end.ask(query)
-            except Failed as e:
-                answer = {"failed": str(e)}
-            with self.lock:
-                self._file(known, query, answer)
-        self.used[filed] = answer
-        if "failed" in answer:
-            raise Failed(answer["failed"])
-        return answer
+            estimate = token_estimate(query)
+            cost = self._worst_estimate * sum(estimate)
+            if self.budget and sum(self.spent) + cost > self.budget:
+                raise BudgetSpent
+            self.spent = [self.spent[0] + estimate[0], self.spent[1] + estimate[1]]
+        return None
 
-    def total(self):
-        """{"questions", "failed", "tokens"} of all that this run used, wherever its answers came from."""
-        tokens = [sum(a.get("tokens", (0, 0))[i] for a in self.used.values()) for i in (0, 1)]
-        failed = sum("failed" in a for a in self.used.values())
-        return {"questions": len(self.used), "failed": failed, "tokens": tokens}
-
-    def _file(self, filed, query, answer):
+    def _correct_spending(self, query, answer):
+        """Replace the estimated tokens of a question by the real ones, where they are known."""
         real = answer.get("tokens", [0, 0])
-        self.dear = max(
-            self.dear, sum(real) / sum(size(query))
-        )  # so that no guess is too low again
-        self.spent = [
-            s - guess + (r or guess) for s, guess, r in zip(self.spent, size(query), real)
-        ]
+        estimate = token_estimate(query)
+        ratio = sum(real) / sum(estimate)
+        self._worst_estimate = max(self._worst_estimate, ratio)  # never too low again
+        for i in (0, 1):
+            self.spent[i] += (real[i] or estimate[i]) - estimate[i]
+
+    def _keep(self, key, query, answer):
+        """Append an answer to the cache; the next run asks again for what has failed."""
         if "failed" in answer:
-            return  # asked again by the next run
-        self.answers[filed] = answer
+            return
+        self.answers[key] = answer
         if query["ask"] == "can":
-            return  # a server may have learned more by then
+            return  # a server may have learned more by the next run
         try:
-            if self.start and self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-                text = self.path.read_bytes()  # cut off what a kill left
-                with atomic_write(self.path) as file:
-                    file.write(text[: text.rfind(b"\n") + 1])
-            self.start = False
+            self._remove_cut_line()
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line(filed, answer))
-        except OSError as e:
+                file.write(json_line(key, answer))
+        except OSError as error:
             raise UserError(
-                f"Cannot write {self.path}: {e.strerror}; make room or choose another folder "
+                f"Cannot write {self.path}: {error.strerror}; make room or choose another folder "
                 "with --out."
             ) from None
 
-    def record(self, path, about):
-        """Write what this run used to a file for --replay; about: a JSON-able dict on how it was made."""
-        with atomic_write(path) as file:
-            file.write((json.dumps({"about": about}, sort_keys=True) + "\n").encode())
-            file.writelines(line(filed, self.used[filed]).encode() for filed in sorted(self.used))
-
-
-def line(filed, answer):
-    return json.dumps({"key": filed, "answer": answer}, sort_keys=True) + "\n"
+    def _remove_cut_line(self):
+        """Before the first write: remove a last line without its end, which a kill may leave."""
+        if self._cut_line_removed:
+            return
+        self._cut_line_removed = True
+        if self.path.exists():
+            content = self.path.read_bytes()
+            if not content.endswith(b"\n"):
+                with atomic_write(self.path) as file:
+                    file.write(content[: content.rfind(b"\n") + 1])
