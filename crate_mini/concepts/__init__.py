@@ -1,4 +1,9 @@
-"""Concepts across layers: word vectors of two layers, what discovers codes among them, how codes are judged.
+"""Concepts of a classifier: codes of word vectors, and tests of whether the classifier uses them.
 
-vectors.py holds what the steps hand over; clusters.py, methods.py discover; health.py judges codebooks.
+    command -> pipeline -> word_vectors -> methods (clvqvae, kmeans) -> codebook_checks
+            -> salience -> ablate -> faithfulness (probe) -> concept_words, llm_ratings
+            -> report -> page, survey
+
+types.py holds what the steps hand to each other. The classifier comes from labelled_texts,
+finetune (`train.py --task classify`) and classifier.
 """

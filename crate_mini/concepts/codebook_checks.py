@@ -1,7 +1,8 @@
-"""Is a codebook any good, before it is asked what it means: reconstruction against controls, stability.
+"""Is a codebook any good? Reconstruction next to its controls, and stability over seeds.
 
-A decoder that sees around its codes rebuilds the upper layer well with codes that say nothing. So every
-number here stands beside what the same words give without codes, with wrong codes, with untrained codes.
+A decoder that can look around the codes reconstructs the upper layer well even when the codes hold
+nothing. So every number here comes with what the same words give without codes, with wrong codes
+and with untrained codes.
 """
 
 import itertools
@@ -13,6 +14,13 @@ import torch
 from crate_mini.concepts import clvqvae
 from crate_mini.concepts.kmeans import kmeans, means
 
+DECODERS = {  # changes to clvqvae.Settings for each decoder that `reconstruction` trains
+    "codes": {"memory": "q"},
+    "codes, memory z": {"memory": "z"},
+    "memory only": {"memory": "z", "stream": "mean"},
+    "no codes": {"memory": "z", "stream": "z"},
+    "k-means codes": {"memory": "q", "learn": False},
+}
 ROWS = (
     "mean",
     "ridge",
@@ -24,163 +32,186 @@ ROWS = (
     "no codes",
     "k-means codes",
 )
-CELLS = 1 << 20  # terms of the expectation held at a time
-RIDGE = [10.0**i for i in range(-4, 3)]  # of the mean eigenvalue of the words' second moments
+CELLS = 1 << 20  # terms of the expected information held at a time
+PENALTIES = [10.0**i for i in range(-4, 3)]  # in units of the mean eigenvalue of the words
 
 
-def explained(y, guess, mean):
+# ---- reconstruction ------------------------------------------------------------------------------
+
+
+def explained_variance(y, guess, mean):
     """1 - sum |y - guess|^2 / sum |y - mean|^2 over words (N, d); None where y is the mean.
 
-    mean (d,) is that of the training words: 0 for a guess as good as it, below 0 for a worse one.
+    mean (d,): of the training words. 0 for a guess that is as good, below 0 for a worse one.
     """
     spread = (y - mean).double().square().sum().item()
-    return 1 - (y - guess).double().square().sum().item() / spread if spread else None
+    if not spread:
+        return None
+    return 1 - (y - guess).double().square().sum().item() / spread
 
 
-def _split(vectors, split):
+def states(vectors, split):
+    """(lower, upper) states of a split, as tensors (n, d)."""
     rows = vectors.rows(split)
     return torch.from_numpy(vectors.lower[rows]), torch.from_numpy(vectors.upper[rows])
 
 
 def explained_by_codes(vectors, codes, split="test"):
-    """Share of the upper layer's variance that a word's code alone explains: no decoder, no other words.
+    """Share of the upper layer's variance that a word's code alone explains; None without words.
 
-    The guess is the mean upper state of the code's training words, for a code without any that of all. The
-    one number that is the same for all methods. None without words in the split.
+    No decoder and no other words: the guess is the mean upper state of the code's training words,
+    or of all training words for a code without any. The one number that all methods share.
     """
-    _, y = _split(vectors, "train")
+    _, y = states(vectors, "train")
+    _, y_split = states(vectors, split)
     index = torch.from_numpy(codes.assignment)
-    train, held = (torch.from_numpy(vectors.rows(name)) for name in ("train", split))
+    train = torch.from_numpy(vectors.rows("train"))
+    in_split = torch.from_numpy(vectors.rows(split))
     mean, count = means(y, index[train], len(codes.centroids))
     guess = torch.where(count[:, None] > 0, mean, y.mean(0))
-    return explained(_split(vectors, split)[1], guess[index[held]], y.mean(0))
+    return explained_variance(y_split, guess[index[in_split]], y.mean(0))
 
 
 def ridge(vectors):
-    """(explained on test, penalty) of the best linear map with a constant; penalty by the stop split."""
-    (x, y), (xs, ys), (xt, yt) = (_split(vectors, split) for split in ("train", "stop", "test"))
-    mx, my = x.double().mean(0), y.double().mean(0)
-    a, b = x.double() - mx, y.double() - my
+    """(explained variance on test, penalty) of ridge regression from lower to upper states.
+
+    The penalty is the one that explains most of the stop split.
+    """
+    x, y = states(vectors, "train")
+    x_stop, y_stop = states(vectors, "stop")
+    x_test, y_test = states(vectors, "test")
+    x_mean, y_mean = x.double().mean(0), y.double().mean(0)
+    a, b = x.double() - x_mean, y.double() - y_mean
     values, basis = torch.linalg.eigh(a.T @ a)
-    right = basis.T @ (a.T @ b)
+    projected = basis.T @ (a.T @ b)
 
-    def guess(penalty, at):
-        weights = basis @ (right / (values.clamp_min(0) + penalty * values.mean())[:, None])
-        return (at.double() - mx) @ weights + my
+    def guess(penalty, x):
+        shrunk = projected / (values.clamp_min(0) + penalty * values.mean())[:, None]
+        return (x.double() - x_mean) @ (basis @ shrunk) + y_mean
 
-    scores = [(explained(ys, guess(penalty, xs), my), penalty) for penalty in RIDGE]
-    penalty = max(scores, key=lambda pair: -np.inf if pair[0] is None else pair[0])[1]
-    return explained(yt, guess(penalty, xt), my), penalty
+    best, lowest = PENALTIES[0], -np.inf
+    for penalty in PENALTIES:
+        score = explained_variance(y_stop, guess(penalty, x_stop), y_mean)
+        if score is not None and score > lowest:
+            best, lowest = penalty, score
+    return explained_variance(y_test, guess(best, x_test), y_mean), best
 
 
 def reconstruction(vectors, settings, seed=0, rows=ROWS, device="cpu"):
-    """{name in ROWS: share of the upper layer's variance on the test split that is explained}.
+    """{row: share of the upper layer's variance on the test split that is explained}.
 
     mean                        of the training words: 0 but for the drift between splits
-    ridge                       linear map of each word's lower state, no other words, no codes
+    ridge                       a linear map of each word's lower state; no codes, no other words
     codes                       CLVQ-VAE whose decoder sees nothing but codes (memory q)
-    codes, shuffled             its decoder, each word's code swapped for that of another of the batch
-    codes, memory z             the authors': cross-attention sees the states themselves
-    codes, memory z, shuffled   near the row above where its decoder did not need the codes
-    memory only                 trained with memory z, the same start for all words: goes around codes
-    no codes                    trained with states in place of codes everywhere: the ceiling
-    k-means codes               codes of k-means that do not learn, same decoder: what learning them gained
-    Costs a training for each decoder among `rows` (a shuffled row needs none of its own).
+    codes, shuffled             its decoder, each word with the code of another word of its batch
+    codes, memory z             the authors' CLVQ-VAE: cross-attention sees the states themselves
+    codes, memory z, shuffled   close to the row above if that decoder did not need the codes
+    memory only                 trained with memory z and the same start for all words: no codes
+    no codes                    trained with states in place of all codes: the ceiling
+    k-means codes               codes of k-means that do not learn: what is gained by learning them
+
+    Each decoder among `rows` is trained; a shuffled row uses the one of the row above.
     """
-    found = {}
+    values = {}
     for name in rows:
         if name == "mean":
-            found[name] = explained(
-                _split(vectors, "test")[1], *[_split(vectors, "train")[1].mean(0)] * 2
-            )
+            _, y_test = states(vectors, "test")
+            mean = states(vectors, "train")[1].mean(0)
+            values[name] = explained_variance(y_test, mean, mean)
         elif name == "ridge":
-            found[name] = ridge(vectors)[0]
-        elif not name.endswith(", shuffled"):
-            found |= _trained(vectors, settings, name, seed, device)
-    return {name: found[name] for name in rows if name in found}
+            values[name], _ = ridge(vectors)
+        elif name in DECODERS:
+            values |= train_decoder(vectors, settings, name, seed, device)
+    return {name: values[name] for name in rows if name in values}
 
 
-def _trained(vectors, settings, name, seed, device):
-    """{name: explained, and the same with shuffled codes} of one decoder, trained for it."""
-    changes = {
-        "codes": {"memory": "q"},
-        "codes, memory z": {"memory": "z"},
-        "memory only": {"memory": "z", "stream": "mean"},
-        "no codes": {"memory": "z", "stream": "z"},
-        "k-means codes": {"memory": "q", "learn": False},
-    }[name]
-    s, start = replace(settings, target="upper", **{"stream": "q", "learn": True, **changes}), None
-    if not s.learn:
-        start = kmeans(_split(vectors, "train")[0], s.codes, seed)[0]
-    model, _ = clvqvae.fit(vectors, s, seed, start, device)
-    test = clvqvae.Words(vectors, "test", s.target, model.scale, device)
-    mean = clvqvae.Words(vectors, "train", s.target, model.scale, device).y.mean(0)
-    found = {name: clvqvae.evaluate(model, test, mean)["explained"]}
+def train_decoder(vectors, settings, name, seed, device):
+    """{name: explained variance} of one of DECODERS; if it has codes, also with these shuffled."""
+    changes = {"target": "upper", "stream": "q", "learn": True, **DECODERS[name]}
+    settings = replace(settings, **changes)
+    start = None
+    if not settings.learn:
+        start, _ = kmeans(states(vectors, "train")[0], settings.codes, seed)
+    model, _ = clvqvae.fit(vectors, settings, seed, start, device)
+    train, test = (
+        clvqvae.Words(vectors, split, "upper", model.scale, device) for split in ("train", "test")
+    )
+    mean = train.y.mean(0)
+    values = {name: clvqvae.evaluate(model, test, mean)["explained"]}
     if name.startswith("codes"):
-        draw = torch.Generator().manual_seed(seed)
-        found[f"{name}, shuffled"] = clvqvae.evaluate(model, test, mean, draw)["explained"]
-    return found
+        shuffle = torch.Generator().manual_seed(seed)
+        shuffled = clvqvae.evaluate(model, test, mean, shuffle)
+        values[f"{name}, shuffled"] = shuffled["explained"]
+    return values
 
 
-# ---- stability -------------------------------------------------------------------------------------------
+# ---- stability -----------------------------------------------------------------------------------
 
 
-def adjusted_mutual_information(one, other):
-    """Agreement of two assignments (N,) of the same words: 1 the same partition, 0 as expected by chance.
+def adjusted_mutual_information(first, second):
+    """Agreement of two assignments (N,) of the same words: 1 if equal, 0 as expected by chance.
 
-    (MI - E) / ((H + H') / 2 - E), E the expectation of MI when the sizes of the codes stay and the words are
-    dealt at random (Vinh, Epps, Bailey 2010, theorem 1). Also 1 where both are one part, or all single words.
+    (MI - E) / ((H + H') / 2 - E), where E is the expected MI when the codes keep their sizes and
+    the words are dealt at random (Vinh, Epps & Bailey 2010, theorem 1). Also 1 where both have one
+    part only, or single words only.
     """
-    table = np.unique(np.stack([one, other]), axis=1, return_counts=True)
-    N, cells = len(one), table[1].astype(float)
-    a, b = (np.unique(side, return_counts=True) for side in (one, other))
-    if len(table[1]) == len(a[0]) == len(b[0]):  # the same, even where chance can do no other
+    N = len(first)
+    cells, counts = np.unique(np.stack([first, second]), axis=1, return_counts=True)
+    labels_a, sizes_a = np.unique(first, return_counts=True)
+    labels_b, sizes_b = np.unique(second, return_counts=True)
+    if len(counts) == len(sizes_a) == len(sizes_b):  # equal, even where chance leaves no choice
         return 1.0
-    rows = a[1][np.searchsorted(a[0], table[0][0])].astype(float)
-    columns = b[1][np.searchsorted(b[0], table[0][1])].astype(float)
-    information = float((cells / N * np.log(N * cells / rows / columns)).sum())
-    h = sum(-(n / N * np.log(n / N)).sum() for n in (a[1], b[1])) / 2
-    chance = expected_information(a[1], b[1])
-    return (information - chance) / max(h - chance, np.finfo(float).eps)
+    rows = sizes_a[np.searchsorted(labels_a, cells[0])].astype(float)
+    columns = sizes_b[np.searchsorted(labels_b, cells[1])].astype(float)
+    counts = counts.astype(float)
+    information = float((counts / N * np.log(N * counts / rows / columns)).sum())
+    mean_entropy = (entropy(sizes_a) + entropy(sizes_b)) / 2
+    chance = expected_information(sizes_a, sizes_b)
+    return (information - chance) / max(mean_entropy - chance, np.finfo(float).eps)
+
+
+def entropy(sizes):
+    """Entropy, in nats, of a partition with parts of these sizes."""
+    N = sizes.sum()
+    return -(sizes / N * np.log(sizes / N)).sum()
 
 
 def expected_information(a, b):
-    """Mean mutual information, in nats, of partitions with part sizes a and b of the same N words.
+    """Expected mutual information, in nats, of random partitions with part sizes a and b.
 
-    Sum over i, j and n of n/N log(N n / a_i b_j) times the hypergeometric probability of n common words.
+    Sum over i, j and n of n/N log(N n / a_i b_j) times the hypergeometric probability of n common
+    words.
     """
-    N, (sizes, repeats) = a.sum(), np.unique(a, return_counts=True)
-    b, weight = np.unique(b, return_counts=True)
-    log = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, N + 1)))])  # log factorials
+    N = a.sum()
+    sizes, repeats = np.unique(a, return_counts=True)
+    b, b_repeats = np.unique(b, return_counts=True)
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, N + 1)))])
     total = 0.0
-    for size, times in zip(sizes, repeats):
+    for size, repeat in zip(sizes, repeats):
         common = np.arange(1, min(size, b.max()) + 1)[:, None]
         for n in np.array_split(common, 1 + len(common) * len(b) // CELLS):
-            least, most = np.maximum(1, size + b - N), np.minimum(size, b)
-            m = np.clip(n, least, most)  # n where it can occur, else anything finite
-            p = np.exp(
-                log[size]
-                + log[b]
-                + log[N - size]
-                + log[N - b]
-                - log[N]
-                - log[m]
-                - log[size - m]
-                - log[b - m]
-                - log[N - size - b + m]
-            )
-            total += times * (weight * (n == m) * (m / N * np.log(N * m / (size * b)) * p)).sum()
+            lowest, highest = np.maximum(1, size + b - N), np.minimum(size, b)
+            m = np.clip(n, lowest, highest)  # n where it can occur, else anything finite
+            p = hypergeometric(m, size, b, N, log_factorial)
+            terms = (n == m) * (m / N * np.log(N * m / (size * b)) * p)
+            total += repeat * (b_repeats * terms).sum()
     return float(total)
 
 
-def stability(runs, rows=None):
-    """How far Codes of several seeds agree: {"pairs": adjusted mutual information of each pair, "mean"}.
+def hypergeometric(m, a, b, N, log_factorial):
+    """Probability that parts of sizes a and b, drawn from N words, have m words in common."""
+    f = log_factorial
+    ways = f[a] + f[b] + f[N - a] + f[N - b]
+    return np.exp(ways - f[N] - f[m] - f[a - m] - f[b - m] - f[N - a - b + m])
 
-    rows: (N,) bool, which words to compare, such as vectors.rows("test"). mean is None for a single run.
+
+def stability(runs, rows=None):
+    """How well Codes of several seeds agree: {"pairs": adjusted MI of each pair, "mean"}.
+
+    rows: (N,) bool, the words to compare, such as vectors.rows("test"). mean: None for one run.
     """
     rows = slice(None) if rows is None else rows
-    pairs = [
-        adjusted_mutual_information(a.assignment[rows], b.assignment[rows])
-        for a, b in itertools.combinations(runs, 2)
-    ]
+    pairs = []
+    for a, b in itertools.combinations(runs, 2):
+        pairs.append(adjusted_mutual_information(a.assignment[rows], b.assignment[rows]))
     return {"pairs": pairs, "mean": float(np.mean(pairs)) if pairs else None}

@@ -1,200 +1,274 @@
-"""Does the classifier use a concept? Take the code of the salient word out and see what is left, twice:
+"""Does the classifier use a concept? Remove the code of the salient word and see what is lost.
 
-    probe, read-out     the original's form: out of a text's state at the lower layer, judged by probes; that
-    probe, mean         state is the read-out's (as it does for BERT) or the mean of the words' (for LLaMA)
-    last                inside the model: out of the read-out's place at that layer; all blocks above and the
-                        real head run on
-    all                 inside the model, out of every place
+A form says where the direction is removed, and what answers then:
 
-beside controls that any rank-one cut would pass (ablate.VARIANTS). "retrained" is no cut of its own: a new
-probe on the states without the own code (inside the model: on what the head reads then) tells whether what
-was lost is gone or only moved. Accuracy below what any constant answer has is no lost information but a sign
-flip: whoever turns the answers round has it again.
+    probe, read-out     from the state that the head reads, at the lower layer; probes answer (the
+                        authors' form for BERT)
+    probe, mean         from the mean of the words' states; probes answer (their form for LLaMA)
+    last                inside the model, from the state that the head reads, at the lower layer;
+                        all blocks above and the real head answer
+    all                 inside the model, from every position
+
+A variant says which direction: the text's own code, or one of the controls, which any rank-one
+ablation would pass (ablate.VARIANTS). "retrained" is not a separate ablation: a new probe on the
+states without the own code (inside the model: on what the head then reads) shows whether the
+information is gone or has only moved. Accuracy below that of any constant answer is not lost
+information but a sign flip: the opposite answers are right.
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from crate_mini.concepts.ablate import VARIANTS, Above, code_directions, shared_directions, without
+from crate_mini import stats
+from crate_mini.concepts.ablate import (
+    VARIANTS,
+    UpperLayers,
+    code_directions,
+    shared_directions,
+    without,
+)
 from crate_mini.concepts.probe import Probes
-from crate_mini.neurons.survey import wilson
 
-FOLDS, DRAWS = 20, 1000  # of the probes; of the bootstrap over texts
-PROBES = {"probe, read-out": "h", "probe, mean": "mean"}  # form: field of Items
+FOLDS = 20  # of the probes
+DRAWS = 1000  # of the bootstrap over texts
+PROBES = {"probe, read-out": "h", "probe, mean": "mean"}  # form: field of SalientTexts
 FORMS = (*PROBES, "last", "all")
-AGAINST = (
-    "another",
-    "same class",
-    "mean",
-    "raw",
-    "gaussian",
-)  # what the own code must do more harm than
+AGAINST = ("another", "same class", "mean", "raw", "gaussian")  # must do less harm than the code
+COLUMN = 23  # characters, in `table`
 
 
-def bootstrap(values, seed=0):
-    """95 % interval of the mean of values (n,), texts redrawn."""
-    values = np.asarray(values, float)
-    rows = np.random.default_rng(seed).integers(0, len(values), (DRAWS, len(values)))
-    return np.percentile(values[rows].mean(1), [2.5, 97.5]).tolist()
+# ---- statistics of one ablation ------------------------------------------------------------------
+
+
+def interval(values):
+    """95 % bootstrap interval of the mean of values (n,); for one text its own value, twice."""
+    return stats.bootstrap_interval([values], DRAWS) or [float(values[0])] * 2
 
 
 def outcome(right, intact, chance, fold=None, least=None):
-    """What a cut does: right, intact (n,) bool with and without it; fold (n,) for the spread over folds.
+    """The effect of an ablation on accuracy: a JSON-able dict.
 
-    chance, least: shares of the largest and the smallest class (the same if not given); whoever knows nothing
-    of the text is right as often as one of them, or between.
-    verdict: "nothing to lose" (chance lies within the interval of the accuracy without the cut), "sign flip"
-    (accuracy below least, its interval too), "at chance" (not above chance by its interval), "drop" (the
-    drop's interval is above 0), else "no drop".
+    right, intact: (n,) bool, with and without it. chance, least: shares of the largest and of the
+    smallest class (equal if not given); an answer that knows nothing of the text is right as often
+    as one of them, or between. fold: (n,), for the spread over folds.
     """
-    p, whole, drop = right.mean(), intact.mean(), intact.astype(float) - right
-    low, high = wilson(int(right.sum()), len(right))
-    between = bootstrap(drop)
+    accuracy = right.mean()
+    intact_accuracy = intact.mean()
+    drop = intact.astype(float) - right
+    ci95 = list(stats.wilson(int(right.sum()), len(right)))
+    drop_ci95 = interval(drop)
+    intact_low, _ = stats.wilson(int(intact.sum()), len(intact))
     least = chance if least is None else least
-    verdict = (
-        "nothing to lose"
-        if wilson(int(intact.sum()), len(intact))[0] <= chance
-        else "sign flip"
-        if high < least
-        else "at chance"
-        if low <= chance
-        else "drop"
-        if between[0] > 0
-        else "no drop"
-    )
-    found = {
+    relative = (intact_accuracy - accuracy) / intact_accuracy if intact_accuracy else None
+    result = {
         "n": len(right),
-        "accuracy": float(p),
-        "ci95": [low, high],
+        "accuracy": float(accuracy),
+        "ci95": ci95,
         "chance": chance,
-        "drop": float(whole - p),
-        "drop_ci95": between,
-        "relative_drop": float((whole - p) / whole) if whole else None,
-        "verdict": verdict,
+        "drop": float(intact_accuracy - accuracy),
+        "drop_ci95": drop_ci95,
+        "relative_drop": None if relative is None else float(relative),
+        "verdict": verdict(ci95, drop_ci95, intact_low, chance, least),
     }
     if fold is not None:
         means = [right[fold == f].mean() for f in np.unique(fold)]
-        found |= {"folds": len(means), "std_over_folds": float(np.std(means))}
-    return found
+        result |= {"folds": len(means), "std_over_folds": float(np.std(means))}
+    return result
 
 
-class Trial:
-    """All cuts of one classifier on its Items; `shared`: the controls without codes, `codes`: one method's.
+def verdict(ci95, drop_ci95, intact_low, chance, least):
+    """An ablation in words.
 
-    whole: how many of the items the form "all" is run on, which costs the most (the first; 0: none).
+    ci95, drop_ci95: intervals of the accuracy and of its drop; intact_low: lower end of the
+    interval of the accuracy without the ablation.
+    """
+    low, high = ci95
+    if intact_low <= chance:
+        return "nothing to lose"
+    if high < least:
+        return "sign flip"
+    if low <= chance:
+        return "at chance"
+    if drop_ci95[0] > 0:
+        return "drop"
+    return "no drop"
+
+
+# ---- all ablations -------------------------------------------------------------------------------
+
+
+class Ablations:
+    """All ablations of one classifier on its SalientTexts, with one seed.
+
+    n_all: on how many of the texts, the first, the form "all" is run, which costs most; 0: it is
+    left out.
     """
 
-    def __init__(self, model, vectors, found, seed, folds=FOLDS, whole=200):
-        self.vectors, self.found, self.seed, self.folds = vectors, found, seed, folds
-        self.C, layer = len(vectors.classes), vectors.facts["layers"][0]
-        self.above = Above(model, found, layer)
-        self.whole = min(whole, len(found.row))
-        self.few = Above(model, found.first(self.whole), layer) if self.whole else None
-        self.states = {form: getattr(found, name) for form, name in PROBES.items()}
-        self.probes = {
-            form: Probes(x, found.label, self.C, folds, seed) for form, x in self.states.items()
-        }
-        nothing = torch.zeros_like(found.h)
-        read = {"last": self.above.last([nothing])[0]}
-        if self.whole:
-            read["all"] = self.few.all(nothing[: self.whole])
-        self.intact = {
-            **{form: self.probes[form].right(x) for form, x in self.states.items()},
-            **{k: self.right(v) for k, v in read.items()},
-        }
-        self.predicted = {k: v[0].argmax(1) for k, v in read.items()}
-        self.sure = {k: self.probability(v, self.predicted[k]) for k, v in read.items()}
+    def __init__(self, model, vectors, texts, seed, folds=FOLDS, n_all=200):
+        self.vectors = vectors
+        self.texts = texts
+        self.seed = seed
+        self.folds = folds
+        self.n_classes = len(vectors.classes)
+        self.n_all = min(n_all, len(texts.row))
+        layer = vectors.facts["layers"][0]
+        self.upper = UpperLayers(model, texts, layer)
+        self.upper_all = UpperLayers(model, texts.first(self.n_all), layer) if self.n_all else None
+        self.probes = {}
+        self.intact = {}  # form: (n,) bool, right without any ablation
+        for form in PROBES:
+            self.probes[form] = self._new_probes(self._states(form))
+            self.intact[form] = self.probes[form].right(self._states(form))
+        self.predicted = {}  # form: (n,) class that the intact model predicts
+        self.confidence = {}  # form: (n,) its probability
+        for form, (logits, _) in self._intact_results().items():
+            self.intact[form] = self._right(logits)
+            self.predicted[form] = logits.argmax(1)
+            self.confidence[form] = probability(logits, self.predicted[form])
 
-    def right(self, result):
-        return (result[0].argmax(1) == self.found.label[: len(result[0])]).numpy()
+    def _states(self, form):
+        """(n, d): the states that the probes of a form read."""
+        return getattr(self.texts, PROBES[form])
 
-    def judged(self, right, form, fold=None):
-        """The `outcome` of a form, with the classes' shares among its own texts."""
-        shares = torch.bincount(self.found.label[: len(right)], minlength=self.C) / len(right)
-        return outcome(right, self.intact[form], shares.max().item(), fold, shares.min().item())
+    def _new_probes(self, states):
+        """Probes trained on states (n, d) of the first n texts."""
+        label = self.texts.label[: len(states)]
+        return Probes(states, label, self.n_classes, self.folds, self.seed)
 
-    @staticmethod
-    def probability(result, of):
-        """(n,) of the class `of` (n,) in a result's logits."""
-        return F.softmax(result[0], 1).gather(1, of[:, None])[:, 0].numpy()
+    def _intact_results(self):
+        """{form: (logits, read)} of the model itself, with a direction of length 0 removed."""
+        nothing = torch.zeros_like(self.texts.h)
+        results = {"last": self.upper.remove_from_last([nothing])[0]}
+        if self.n_all:
+            results["all"] = self.upper_all.remove_everywhere(nothing[: self.n_all])
+        return results
+
+    def _right(self, logits):
+        return (logits.argmax(1) == self.texts.label[: len(logits)]).numpy()
+
+    def _outcome(self, right, form, fold=None):
+        """The `outcome` of an ablation; chance is counted among the texts that the form uses."""
+        label = self.texts.label[: len(right)]
+        shares = torch.bincount(label, minlength=self.n_classes) / len(right)
+        chance, least = shares.max().item(), shares.min().item()
+        return outcome(right, self.intact[form], chance, fold, least)
 
     def run(self, directions):
-        """{form: {variant: (n,) bool right}} and {form: {variant: outcome}} of {variant: (n, d) directions};
-        the third: {form: (n, d) states without the own code}, for what is trained anew."""
-        right, told, read = {}, {}, {}
-        for form, x in self.states.items():
-            probes = self.probes[form]
-            right[form] = {v: probes.right(without(x, u)) for v, u in directions.items()}
-            told[form] = {
-                v: self.judged(r, form, probes.fold.numpy()) for v, r in right[form].items()
-            }
-            read[form] = without(x, directions["own"]) if "own" in directions else None
-        results = {"last": dict(zip(directions, self.above.last(list(directions.values()))))}
-        if self.whole:
-            results["all"] = {v: self.few.all(u[: self.whole]) for v, u in directions.items()}
-        for form, found in results.items():
-            right[form] = {v: self.right(result) for v, result in found.items()}
-            told[form] = {v: self.judged(r, form) for v, r in right[form].items()}
-            for v, result in found.items():
-                change = self.probability(result, self.predicted[form]) - self.sure[form]
-                told[form][v] |= {
-                    "probability_change": float(change.mean()),
-                    "probability_change_ci95": bootstrap(change),
-                }
-            read[form] = found["own"][1] if "own" in found else None
-        return right, told, read
+        """Remove each of the directions {variant: (n, d)} in every form.
 
-    def shared(self):
-        """The controls that no codebook enters: (right, {form: {variant: outcome}}), intact among them."""
-        right, told, _ = self.run(shared_directions(self.vectors, self.found, self.seed))
-        for form, found in told.items():
-            fold = self.probes[form].fold.numpy() if form in PROBES else None
-            found["intact"] = self.judged(self.intact[form], form, fold)
-        return right, told
-
-    def codes(self, codes, shared):
-        """One method: {form: {variant: outcome}, "partners": shares of equal codes, "survives": {form: ..}}.
-
-        shared: the first that `shared` returned. survives: for each control of AGAINST, how much more often
-        the answer is right without the control's direction than without the own code's, with its interval,
-        and whether that is above 0.
+        Returns three dicts by form: {variant: (n,) bool, right}, {variant: outcome}, and the states
+        without the own code (n, d), on which new probes can be trained; None without that variant.
         """
-        directions, equal = code_directions(codes, self.vectors, self.found, self.seed)
-        right, told, read = self.run(directions)
-        told["partners"], told["survives"] = equal, {}
-        for form in right:
-            label = self.found.label[: len(read[form])]
-            if len(label) >= 2 * self.folds:
-                anew = Probes(read[form], label, self.C, self.folds, self.seed)
-                told[form]["retrained"] = self.judged(
-                    anew.right(read[form]), form, anew.fold.numpy()
-                )
-            own, every = right[form]["own"].astype(float), {**right[form], **shared[form]}
-            told["survives"][form] = {}
-            for name in AGAINST:
-                more = every[name] - own
-                between = bootstrap(more)
-                told["survives"][form][name] = {
-                    "difference": float(more.mean()),
-                    "ci95": between,
-                    "passes": between[0] > 0,
-                }
-        return told
+        right, outcomes, states = {}, {}, {}
+        for form in PROBES:
+            right[form], outcomes[form], states[form] = self._run_probes(form, directions)
+        results = {"last": self.upper.remove_from_last(list(directions.values()))}
+        if self.n_all:
+            results["all"] = [
+                self.upper_all.remove_everywhere(u[: self.n_all]) for u in directions.values()
+            ]
+        for form, by_direction in results.items():
+            by_variant = dict(zip(directions, by_direction))
+            right[form], outcomes[form], states[form] = self._judge_model(form, by_variant)
+        return right, outcomes, states
+
+    def _run_probes(self, form, directions):
+        """The results of `run` for one form in which probes answer."""
+        probes, states = self.probes[form], self._states(form)
+        right, outcomes = {}, {}
+        for variant, u in directions.items():
+            right[variant] = probes.right(without(states, u))
+            outcomes[variant] = self._outcome(right[variant], form, probes.fold.numpy())
+        own = directions.get("own")
+        return right, outcomes, None if own is None else without(states, own)
+
+    def _judge_model(self, form, results):
+        """The results of `run` for one form in which the model answers; results: by variant."""
+        right, outcomes = {}, {}
+        for variant, (logits, _) in results.items():
+            right[variant] = self._right(logits)
+            change = probability(logits, self.predicted[form]) - self.confidence[form]
+            outcomes[variant] = {
+                **self._outcome(right[variant], form),
+                "probability_change": float(change.mean()),
+                "probability_change_ci95": interval(change),
+            }
+        states = results["own"][1] if "own" in results else None
+        return right, outcomes, states
+
+    def shared_controls(self):
+        """The controls without codes: (right, {form: {variant: outcome}}), "intact" among them."""
+        directions = shared_directions(self.vectors, self.texts, self.seed)
+        right, outcomes, _ = self.run(directions)
+        for form, by_variant in outcomes.items():
+            fold = self.probes[form].fold.numpy() if form in PROBES else None
+            by_variant["intact"] = self._outcome(self.intact[form], form, fold)
+        return right, outcomes
+
+    def of_codes(self, codes, shared_right):
+        """The ablations of one method's Codes; shared_right: the first of `shared_controls`.
+
+        Returns {form: {variant: outcome}, "partners": share of equal codes by variant, "survives":
+        {form: {control: ...}}}: for each control of AGAINST how much more often the answer is right
+        without the control's direction than without the own code, and whether that is above 0.
+        """
+        directions, equal = code_directions(codes, self.vectors, self.texts, self.seed)
+        right, outcomes, states = self.run(directions)
+        survives = {}
+        for form, by_variant in right.items():
+            if len(states[form]) >= 2 * self.folds:
+                probes = self._new_probes(states[form])
+                fold = probes.fold.numpy()
+                retrained = self._outcome(probes.right(states[form]), form, fold)
+                outcomes[form]["retrained"] = retrained
+            survives[form] = compare(by_variant["own"], {**by_variant, **shared_right[form]})
+        return {**outcomes, "partners": equal, "survives": survives}
+
+
+def probability(logits, classes):
+    """(n,) probability of the given class (n,) of each text, from logits (n, C)."""
+    return F.softmax(logits, 1).gather(1, classes[:, None])[:, 0].numpy()
+
+
+def compare(own, controls):
+    """{control of AGAINST: {"difference", "ci95", "passes"}} of right answers, (n,) bool each.
+
+    The own code passes if its ablation does more harm than the control's, by the whole interval.
+    """
+    results = {}
+    for name in AGAINST:
+        difference = controls[name] - own.astype(float)
+        ci95 = interval(difference)
+        results[name] = {
+            "difference": float(difference.mean()),
+            "ci95": ci95,
+            "passes": ci95[0] > 0,
+        }
+    return results
+
+
+# ---- the table -----------------------------------------------------------------------------------
 
 
 def table(methods, shared, form):
-    """Accuracy by method and cut in one form, with what it is called, as text for people."""
-    names = [*VARIANTS, "retrained"]
+    """Accuracy and verdict by variant and method in one form, as text.
+
+    methods: {name: outcomes of its codes}. shared: outcomes of the controls without codes.
+    """
+    intact = shared[form]["intact"]
     lines = [
-        f"{form}: intact {shared[form]['intact']['accuracy']:.3f}, chance "
-        f"{shared[form]['intact']['chance']:.3f}, n {shared[form]['intact']['n']}"
+        f"{form}: intact {intact['accuracy']:.3f}, chance {intact['chance']:.3f}, n {intact['n']}",
+        table_row("taken out", methods),
     ]
-    lines += [f"{'taken out':<18}" + "".join(f"{method:>23}" for method in methods)]
-    for name in names:
+    for variant in (*VARIANTS, "retrained"):
         cells = []
-        for found in methods.values():
-            one = found[form].get(name) or shared[form].get(name)
-            cells.append("-" if one is None else f"{one['accuracy']:.3f} {one['verdict']}")
-        lines.append(f"{name:<18}" + "".join(f"{cell:>23}" for cell in cells))
+        for outcomes in methods.values():
+            result = outcomes[form].get(variant) or shared[form].get(variant)
+            cells.append(f"{result['accuracy']:.3f} {result['verdict']}" if result else "-")
+        lines.append(table_row(variant, cells))
     return "\n".join(lines)
+
+
+def table_row(name, cells):
+    return f"{name:<18}" + "".join(f"{cell:>{COLUMN}}" for cell in cells)

@@ -1,11 +1,9 @@
-"""Fine-tune a checkpoint with a linear head on the last token (classifier.py) on labelled texts.
+"""Fine-tune a checkpoint, with a linear head on the last token, on labelled texts.
 
 `python train.py --task classify --init out/crate-3L/last --data reviews.jsonl --out out/reviews`
 """
 
 import math
-import shlex
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,218 +12,255 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from crate_mini import UserError, cli
-from crate_mini.concepts import labelled_texts as labelled
+from crate_mini import UserError, cli, results
+from crate_mini.cli import setting
+from crate_mini.concepts import labelled_texts
 from crate_mini.concepts.classifier import Classifier, accuracy, batches, encode, logits, save
 from crate_mini.concepts.types import SPLITS
-from crate_mini.data import batches as data
-from crate_mini.training import checkpoint
-from crate_mini.training import device as machine
-from crate_mini.training import run_log as progress
+from crate_mini.console import terminal
+from crate_mini.data.tokenizer import load_tokenizer
+from crate_mini.training import checkpoint, run_log
+from crate_mini.training.device import choose_device, choose_dtype
+
+CLIP = 1.0  # largest norm of the gradient
 
 
 @dataclass
 class Settings:
-    """Fine-tune a checkpoint to tell the classes of labelled texts, by a linear head on the last token."""
+    """Fine-tune a checkpoint to classify labelled texts, with a linear head on the last token."""
 
-    init: str = ""  # checkpoint to start from, ours or foreign
-    data: str = ""  # labelled texts: .jsonl or .csv with text and label, a folder of classes, or
-    # bbc; eraser-movie, jigsaw, ag_news say where to get them
-    names: str = ""  # of the classes, comma-separated, in the sorted order of their labels
-    texts: int = 4000  # at most, equally many of each class (0: all)
-    length: int = 128  # tokens of a text, the two marks around it included
-    cut: str = "start"  # start | end: the part that is kept of a longer text
-    epochs: int = 4  # over the training texts; the best by accuracy on the stop split is kept
-    batch: int = 32  # texts a step
-    lr: float = 1e-3  # peak learning rate; linear warm-up over a tenth, then linear to 0
-    weight_decay: float = 0.01  # AdamW's
-    seed: int = 1337  # of the texts, their split, the head, the order
-    device: str = "auto"  # auto | cpu | cuda | cuda:N
-    out: str = "out/classifier"  # folder of the run: the classifier is in `last` below it
-    overwrite: bool = False  # replace the run that --out already holds
-
-    def check(self):
-        """Raise UserError for a value that no run can have."""
-        if not self.init or not self.data:
-            raise UserError(
-                "a classifier starts from a checkpoint and labelled texts: `python train.py "
-                "--task classify --init out/crate-3L/last --data reviews.jsonl`."
-            )
-        for name, least in (("texts", 0), ("length", 4), ("epochs", 1), ("batch", 1), ("seed", 0)):
-            if not least <= getattr(self, name) < 2**31:
-                raise UserError(
-                    f"--{name} {getattr(self, name)} must lie in {least} to 2147483647; leave it "
-                    "out for the default."
-                )
-        if not 0 < self.lr < 10 or not 0 <= self.weight_decay < 10:
-            raise UserError(
-                f"--lr {self.lr} must be above 0 and --weight-decay {self.weight_decay} not "
-                "below, both below 10; leave them out."
-            )
-        if self.cut not in ("start", "end"):
-            raise UserError(f"--cut {self.cut!r} is unknown; choose start or end.")
-        if not self.overwrite and Path(self.out, "last", "config.json").exists():
-            raise UserError(
-                f"{self.out} already holds a run; choose another --out, or replace it with "
-                "--overwrite."
-            )
-
-
-def fit(model, ids, lengths, label, split, s, log=print):
-    """Fine-tune all weights by cross-entropy on the train rows; the weights of the best epoch stay.
-
-    label, split (S,) tensors; returns the epochs' losses and accuracies on the stop rows. Raises UserError
-    for a loss that is not finite.
-    """
-    train, stop = ((split == SPLITS[name]).nonzero()[:, 0] for name in ("train", "stop"))
-    dtype, _ = machine.choose_dtype(model.head.weight.device)
-    device, order = model.head.weight.device, torch.Generator().manual_seed(s.seed)
-    steps = s.epochs * math.ceil(len(train) / s.batch)
-    optimizer = torch.optim.AdamW(model.parameters(), s.lr, weight_decay=s.weight_decay)
-    warm = max(1, steps // 10)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warm, (steps - i) / max(1, steps - warm))
+    init: str = setting("", "checkpoint to start from, of crate_mini or of another project")
+    data: str = setting(
+        "",
+        "labelled texts: a .jsonl or .csv file with text and label, a folder of classes, or bbc; "
+        "eraser-movie, jigsaw and ag_news print where to download them",
     )
-    history, best, began = [], (-1.0,), time.monotonic()
-    for epoch in range(s.epochs):
-        model.train()
-        losses = []
-        for part, T in batches(
-            train[torch.randperm(len(train), generator=order)], lengths, s.batch
-        ):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                found = model(ids[part, :T].to(device), lengths[part])
-            loss = F.cross_entropy(found.float(), label[part].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            rate.step()
-            losses.append(loss.item())
-        if not math.isfinite(sum(losses)):
-            raise UserError(
-                f"loss {losses[-1]} in epoch {epoch + 1} at learning rate {s.lr}; lower --lr."
-            )
-        model.eval()
-        found = logits(model, ids, lengths, stop)
-        score = (
-            accuracy(found, label[stop])["accuracy"],
-            -F.cross_entropy(found, label[stop]).item(),
-        )
-        history.append(
-            {"loss": float(np.mean(losses)), "stop_accuracy": score[0], "stop_loss": -score[1]}
-        )
-        if score > best:
-            best, weights = score, {k: v.clone() for k, v in model.state_dict().items()}
-        left = (time.monotonic() - began) / (epoch + 1) * (s.epochs - epoch - 1)
-        log(
-            f"epoch {epoch + 1}/{s.epochs}  loss {history[-1]['loss']:.4f}  stop accuracy {score[0]:.3f}  "
-            f"ETA {int(left) // 60}:{int(left) % 60:02d}"
-        )
-    model.load_state_dict(weights)
-    return history
-
-
-def unseen(ids, split):
-    """(n,) rows of the test texts that read otherwise than all others that training saw, cut as they are.
-
-    News are printed again with another beginning or end. Raises UserError if there are none.
-    """
-    seen = {tuple(row) for row in ids[split != SPLITS["test"]].tolist()}
-    rows = torch.tensor(
-        [
-            i
-            for i in (split == SPLITS["test"]).nonzero()[:, 0].tolist()
-            if tuple(ids[i].tolist()) not in seen
-        ],
-        dtype=torch.int64,
+    names: str = setting(
+        "", "names of the classes, separated by commas, in the sorted order of their labels"
     )
-    if not len(rows):
-        raise UserError(
-            f"at {ids.shape[1]} tokens all test texts read like others; raise --length."
-        )
-    return rows
-
-
-def texts_of(facts):
-    """The Labelled that a classifier's settings name; UserError if its texts are others now."""
-    s = facts["settings"]
-    found = labelled.load(
-        s["data"], s["texts"], s["seed"], s["names"].split(",") if s["names"] else None
+    texts: int = setting(4000, "maximum number of texts, equally many of each class; 0: all")
+    length: int = setting(128, "maximum tokens of a text, including the mark at each end", low=4)
+    cut: str = setting("start", "which part of a longer text to keep", choices=("start", "end"))
+    epochs: int = setting(
+        4, "passes over the training texts; the best by the stop split is kept", low=1
     )
-    if found.facts["sha256"] != facts["labelled"]["sha256"]:
-        raise UserError(
-            f"{s['data']} holds other texts than the classifier has seen; fine-tune it again."
-        )
-    return found
+    batch: int = setting(32, "texts per step", low=1)
+    lr: float = setting(
+        1e-3,
+        "peak learning rate, after linear warm-up over a tenth of the steps; then linear to 0",
+        above=0,
+        below=10,
+    )
+    weight_decay: float = setting(0.01, "weight decay of AdamW", below=10)
+    seed: int = setting(1337, "seed of the choice of texts, their split, the head and the order")
+    device: str = setting("auto", "auto | cpu | cuda | cuda:N")
+    out: str = setting("out/classifier", "folder of the run; the classifier goes to `last` in it")
+    overwrite: bool = setting(False, "replace the run that --out already holds")
 
 
-def run(s, log=print):
-    """What train.py --task classify does; s: Settings. Returns the facts that the checkpoint keeps."""
-    s.check()
-    device = machine.choose_device(s.device)
-    found = labelled.load(s.data, s.texts, s.seed, s.names.split(",") if s.names else None)
-    lm, meta = checkpoint.load(s.init, device)
-    tokenizer = data.load_tokenizer(meta["tokenizer"]["spec"])
+def run(settings):
+    """Fine-tune in a folder that no other process is training in."""
+    with run_log.claim(settings.out):  # a folder that cannot be written fails before the work
+        finetune(settings)
+
+
+def finetune(settings, log=print):
+    """Train, judge on the test texts, save. Returns the facts that the checkpoint keeps."""
+    check(settings)
+    device = choose_device(settings.device)
+    labelled = load_texts(settings.data, settings.texts, settings.seed, settings.names)
+    lm, meta = checkpoint.load(settings.init, device)
+    tokenizer = load_tokenizer(meta["tokenizer"]["spec"])
     checkpoint.check_tokenizer(meta, tokenizer)
-    if s.length > lm.config.block_size:
+    if settings.length > lm.config.block_size:
         raise UserError(
-            f"--length {s.length} is more than the model's context of {lm.config.block_size}."
+            f"--length {settings.length} is more than the model's context of "
+            f"{lm.config.block_size}."
         )
-    ids, lengths = encode(tokenizer, found.texts, s.length, s.cut)
-    label, split = torch.from_numpy(found.label), torch.from_numpy(found.split)
-    model = Classifier(lm, len(found.classes), torch.Generator().manual_seed(s.seed)).to(device)
-    cut = (lengths == s.length).float().mean()
+    ids, lengths = encode(tokenizer, labelled.texts, settings.length, settings.cut)
+    label = torch.from_numpy(labelled.label)
+    split = torch.from_numpy(labelled.split)
+    generator = torch.Generator().manual_seed(settings.seed)
+    model = Classifier(lm, len(labelled.classes), generator).to(device)
     rows = unseen(ids, split)
-    known = int((split == SPLITS["test"]).sum()) - len(rows)
-    log(
-        f"texts     {len(label):,}, {cut:.0%} of them cut: {found.facts['texts']}"
-        + (
-            f"\nnote      {known} test texts read like training texts and do not count"
-            if known
-            else ""
-        )
-    )
-    history = fit(model, ids, lengths, label, split, s, log)
+    log(introduction(labelled, lengths == settings.length, len(rows)))
+    history = fit(model, ids, lengths, label, split, settings, log)
     test = accuracy(logits(model, ids, lengths, rows), label[rows])
+    start = meta.get("files", {}).get("weights", {}).get("sha256")
     facts = {
-        "settings": {**asdict(s), "out": None},
-        "labelled": found.facts,
+        "settings": {**asdict(settings), "out": None},
+        "labelled": labelled.facts,
         "epochs": history,
         "test": test,
-        "start": {"path": s.init, "sha256": meta.get("files", {}).get("weights", {}).get("sha256")},
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": machine.describe(device),
+        "start": {"path": settings.init, "sha256": start},
+        "command": results.command("train.py"),
+        "machine": results.machine(device),
     }
-    save(Path(s.out, "last"), model, meta, facts)
+    folder = Path(settings.out, "last")
+    save(folder, model, meta, facts)
     low, high = test["ci95"]
     log(
-        f"result    accuracy {test['accuracy']:.3f} on {test['n']} test texts (95 %: {low:.3f} to "
-        f"{high:.3f}; chance {test['chance']:.3f})\nfiles     {Path(s.out, 'last')}"
+        f"result    accuracy {test['accuracy']:.3f} on {test['n']} test texts "
+        f"(95 %: {low:.3f} to {high:.3f}; chance {test['chance']:.3f})\nfiles     {folder}"
     )
     return facts
 
 
-def task(argv):
-    """(what --task names, lm by default; the other words). Raises UserError for a task that is unknown."""
-    found, rest = "lm", []
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name == "--task":
-            found = value if equals else next(words, "")
-        else:
-            rest.append(word)
-    if found not in ("lm", "classify"):
-        raise UserError(f"--task {found!r} is unknown; choose lm, a language model, or classify.")
-    return found, rest
+def check(settings):
+    """Raise UserError for settings that no run can have."""
+    cli.check(settings)
+    if not settings.init or not settings.data:
+        raise UserError(
+            "a classifier starts from a checkpoint and labelled texts: `python train.py "
+            "--task classify --init out/crate-3L/last --data reviews.jsonl`."
+        )
+    if not settings.overwrite and Path(settings.out, "last", "config.json").exists():
+        raise UserError(
+            f"{settings.out} already holds a run; choose another --out, or replace it with "
+            "--overwrite."
+        )
 
 
-def main(argv):
-    """The command line of train.py --task classify."""
-    parser = cli.Parser(prog="train.py --task classify", description=Settings.__doc__)
-    cli.add_fields(parser, Settings, "settings")
-    s = Settings(**vars(parser.parse_args(argv)))
-    with progress.claim(s.out):  # before the work, not after it
-        run(s)
-    return 0
+def introduction(labelled, full, n_unseen):
+    """The texts of a run, in words. full: (S,) bool, which have the full length."""
+    lines = [
+        f"texts     {len(labelled.texts):,}, {full.float().mean():.0%} of them cut: "
+        f"{labelled.facts['texts']}"
+    ]
+    n_seen = int((labelled.split == SPLITS["test"]).sum()) - n_unseen
+    if n_seen:
+        lines.append(f"note      {n_seen} test texts equal others once cut, and do not count")
+    return "\n".join(lines)
+
+
+# ---- texts ---------------------------------------------------------------------------------------
+
+
+def load_texts(source, limit, seed, names):
+    """The Labelled of a source; names: of the classes, separated by commas, or an empty string."""
+    return labelled_texts.load(source, limit, seed, names.split(",") if names else None)
+
+
+def texts_of(facts):
+    """The Labelled that a classifier was trained on. Raises UserError if its texts have changed."""
+    settings = facts["settings"]
+    names = ("data", "texts", "seed", "names")
+    labelled = load_texts(*[settings[name] for name in names])
+    if labelled.facts["sha256"] != facts["labelled"]["sha256"]:
+        raise UserError(
+            f"{settings['data']} holds other texts than the classifier was trained on; fine-tune "
+            "it again."
+        )
+    return labelled
+
+
+def unseen(ids, split):
+    """(n,) rows of the test texts whose ids differ from those of every train and stop text.
+
+    News are printed again with another beginning or end, so that after truncation a test text may
+    equal a training text. Raises UserError if no row is left.
+    """
+    test = split == SPLITS["test"]
+    seen = {tuple(row) for row in ids[~test].tolist()}
+    candidates = test.nonzero()[:, 0].tolist()
+    rows = [i for i in candidates if tuple(ids[i].tolist()) not in seen]
+    if not rows:
+        raise UserError(
+            f"at {ids.shape[1]} tokens every test text equals a training text; raise --length."
+        )
+    return torch.tensor(rows)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def fit(model, ids, lengths, label, split, settings, log=print):
+    """Train all weights by cross-entropy on the train rows; the best epoch's weights stay.
+
+    ids (S, T); lengths, label and split (S,). The best epoch has the highest accuracy on the stop
+    rows and, among equals, the lowest loss there. Returns losses and accuracies by epoch. Raises
+    UserError for a loss that is not finite.
+    """
+    train, stop = ((split == SPLITS[name]).nonzero()[:, 0] for name in ("train", "stop"))
+    steps = settings.epochs * math.ceil(len(train) / settings.batch)
+    decay = settings.weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=decay)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_schedule(steps))
+    dtype, _ = choose_dtype(model.head.weight.device)
+    order = torch.Generator().manual_seed(settings.seed)
+    start = time.monotonic()
+    history, best = [], None
+    for epoch in range(settings.epochs):
+        model.train()
+        losses = []
+        shuffled = train[torch.randperm(len(train), generator=order)]
+        for rows, T in batches(shuffled, lengths, settings.batch):
+            loss = training_loss(model, ids[rows, :T], lengths[rows], label[rows], dtype)
+            step(model, loss, optimizer, rate)
+            losses.append(loss.item())
+        if not math.isfinite(sum(losses)):
+            raise UserError(
+                f"loss {losses[-1]} in epoch {epoch + 1} at learning rate {settings.lr}; lower "
+                "--lr."
+            )
+        model.eval()
+        stop_logits = logits(model, ids, lengths, stop)
+        stop_accuracy = accuracy(stop_logits, label[stop])["accuracy"]
+        stop_loss = F.cross_entropy(stop_logits, label[stop]).item()
+        scores = {"stop_accuracy": stop_accuracy, "stop_loss": stop_loss}
+        history.append({"loss": float(np.mean(losses)), **scores})
+        if best is None or (stop_accuracy, -stop_loss) > best:
+            best = (stop_accuracy, -stop_loss)
+            weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        log(epoch_line(history, settings.epochs, time.monotonic() - start))
+    model.load_state_dict(weights)
+    return history
+
+
+def linear_schedule(steps):
+    """A function: the learning rate at a step, as a share of its peak."""
+    warmup = max(1, steps // 10)
+    decay = max(1, steps - warmup)
+
+    def share(step):
+        return min((step + 1) / warmup, (steps - step) / decay)
+
+    return share
+
+
+def training_loss(model, ids, lengths, label, dtype):
+    """Mean cross-entropy of a batch: ids (B, T), lengths (B,), label (B,)."""
+    device = model.head.weight.device
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        batch_logits = model(ids.to(device), lengths)
+    return F.cross_entropy(batch_logits.float(), label.to(device))
+
+
+def step(model, loss, optimizer, rate):
+    """One step of the optimizer and of its learning rate."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+    rate.step()
+
+
+def epoch_line(history, epochs, seconds):
+    """The progress line of the last epoch in `history`."""
+    done, last = len(history), history[-1]
+    remaining = seconds / done * (epochs - done)
+    return (
+        f"epoch {done}/{epochs}  loss {last['loss']:.4f}  "
+        f"stop accuracy {last['stop_accuracy']:.3f}  ETA {terminal.eta(remaining)}"
+    )
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def main(words):
+    """Run `train.py --task classify`; words: of its command line, without the task."""
+    return terminal.run_command("train.py --task classify", COMMAND, words)
+
+
+COMMAND = terminal.Command(Settings, run, checkpoint=False)

@@ -1,9 +1,10 @@
-"""Language models as judges: how plausibly do a concept's words support what the classifier said?
+"""Language models as judges: how plausibly do a concept's words support the classifier's answer?
 
-As CLVQ-VAE's third evaluation, without what made its judges partial: a judge sees one concept at a time, no
-method's name, in an order drawn by the seed, and nothing is asked for but plausibility. Items are test texts,
-as evenly as there are over right and wrong answers of every class. Who answers: the clients of `interpret.py
-llm` behind the same tape, so that a run that stopped goes on, and can be replayed without a model.
+CLVQ-VAE's third evaluation, without what made its judges partial: a judge sees one concept at a
+time and no method's name, in an order drawn by the seed, and is asked for plausibility alone. The
+test texts are spread evenly over the answers, right and wrong, as far as there are enough. The
+judges are the clients of `interpret.py llm`, behind the same answer cache: a run that stopped can
+continue, and any run can be replayed without a model.
 """
 
 import itertools
@@ -13,174 +14,198 @@ from pathlib import Path
 import numpy as np
 
 from crate_mini import UserError
-from crate_mini.concepts.members import TOP
-from crate_mini.judges import run as llm
-from crate_mini.judges import simulation as rungs
-from crate_mini.judges.answer_cache import Spent, Tape
-from crate_mini.judges.http_client import Failed
+from crate_mini.concepts.concept_words import TOP
+from crate_mini.console.terminal import track
+from crate_mini.judges import prompt_files
+from crate_mini.judges.answer_cache import AnswerCache, BudgetSpent
+from crate_mini.judges.language_model import LanguageModel
+from crate_mini.judges.queries import NoAnswer
 from crate_mini.stats import pearson, ranks, spearman
-from crate_mini.training.run_log import track
 
 SCALE = (1, 2, 3)
+MOST_FAILED = 0.05  # share of ratings without an answer above which a judge is refused
 
 
-def stratified(groups, n, seed):
-    """Indices of n items (or all), as many of each group (n,) as of the others while it has any."""
-    rng, groups = np.random.default_rng(seed), np.asarray(groups)
-    order = rng.permutation(len(groups))
-    turn = np.empty(len(groups), np.int64)
-    for g in np.unique(groups):
-        own = order[groups[order] == g]
-        turn[own] = np.arange(len(own))
-    return order[np.argsort(turn[order], kind="stable")][:n]
+# ---- asking --------------------------------------------------------------------------------------
 
 
-def questions(cards, seed):
-    """[(item, method)] in an order that tells nothing; cards: [{"concepts": {method: [words]}, ..}]."""
-    pairs = [(i, method) for i, card in enumerate(cards) for method in card["concepts"]]
-    return [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))]
+def run(cards, judges, folder, settings, seed=0):
+    """Ratings of all cards, from report.cards, by the judges (hf:NAME or http:MODEL).
 
-
-def rate(model, card, words):
-    """A judge's rating 1..3 of one concept on one text; 1, unasked, for a concept without words (as the
-    original). Raises Failed for an answer that names none."""
-    if not words:
-        return 1
-    query = rungs.messages(
-        "concept",
-        model.style,
-        text=rungs.quoted(card["text"]),
-        answer=card["answer"],
-        classes=", ".join(card["classes"]),
-        words=rungs.quoted(words[:TOP]),
-    )
-    if f"{model.style} logprobs" in model.can["can"]:
-        given = model.ask({"ask": "next", **query})["next"]
-        known = {n: given[str(n)] for n in SCALE if str(n) in given}
-        if known:
-            return max(known, key=known.get)
-        raise Failed("none of 1, 2, 3 among the likely answers")
-    answer = model.ask({"ask": "text", "most": 4, **query})["text"]
-    number = re.search(r"[123]", answer)
-    if not number:
-        raise Failed(f"no rating in {answer[:40]!r}")
-    return int(number[0])
-
-
-def run(cards, judges, folder, settings, seed=0, log=print):
-    """Ratings of all cards by the judges (hf:NAME or http:MODEL): a JSON-able dict, see `statistics`.
-
-    settings: llm.Settings for url, key, style, budget, replay. Raises UserError as llm.Model does, and when
-    a judge leaves more than 5 % unanswered.
+    settings: has url, key_env, budget, record and replay, as command.Settings. The answer cache is
+    in `folder`. Returns a JSON-able dict, see `statistics`. Raises UserError as LanguageModel does,
+    and when a judge leaves more than 5 % unanswered.
     """
     if len(set(judges)) != len(judges):
         raise UserError(f"the judges {', '.join(judges)} are not all different; name each once.")
-    tape = Tape(Path(folder, "judge-cache.jsonl"), settings.budget, settings.replay)
-    order, ratings, failed, stopped = questions(cards, seed), {}, {}, None
+    cache = AnswerCache(Path(folder, "judge-cache.jsonl"), settings.budget, settings.replay)
+    order = questions(cards, seed)
+    ratings, failed, stopped = {}, {}, None
     for spec in judges:
-        model, own = llm.Model(spec, settings, tape), {}
-        failed[model.name] = 0
-        try:
-            for i, method in track(order, model.name[:9]):
-                try:
-                    own[i, method] = rate(model, cards[i], cards[i]["concepts"][method])
-                except Failed as e:
-                    failed[model.name], why = failed[model.name] + 1, e
-        except Spent:
-            stopped = (
-                f"budget of {settings.budget:,} tokens used up; the same command goes on from here"
-            )
-        if failed[model.name] > 0.05 * len(order):
+        judge = LanguageModel(spec, cache, settings.url, settings.key_env)
+        given, failures, spent = rate_all(judge, cards, order)
+        ratings[judge.name] = given
+        failed[judge.name] = len(failures)
+        if spent:
+            stopped = f"budget of {settings.budget:,} tokens used up; the same command continues"
+        if len(failures) > MOST_FAILED * len(order):
             raise UserError(
-                f"{model.name} gave {failed[model.name]} of {len(order)} ratings that cannot be "
-                f"used (last: {why}); it cannot judge."
+                f"{judge.name} gave {len(failures)} of {len(order)} ratings that cannot be used "
+                f"(last: {failures[-1]}); it cannot judge."
             )
-        ratings[model.name] = own
     if settings.record:
-        tape.record(settings.record, {"judges": judges, "seed": seed})
+        cache.record(settings.record, {"judges": judges, "seed": seed})
+    version, _ = prompt_files.load("concept")
     return {
-        "prompt": rungs.prompt_file("concept")[0],
+        "prompt": version,
         "cards": len(cards),
         "failed": failed,
         "stopped": stopped,
         "seed": seed,
-        "total": tape.total(),
+        "total": cache.total(),
         **statistics(ratings, order),
     }
 
 
-def statistics(ratings, order):
-    """ratings {judge: {(item, method): 1..3}} -> mean and shares by method and judge, agreement of judges.
+def questions(cards, seed):
+    """[(item, method)], every concept of every card, in an order that gives nothing away."""
+    pairs = [(i, method) for i, card in enumerate(cards) for method in card["concepts"]]
+    return [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))]
 
-    krippendorff: alpha with interval distances; pearson: mean over pairs of judges; spearman: the same of
-    their rankings of methods; kendall_w of these rankings. None with one judge: nothing to agree.
+
+def rate_all(judge, cards, order):
+    """({(item, method): rating}, [why a rating failed], whether the budget ended it) of a judge."""
+    ratings, failures = {}, []
+    try:
+        for i, method in track(order, judge.name[:9]):
+            try:
+                ratings[i, method] = rate(judge, cards[i], cards[i]["concepts"][method])
+            except NoAnswer as error:
+                failures.append(str(error))
+    except BudgetSpent:
+        return ratings, failures, True
+    return ratings, failures, False
+
+
+def rate(judge, card, words):
+    """A judge's rating, 1 to 3, of a concept's words on one text. Raises NoAnswer.
+
+    1 without asking for a concept without words, as in the authors' code.
     """
-    methods, table = list(dict.fromkeys(m for _, m in sorted(order))), {}
-    for judge, own in ratings.items():
-        for m in methods:
-            values = [v for (_, method), v in own.items() if method == m]
-            table.setdefault(m, {})[judge] = (
-                {
-                    "n": len(values),
-                    "mean": float(np.mean(values)),
-                    "shares": {str(s): values.count(s) / len(values) for s in SCALE},
-                }
-                if values
-                else {"n": 0}
-            )
-    matrix = np.array(
-        [[own.get(pair, np.nan) for pair in order] for own in ratings.values()], float
+    if not words:
+        return 1
+    prompt = prompt_files.fill(
+        "concept",
+        judge.style,
+        text=prompt_files.json_string(card["text"]),
+        answer=card["answer"],
+        classes=", ".join(card["classes"]),
+        words=prompt_files.json_string(words[:TOP]),
     )
-    means = np.array([[table[m][j].get("mean", np.nan) for m in methods] for j in ratings])
-    pairs = list(itertools.combinations(range(len(matrix)), 2))
-    both = [np.isfinite(matrix[[a, b]]).all(0) for a, b in pairs]
+    if f"{judge.style} logprobs" in judge.can["can"]:
+        logprobs = judge.ask({"ask": "next", **prompt})["next"]
+        known = {rating: logprobs[str(rating)] for rating in SCALE if str(rating) in logprobs}
+        if known:
+            return max(known, key=known.get)
+        raise NoAnswer("none of 1, 2, 3 among the likely answers")
+    answer = judge.ask({"ask": "text", "most": 4, **prompt})["text"]
+    number = re.search(r"[123]", answer)
+    if not number:
+        raise NoAnswer(f"no rating in {answer[:40]!r}")
+    return int(number[0])
+
+
+# ---- agreement -----------------------------------------------------------------------------------
+
+
+def statistics(ratings, order):
+    """Ratings by method and judge, and how well the judges agree.
+
+    ratings: {judge: {(item, method): 1..3}}; order: all (item, method). agreement, None with one
+    judge: krippendorff's alpha with interval distances; pearson, the mean over pairs of judges;
+    spearman, the same of their rankings of the methods; kendall_w of these rankings.
+    """
+    methods = list(dict.fromkeys(method for _, method in sorted(order)))
+    table = {method: {} for method in methods}
+    for method in methods:
+        for judge, given in ratings.items():
+            table[method][judge] = summary([v for (_, m), v in given.items() if m == method])
+    return {"methods": table, "agreement": agreement(ratings, order, table)}
+
+
+def summary(values):
+    """{"n", "mean", "shares" by rating} of ratings; only n without any."""
+    if not values:
+        return {"n": 0}
+    shares = {str(rating): values.count(rating) / len(values) for rating in SCALE}
+    return {"n": len(values), "mean": float(np.mean(values)), "shares": shares}
+
+
+def agreement(ratings, order, table):
+    """The agreement of `statistics`; None for fewer than two judges."""
+    if len(ratings) < 2:
+        return None
+    matrix = np.array([[given.get(pair, np.nan) for pair in order] for given in ratings.values()])
+    means = []
+    for judge in ratings:
+        means.append([by_judge[judge].get("mean", np.nan) for by_judge in table.values()])
+    means = np.array(means)
+    by_item, by_method = [], []
+    for a, b in itertools.combinations(range(len(matrix)), 2):
+        both = np.isfinite(matrix[[a, b]]).all(0)
+        by_item.append(pearson(matrix[a, both], matrix[b, both]))
+        by_method.append(spearman(means[a], means[b]))
     return {
-        "methods": table,
-        "agreement": None
-        if not pairs
-        else {
-            "krippendorff": krippendorff(matrix),
-            "pearson": mean_of(
-                pearson(matrix[a, k], matrix[b, k]) for (a, b), k in zip(pairs, both)
-            ),
-            "spearman": mean_of(spearman(means[a], means[b]) for a, b in pairs),
-            "kendall_w": kendall(means),
-        },
+        "krippendorff": krippendorff(matrix),
+        "pearson": mean_of(by_item),
+        "spearman": mean_of(by_method),
+        "kendall_w": kendall(means),
     }
 
 
-def mean_of(results):
-    """Mean of metrics' (values, why) that are defined; None if none is."""
-    found = [float(value[0]) for value, why in results if not why[0]]
-    return float(np.mean(found)) if found else None
+def mean_of(correlations):
+    """Mean of the correlations, (values, reasons) each, that are defined; None if none is."""
+    defined = [float(values[0]) for values, reasons in correlations if not reasons[0]]
+    return float(np.mean(defined)) if defined else None
 
 
 def krippendorff(matrix):
-    """Krippendorff's alpha with squared differences, 1 - D_observed / D_expected, of (judges, units), NaN
-    where unrated; units with one rating do not count. None where all ratings are the same."""
+    """Krippendorff's alpha with squared differences, 1 - D_observed / D_expected.
+
+    matrix: (judges, units), NaN where unrated; a unit with one rating does not count. None where
+    all ratings are the same.
+    """
     units = [column[np.isfinite(column)] for column in np.asarray(matrix, float).T]
-    units = [u for u in units if len(u) > 1]
+    units = [unit for unit in units if len(unit) > 1]
     if not units:
         return None
     values = np.concatenate(units)
-    observed = sum(((u[:, None] - u) ** 2).sum() / (len(u) - 1) for u in units) / len(values)
-    expected = ((values[:, None] - values) ** 2).sum() / (len(values) * (len(values) - 1))
+    n = len(values)
+    observed = sum(pair_distances(unit) / (len(unit) - 1) for unit in units) / n
+    expected = pair_distances(values) / (n * (n - 1))
     return float(1 - observed / expected) if expected else None
 
 
+def pair_distances(values):
+    """Sum of squared differences over all ordered pairs of values."""
+    return ((values[:, None] - values) ** 2).sum()
+
+
 def kendall(scores):
-    """Kendall's W, with ties, of m judges' scores (m, n) of n methods; None for fewer than two of either, or
-    where each judge ranks all alike."""
+    """Kendall's W, with ties, of the scores (m, n) that m judges give n methods.
+
+    None for fewer than two of either, and where each judge ranks all alike.
+    """
     scores = np.asarray(scores, float)
     m, n = scores.shape
     if m < 2 or n < 2 or not np.isfinite(scores).all():
         return None
-    order = ranks(scores.T)  # (n, m)
-    ties = sum(
-        (count**3 - count).sum()
-        for judge in scores
-        for count in [np.unique(judge, return_counts=True)[1]]
-    )
-    spread = ((order.sum(1) - order.sum() / n) ** 2).sum()
-    whole = m * m * (n**3 - n) - m * ties
-    return float(12 * spread / whole) if whole else None
+    by_judge = ranks(scores.T)  # (n, m)
+    ties = 0
+    for judge in scores:
+        _, count = np.unique(judge, return_counts=True)
+        ties += (count**3 - count).sum()
+    totals = by_judge.sum(1)
+    spread = ((totals - by_judge.sum() / n) ** 2).sum()
+    largest = m * m * (n**3 - n) - m * ties
+    return float(12 * spread / largest) if largest else None

@@ -1,15 +1,15 @@
-"""The stages of `interpret.py concepts`: what each makes of which files, and when it need not run.
+"""The stages of `interpret.py concepts`, the files each one writes, and when it runs again.
 
     vectors        states of words in two layers              vectors.npz
-    discover       codes of them, by every method and seed    codes-METHOD-SEED.npz
+    discover       codes of them, by each method and seed     codes-METHOD-SEED.npz
     controls       reconstruction with and without codes      controls.json
-    salience       the word of each test text that counts     salience.npz
-    faithfulness   the concept taken out, beside controls     faithfulness.json
+    salience       the word that decided each prediction      salience.npz
+    faithfulness   accuracy without its concept               faithfulness.json
     judge          language models rate concepts              judge.json
-    report         everything                                 concepts.json .html .png, packet.html .csv
+    report         all of it                                  concepts.json .html .png, packet.*
 
-Each stage reads files of those before it. A finished one stays as long as its settings and all before it do;
---from runs it and all after it again.
+Each stage reads files of those before it. A file is kept as long as the settings of its stage, and
+of all stages before it, stay the same; --from runs a stage and all after it again.
 """
 
 import hashlib
@@ -24,270 +24,331 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crate_mini import UserError, atomic_write, cli
-from crate_mini import results as evidence
-from crate_mini.concepts import classifier, clvqvae, members
-from crate_mini.concepts import codebook_checks as health
-from crate_mini.concepts import finetune as classify
-from crate_mini.concepts import llm_ratings as judge
-from crate_mini.concepts import page as concept_page
-from crate_mini.concepts import report as result
-from crate_mini.concepts import salience as ig
-from crate_mini.concepts import survey as concept_packet
-from crate_mini.concepts import word_vectors as states
-from crate_mini.concepts.ablate import items
-from crate_mini.concepts.command import STAGES
-from crate_mini.concepts.faithfulness import FOLDS, Trial
+from crate_mini import UserError, atomic_write, cli, results
+from crate_mini.concepts import (
+    ablate,
+    classifier,
+    clvqvae,
+    codebook_checks,
+    concept_words,
+    faithfulness,
+    finetune,
+    llm_ratings,
+    page,
+    report,
+    salience,
+    survey,
+    word_vectors,
+)
 from crate_mini.concepts.methods import METHODS, discover
 from crate_mini.concepts.types import SPLITS, Codes, Vectors
-from crate_mini.data import batches as data
-from crate_mini.judges import run as llm
-from crate_mini.training import device as machine
-from crate_mini.training.run_log import track
+from crate_mini.console import terminal
+from crate_mini.data.tokenizer import load_tokenizer
+from crate_mini.training.device import choose_device
+
+WORDS_PER_CODE = 200  # training words, for --k 0
+FEWEST_CODES, MOST_CODES = 8, 400
+CLVQ_SETTINGS = ("epochs", "memory", "mask", "revive")  # of clvqvae, set by flags of these names
 
 
-def numbers(text, flag, example):
-    """The numbers of a list like 0,1,2. Raises UserError for what is none."""
-    words = text.split(",")
-    if not all(word.strip().isdecimal() and len(word.strip()) < 10 for word in words):
-        raise UserError(
-            f"--{flag} {text!r} is no list of whole numbers; expected something like --{flag} "
-            f"{example}."
-        )
-    return list(dict.fromkeys(int(word) for word in words))
+def folder(settings, ckpt):
+    """The folder of a run's files: --out, else `concepts` next to the checkpoint."""
+    return Path(settings.out) if settings.out else Path(ckpt).resolve().parent / "concepts"
 
 
-class Concepts:
-    """One run of the command: what the stages share, and the stages."""
+class Pipeline:
+    """One run of the command: what its stages share, and a method for each of them.
 
-    def __init__(self, s, ckpt):
-        self.s, self.ckpt = s, ckpt
-        self.model, self.meta = classifier.load(ckpt, machine.choose_device(s.device))
+    settings: command.Settings. A stage leaves what it made as attributes; again: whether it runs
+    even if its file can be kept.
+    """
+
+    def __init__(self, settings, ckpt):
+        self.settings = settings
+        self.ckpt = ckpt
+        self.model, self.meta = classifier.load(ckpt, choose_device(settings.device))
         self.model.requires_grad_(False)
-        self.facts, self.made = self.meta["training"]["classifier"], {}
-        self.out = Path(s.out) if s.out else Path(ckpt).resolve().parent / "concepts"
-        L = len(self.model.lm.blocks)
-        self.layers = (
-            numbers(s.layers, "layers", "1,3")
-            if s.layers
-            else [max(L - max(2, L // 3), min(L - 1, 1)), L]
-        )
-        if len(self.layers) != 2:
-            raise UserError(f"--layers {s.layers} must be two different numbers, like 1,3.")
-        self.seeds = numbers(s.seeds, "seeds", "0,1,2")
-        self.methods = self.chosen()
+        self.facts = self.meta["training"]["classifier"]
+        self.layers = choose_layers(settings.layers, len(self.model.lm.blocks))
+        self.seeds = terminal.number_list(settings.seeds, "--seeds", whole_number, "0,1,2")
+        self.methods = choose_methods(settings.methods)
+        self.stamps = {}  # by stage
+        self.out = folder(settings, ckpt)
         self.out.mkdir(parents=True, exist_ok=True)
 
-    def chosen(self):
-        """The methods to run; scikit-learn's is left out, and the result says so, if not asked for."""
-        if self.s.methods == "all":
-            return [m for m in METHODS if m != "ward" or find_spec("sklearn")]
-        words = list(dict.fromkeys(word.strip() for word in self.s.methods.split(",")))
-        for word in words:
-            if word not in METHODS:
-                raise UserError(
-                    f"method {word!r} is unknown{cli.nearest(word, METHODS)}; choose from "
-                    f"{', '.join(METHODS)}."
-                )
-        return words
-
     def run(self):
-        """All stages, from --from on in any case."""
-        first = STAGES.index(self.s.from_) if self.s.from_ else len(STAGES)
-        for i, stage in enumerate(STAGES):
-            getattr(self, stage)(i >= first)
+        """Run all stages in order; --from and those after it even if their files can be kept."""
+        again = False
+        for name, stage in STAGES.items():
+            again = again or name == self.settings.from_
+            stage(self, again)
 
     def stamp(self, stage, before, *names, **more):
-        """What a stage's file must carry to count as made: a digest of its settings and of what it reads."""
-        told = {**{n: getattr(self.s, n) for n in names}, **more, "before": self.made.get(before)}
-        self.made[stage] = hashlib.sha256(
-            json.dumps([stage, told], sort_keys=True).encode()
-        ).hexdigest()[:16]
-        return self.made[stage]
+        """A digest of a stage's settings and of what it reads; its file must carry it to be kept.
 
-    # ---- stages ---------------------------------------------------------------------------------------
+        before: the stage it reads. names: settings; more: further values.
+        """
+        values = {name: getattr(self.settings, name) for name in names}
+        values |= {**more, "before": self.stamps.get(before)}
+        text = json.dumps([stage, values], sort_keys=True)
+        self.stamps[stage] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self.stamps[stage]
 
-    @cached_property
-    def text(self):
-        s = self.facts["settings"]
-        tokenizer = data.load_tokenizer(self.meta["tokenizer"]["spec"])
-        return states.read(tokenizer, self.labelled.texts, s["length"], s["cut"])
+    def load_or_make(self, name, stamp, again, make):
+        """The JSON of a stage: from its file if that carries the stamp, else from make()."""
+        path = self.out / f"{name}.json"
+        if path.exists() and not again:
+            content = results.read_json(path)
+            if content.get("made") == stamp and not content.get("stopped"):
+                return content
+        print(name, flush=True)
+        content = {"made": stamp, **make()}
+        results.write_json(path, content)
+        return content
+
+    # ---- texts -----------------------------------------------------------------------------------
 
     @cached_property
     def labelled(self):
-        return classify.texts_of(self.facts)
+        """The labelled texts that the classifier was trained on."""
+        return finetune.texts_of(self.facts)
 
     @cached_property
-    def tests(self):
-        """Rows of the test texts that are looked at: the first --tests of those that training never read."""
-        rows = classify.unseen(self.text.ids, torch.from_numpy(self.labelled.split))
-        return rows.numpy()[: self.s.tests or None]
-
-    def vectors(self, again):
-        stamp = self.stamp(
-            "vectors",
-            None,
-            "least",
-            "most",
-            "tests",
-            layers=self.layers,
-            weights=self.meta["sha256"],
+    def text(self):
+        """All of them as TextWords."""
+        settings = self.facts["settings"]
+        tokenizer = load_tokenizer(self.meta["tokenizer"]["spec"])
+        return word_vectors.read(
+            tokenizer, self.labelled.texts, settings["length"], settings["cut"]
         )
+
+    @cached_property
+    def test_rows(self):
+        """Rows of the test texts to use: the first --tests of those that training never read."""
+        rows = finetune.unseen(self.text.ids, torch.from_numpy(self.labelled.split))
+        return rows.numpy()[: self.settings.tests or None]
+
+    @cached_property
+    def answers(self):
+        """(S,) the class that the classifier gives each text."""
+        rows = torch.arange(len(self.text.ids))
+        logits = classifier.logits(self.model, self.text.ids, self.text.lengths, rows)
+        return logits.argmax(1).numpy()
+
+    # ---- stages ----------------------------------------------------------------------------------
+
+    def extract_vectors(self, again):
+        """States of words in both layers, and from their number how many codes to discover."""
+        facts = {"layers": self.layers, "weights": self.meta["sha256"]}
+        stamp = self.stamp("vectors", None, "least", "most", "tests", **facts)
         path = self.out / "vectors.npz"
-        self.v = None if again or not path.exists() else Vectors.load(path)
-        if self.v is None or self.v.facts.get("made") != stamp:
-            self.v = states.vectors(
+        self.vectors = Vectors.load(path) if path.exists() and not again else None
+        if self.vectors is None or self.vectors.facts.get("made") != stamp:
+            self.vectors = word_vectors.extract(
                 self.model,
                 self.text,
                 self.labelled,
                 self.layers,
-                self.s.least,
-                self.s.most,
-                self.tests,
+                self.settings.least,
+                self.settings.most,
+                self.test_rows,
                 {"made": stamp},
             )
-            self.v.save(path)
-        n = {split: int(self.v.rows(split).sum()) for split in SPLITS}
-        self.k = self.s.k or min(400, max(8, n["train"] // 200))
-        print(f"vectors   {n} words, layers {self.layers}; {self.k} codes", flush=True)
+            self.vectors.save(path)
+        n_words = {split: int(self.vectors.rows(split).sum()) for split in SPLITS}
+        by_size = n_words["train"] // WORDS_PER_CODE
+        self.k = self.settings.k or min(MOST_CODES, max(FEWEST_CODES, by_size))
+        print(f"vectors   {n_words} words, layers {self.layers}; {self.k} codes", flush=True)
 
-    def discover(self, again):
-        clvq = {name: getattr(self.s, name) for name in ("epochs", "memory", "mask", "revive")}
+    def discover_codes(self, again):
+        """Codes of the vectors, by every method with every seed."""
+        clvq = {name: getattr(self.settings, name) for name in CLVQ_SETTINGS}
         self.stamp("discover", "vectors", "seeds", methods=self.methods, k=self.k, **clvq)
-        self.codes, device = {}, str(self.model.head.weight.device)
+        self.codes = {}
         for method in self.methods:
-            own = clvq if method in ("clvq", "vq") else {}
+            switches = clvq if method in ("clvq", "vq") else {}
             for seed in self.seeds:
-                path = self.out / f"codes-{method}-{seed}.npz"
-                stamp = self.stamp("one", "vectors", k=self.k, method=method, seed=seed, **own)
-                found = None if again or not path.exists() else Codes.load(path)
-                if found is None or found.settings.get("made") != stamp:
-                    print(f"discover  {method}, seed {seed}", flush=True)
-                    found = discover(
-                        method, self.v, self.k, seed, **(own and {**own, "device": device})
-                    )
-                    found.settings["made"] = stamp
-                    found.save(path)
-                self.codes[method, seed] = found
+                self.codes[method, seed] = self._codes(method, seed, switches, again)
 
-    def cached(self, name, stamp, again, make):
-        """The JSON of a stage: what its file holds if that is still true and whole, else made and written."""
-        path = self.out / f"{name}.json"
-        found = None if again or not path.exists() else cli.read_json(path)
-        if found is None or found.get("made") != stamp or found.get("stopped"):
-            print(name, flush=True)
-            found = {"made": stamp, **make()}
-            evidence.write_json(path, found)
-        return found
+    def _codes(self, method, seed, switches, again):
+        """The Codes of one method and seed, from their file if it can be kept."""
+        # "one" is part of the digest: another name would make the codes of old runs again.
+        stamp = self.stamp("one", "vectors", k=self.k, method=method, seed=seed, **switches)
+        path = self.out / f"codes-{method}-{seed}.npz"
+        if path.exists() and not again:
+            codes = Codes.load(path)
+            if codes.settings.get("made") == stamp:
+                return codes
+        print(f"discover  {method}, seed {seed}", flush=True)
+        if switches:
+            switches = {**switches, "device": self._device()}
+        codes = discover(method, self.vectors, self.k, seed, **switches)
+        codes.settings["made"] = stamp
+        codes.save(path)
+        return codes
 
-    def controls(self, again):
-        stamp = self.stamp(
-            "controls", "vectors", "controls", "epochs", "mask", k=self.k, seed=self.seeds[0]
+    def _device(self):
+        return str(self.model.head.weight.device)
+
+    def train_controls(self, again):
+        """How well decoders reconstruct the upper layer, with codes, with wrong ones, without."""
+        facts = {"k": self.k, "seed": self.seeds[0]}
+        stamp = self.stamp("controls", "vectors", "controls", "epochs", "mask", **facts)
+        content = self.load_or_make("controls", stamp, again, self._reconstruction)
+        self.controls = content["explained"]
+
+    def _reconstruction(self):
+        if not self.settings.controls:
+            return {"explained": "not run"}
+        settings = clvqvae.Settings(
+            codes=self.k, epochs=self.settings.epochs, mask=self.settings.mask
         )
-        settings = clvqvae.Settings(codes=self.k, epochs=self.s.epochs, mask=self.s.mask)
-        device = str(self.model.head.weight.device)
-        self.told = self.cached(
-            "controls",
-            stamp,
-            again,
-            lambda: {
-                "explained": health.reconstruction(self.v, settings, self.seeds[0], device=device)
-                if self.s.controls
-                else "not run"
-            },
+        explained = codebook_checks.reconstruction(
+            self.vectors, settings, self.seeds[0], device=self._device()
         )
+        return {"explained": explained}
 
-    def salience(self, again):
-        stamp, path = self.stamp("salience", "vectors", "nodes", "tests"), self.out / "salience.npz"
-        found = {}
-        with suppress(
-            OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error
-        ):  # damaged: made again
-            found = {} if again else dict(np.load(path))
-        if str(found.pop("made", "")) != stamp:
-            kept = ig.salience(
-                self.model,
-                self.text,
-                self.tests,
-                self.layers[0],
-                self.s.nodes,
-                track=lambda work: track(work, "salience"),
+    def find_salient_words(self, again):
+        """The word of each test text that decided the prediction most."""
+        stamp = self.stamp("salience", "vectors", "nodes", "tests")
+        path = self.out / "salience.npz"
+        self.salience = None if again else load_salience(path, stamp)
+        if self.salience is None:
+            self.salience = salience.find_salient_words(
+                self.model, self.text, self.test_rows, self.layers[0], self.settings.nodes
             )
-            found = vars(kept)
             with atomic_write(path) as file:
-                np.savez(file, made=stamp, **found)
-        self.salient = ig.Salience(**found)
-        self.found = items(self.model, self.text, self.v, self.salient)
+                np.savez(file, made=stamp, **vars(self.salience))
+        self.salient_texts = ablate.select(self.model, self.text, self.vectors, self.salience)
 
-    def faithfulness(self, again):
-        self.made["both"] = self.made["discover"] + self.made["salience"]
+    def measure_faithfulness(self, again):
+        """Accuracy without the concepts of these words, and without the controls' directions."""
+        self.stamps["both"] = self.stamps["discover"] + self.stamps["salience"]
         stamp = self.stamp("faithfulness", "both", "whole")
-        self.judged = self.cached(
-            "faithfulness",
-            stamp,
-            again,
-            lambda: {"seeds": {str(seed): self.trial(seed) for seed in self.seeds}},
-        )
+        content = self.load_or_make("faithfulness", stamp, again, self._all_seeds)
+        self.by_seed = content["seeds"]
 
-    def trial(self, seed):
-        """All cuts and the proxy with one seed."""
-        trial = Trial(self.model, self.v, self.found, seed, FOLDS, self.s.whole)
-        right, shared = trial.shared()
-        told, proxy = {}, {}
-        for method in track(self.methods, f"cuts {seed}"):
+    def _all_seeds(self):
+        return {"seeds": {str(seed): self._one_seed(seed) for seed in self.seeds}}
+
+    def _one_seed(self, seed):
+        """All ablations, and the naive Bayes proxy, with one seed."""
+        ablations = faithfulness.Ablations(
+            self.model, self.vectors, self.salient_texts, seed, n_all=self.settings.whole
+        )
+        shared_right, shared = ablations.shared_controls()
+        outcomes, proxy = {}, {}
+        for method in terminal.track(self.methods, f"ablate {seed}"):
             codes = self.codes[method, seed]
-            told[method] = trial.codes(codes, right)
-            proxy[method] = members.proxy(codes, self.v, self.text, self.found, self.said, seed)
-        return {"shared": shared, "methods": told, "proxy": proxy}
+            outcomes[method] = ablations.of_codes(codes, shared_right)
+            proxy[method] = concept_words.naive_bayes_proxy(
+                codes, self.vectors, self.text, self.salient_texts, self.answers, seed
+            )
+        return {"shared": shared, "methods": outcomes, "proxy": proxy}
 
-    @cached_property
-    def said(self):
-        """(S,) the class that the classifier gives each text."""
-        rows = torch.arange(len(self.text.ids))
-        return (
-            classifier.logits(self.model, self.text.ids, self.text.lengths, rows).argmax(1).numpy()
-        )
-
-    def judge(self, again):
+    def ask_judges(self, again):
+        """Ratings by language models, if --judges names any."""
         stamp = self.stamp("judge", "faithfulness", "judges", "items", "replay")
-        judges = [word for word in self.s.judges.split(",") if word]
-        if not judges:
-            self.rated = "not run"
-            return
-        asked = self.cards[: self.s.items]
-        ask = llm.Settings(
-            url=self.s.url,
-            key_env=self.s.key_env,
-            budget=self.s.budget,
-            record=self.s.record,
-            replay=self.s.replay,
-        )
-        self.rated = self.cached(
-            "judge", stamp, again, lambda: judge.run(asked, judges, self.out, ask, self.seeds[0])
-        )
+        self.ratings = "not run"
+        if self.settings.judges:
+            self.ratings = self.load_or_make("judge", stamp, again, self._ratings)
+
+    def _ratings(self):
+        judges = [word for word in self.settings.judges.split(",") if word]
+        asked = self.cards[: self.settings.items]
+        return llm_ratings.run(asked, judges, self.out, self.settings, self.seeds[0])
 
     @cached_property
     def cards(self):
-        return result.cards(self)
+        """The test texts and their concepts as people and judges see them."""
+        return report.cards(self)
 
-    def report(self, again):
-        found = result.collect(self)
-        evidence.write_json(self.out / "concepts.json", found)
+    def write_report(self, again):
+        """Write all results as JSON, page and figure, and the packet; print the table."""
+        result = report.collect(self)
+        results.write_json(self.out / "concepts.json", result)
         title = f"{'/'.join(Path(self.ckpt).resolve().parts[-2:])} · concepts"
-        two = [m for m in dict.fromkeys(["clvq", "kmeans", *self.methods]) if m in self.methods][:2]
-        asked = concept_packet.questions(self.cards, two, self.v.classes, self.seeds[0])
-        page, sheet, key = concept_packet.packet(asked, title)
+        asked = survey.questions(
+            self.cards, self._surveyed_methods(), self.vectors.classes, self.seeds[0]
+        )
+        packet, sheet, key = survey.packet(asked, title)
         files = {
-            "concepts.html": concept_page.page(found, title),
-            "packet.html": page,
+            "concepts.html": page.page(result, title),
+            "packet.html": packet,
             "packet.csv": sheet,
             "packet-key.json": key,
         }
         for name, content in files.items():
             with atomic_write(self.out / name) as file:
                 file.write(content)
-        concept_page.cloud(found, self.out / "concepts.png")
+        page.cloud(result, self.out / "concepts.png")
         print(
-            f"\n{result.table(found)}\n\nfiles     {self.out / 'concepts.html'}, concepts.json, "
+            f"\n{report.table(result)}\n\nfiles     {self.out / 'concepts.html'}, concepts.json, "
             "concepts.png; for people packet.html, packet.csv"
         )
+
+    def _surveyed_methods(self):
+        """The two methods that people are asked about: clvq and kmeans, or others that were run."""
+        preferred = dict.fromkeys(["clvq", "kmeans", *self.methods])
+        return [method for method in preferred if method in self.methods][:2]
+
+
+STAGES = {
+    "vectors": Pipeline.extract_vectors,
+    "discover": Pipeline.discover_codes,
+    "controls": Pipeline.train_controls,
+    "salience": Pipeline.find_salient_words,
+    "faithfulness": Pipeline.measure_faithfulness,
+    "judge": Pipeline.ask_judges,
+    "report": Pipeline.write_report,
+}
+
+
+# ---- settings and files --------------------------------------------------------------------------
+
+
+def choose_layers(text, n_layers):
+    """[lower, upper] from --layers.
+
+    By default the last layer, and the one two or a third of all layers below it, whichever is
+    further, but not the embeddings.
+    """
+    if not text:
+        distance = max(2, n_layers // 3)
+        return [max(n_layers - distance, min(n_layers - 1, 1)), n_layers]
+    layers = terminal.number_list(text, "--layers", whole_number, "1,3")
+    if len(layers) != 2:
+        raise UserError(f"--layers {text} must be two different numbers, like 1,3.")
+    return layers
+
+
+def whole_number(word):
+    if not word.strip().isdecimal():
+        raise ValueError
+    return int(word)
+
+
+def choose_methods(text):
+    """The methods in --methods; all: those whose package is installed.
+
+    Raises UserError for an unknown one.
+    """
+    if text == "all":
+        return [name for name in METHODS if name != "ward" or find_spec("sklearn")]
+    names = list(dict.fromkeys(word.strip() for word in text.split(",")))
+    for name in names:
+        if name not in METHODS:
+            raise UserError(
+                f"method {name!r} is unknown{cli.nearest(name, METHODS)}; choose from "
+                f"{', '.join(METHODS)}."
+            )
+    return names
+
+
+def load_salience(path, stamp):
+    """The Salience in a file; None if it is missing, damaged, or without this stamp."""
+    with suppress(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        content = dict(np.load(path))
+        if str(content.pop("made", "")) == stamp:
+            return salience.Salience(**content)
+    return None

@@ -1,171 +1,230 @@
-"""What a run of `interpret.py concepts` found, as one JSON-able dict, and as tables for people."""
+"""The results of `interpret.py concepts`: one JSON-able dict, tables, and concepts to show.
+
+`run` is always a pipeline.Pipeline whose stages are done.
+"""
 
 import numpy as np
 
-from crate_mini import results as evidence
-from crate_mini.concepts import codebook_checks as health
-from crate_mini.concepts import faithfulness, members
-from crate_mini.concepts.llm_ratings import stratified
+from crate_mini import results
+from crate_mini.concepts import codebook_checks, concept_words, faithfulness
 from crate_mini.concepts.types import SPLITS
 
-AROUND = 12  # words of a text shown on both sides of a marked one
+CONTEXT = 12  # words shown on each side of a marked one
 EXAMPLES = 3  # texts shown with a code
+PEOPLE = "not run: send people packet.html or packet.csv, then count their files with --answers"
+COLUMNS = {  # of the table of codebooks: name and width
+    "perplexity": 11,
+    "active": 8,
+    "explained": 11,
+    "stability": 11,
+    "proxy own": 11,
+    "another": 9,
+    "random": 8,
+    "majority": 10,
+}
 
 
-def cards(run):
-    """[{"text", "answer", "right", "classes", "concepts": {method: words}}] of the test texts with a salient
-    word, as evenly as there are over answers and whether they are right; run: stages.Concepts."""
-    said = run.said[run.found.text]
-    right = said == run.v.label[run.found.text]
-    codes = {m: run.codes[m, run.seeds[0]] for m in run.methods}
-    words = {
-        m: [[w for w, _ in own[: members.TOP]] for own in members.members(c, run.v)]
-        for m, c in codes.items()
-    }
-    order = stratified([f"{a} {r}" for a, r in zip(said, right)], len(said), run.seeds[0])
-    return [
-        {
-            "text": " ".join(run.text.words[run.found.text[i]]),
-            "answer": run.v.classes[said[i]],
-            "right": bool(right[i]),
-            "classes": run.v.classes,
-            "concepts": {m: words[m][c.assignment[run.found.row[i]]] for m, c in codes.items()},
-        }
-        for i in order.tolist()
-    ]
-
-
-def pictured(run, method):
-    """Codes of a method for the page: `shown` of those that have words, drawn by the first seed."""
-    codes = run.codes[method, run.seeds[0]]
-    own, mix = members.members(codes, run.v), members.class_mix(codes, run.v)
-    there = [j for j, words in enumerate(own) if words]
-    rng = np.random.default_rng(run.seeds[0])
-    drawn = sorted(rng.choice(there, min(run.s.shown, len(there)), replace=False).tolist())
-    salient = dict(zip(run.found.row.tolist(), run.found.text.tolist()))
-    train = run.v.rows("train")
-    out = []
-    for j in drawn:
-        rows = np.flatnonzero(codes.assignment == j)
-        first = [(i, "salient") for i in rows.tolist() if i in salient]
-        rest = [(i, "training text") for i in rows[train[rows]].tolist()]
-        picked = [rest[i] for i in rng.permutation(len(rest))]
-        out.append(
-            {
-                "code": j,
-                "size": int(train[rows].sum()),
-                "words": own[j][: members.TOP],
-                "mix": mix[j].tolist(),
-                "examples": [example(run, *e) for e in (first + picked)[:EXAMPLES]],
-            }
-        )
-    return {"codes": out, "with_members": len(there), "wordless": members.wordless(own)}
-
-
-def example(run, row, why):
-    """The words around one of the Vectors' rows, with its place among them, and what the text is."""
-    s, at = int(run.v.sentence[row]), int(run.v.position[row])
-    first = max(0, at - AROUND)
-    told = f"{run.v.classes[run.v.label[s]]}, answered {run.v.classes[run.said[s]]}; {why}"
-    return {"words": run.text.words[s][first : at + AROUND + 1], "at": at - first, "kind": told}
+# ---- concepts.json -------------------------------------------------------------------------------
 
 
 def collect(run):
-    """concepts.json: all that the stages found; what was not run says so."""
-    first, methods = str(run.seeds[0]), {}
-    rows = run.v.rows("test")
-    for m in run.methods:
-        every = [run.codes[m, seed] for seed in run.seeds]
-        methods[m] = {
-            "settings": {k: v for k, v in every[0].settings.items() if k != "made"},
-            "health": {
-                str(seed): {k: v for k, v in c.health.items() if k != "epochs"}
-                for seed, c in zip(run.seeds, every)
-            },
-            "epochs": every[0].health.get("epochs"),
-            "explained_by_codes": {
-                str(seed): health.explained_by_codes(run.v, c) for seed, c in zip(run.seeds, every)
-            },
-            "stability": health.stability(every, rows) if every[1:] else "not run: one seed",
-            "faithfulness": run.judged["seeds"][first]["methods"][m],
-            "naive_bayes_proxy": {
-                seed: found["proxy"][m] for seed, found in run.judged["seeds"].items()
-            },
-            **pictured(run, m),
-        }
+    """The content of concepts.json: results of all stages, and what was not run."""
+    first = str(run.seeds[0])
+    not_run = {}
+    if "ward" not in run.methods:
+        not_run["ward"] = "not run: not asked for or no scikit-learn"
     return {
-        **evidence.header("interpret.py", run.ckpt, run.meta, run.model.lm),
+        **results.header("interpret.py", run.ckpt, run.meta, run.model.lm),
         "seed": run.seeds[0],
         "seeds": run.seeds,
         "layers": run.layers,
         "k": run.k,
-        "classes": run.v.classes,
+        "classes": run.vectors.classes,
         "labelled": run.facts["labelled"],
         "classifier": run.facts["test"],
-        "words": {split: int(run.v.rows(split).sum()) for split in SPLITS},
-        "salience": run.salient.facts(run.s.nodes),
-        "controls": run.told["explained"],
-        "methods": methods,
-        "not_run": {}
-        if "ward" in run.methods
-        else {"ward": "not run: not asked for or no scikit-learn"},
-        "shared": run.judged["seeds"][first]["shared"],
-        "by_seed": run.judged["seeds"],
-        "judge": run.rated,
-        "people": "not run: packet.html and packet.csv ask them, --answers counts",
+        "words": {split: int(run.vectors.rows(split).sum()) for split in SPLITS},
+        "salience": run.salience.facts(run.settings.nodes),
+        "controls": run.controls,
+        "methods": {method: collect_method(run, method) for method in run.methods},
+        "not_run": not_run,
+        "shared": run.by_seed[first]["shared"],
+        "by_seed": run.by_seed,
+        "judge": run.ratings,
+        "people": PEOPLE,
     }
 
 
-def table(found):
-    """All forms of faithfulness, then one line a method, as text."""
-    methods = {m: of["faithfulness"] for m, of in found["methods"].items()}
-    parts = [faithfulness.table(methods, found["shared"], form) for form in found["shared"]]
-    names, widths = (
-        (
-            "perplexity",
-            "active",
-            "explained",
-            "stability",
-            "proxy own",
-            "another",
-            "random",
-            "majority",
-        ),
-        (11, 8, 11, 11, 11, 9, 8, 10),
-    )
-    lines = ["method  " + "".join(name.rjust(w) for name, w in zip(names, widths))]
-    for m, of in found["methods"].items():
-        own, proxy = (
-            of["health"][str(found["seed"])]["test"],
-            of["naive_bayes_proxy"][str(found["seed"])],
-        )
-        stable = of["stability"]["mean"] if isinstance(of["stability"], dict) else None
-        numbers = [
-            own["perplexity"],
-            own["active"],
-            of["explained_by_codes"][str(found["seed"])],
-            stable,
-            *(proxy["agreement"][k] for k in ("own", "another", "random words")),
-            proxy["majority"],
-        ]
-        lines.append(
-            f"{m:<8}"
-            + "".join("-".rjust(w) if n is None else f"{n:{w}.3g}" for n, w in zip(numbers, widths))
-        )
-    state = found["judge"] if isinstance(found["judge"], str) else "in judge.json"
-    return "\n\n".join(
-        [*parts, "\n".join(lines), f"language-model judges: {state}\npeople: {found['people']}"]
-    )
+def collect_method(run, method):
+    """The entry of one method in concepts.json; its codes to show are those of the first seed."""
+    by_seed = {str(seed): run.codes[method, seed] for seed in run.seeds}
+    every = list(by_seed.values())
+    settings = {name: value for name, value in every[0].settings.items() if name != "made"}
+    health, explained, proxy = {}, {}, {}
+    for seed, codes in by_seed.items():
+        health[seed] = {name: v for name, v in codes.health.items() if name != "epochs"}
+        explained[seed] = codebook_checks.explained_by_codes(run.vectors, codes)
+        proxy[seed] = run.by_seed[seed]["proxy"][method]
+    stability = "not run: one seed"
+    if len(every) > 1:
+        stability = codebook_checks.stability(every, run.vectors.rows("test"))
+    return {
+        "settings": settings,
+        "health": health,
+        "epochs": every[0].health.get("epochs"),
+        "explained_by_codes": explained,
+        "stability": stability,
+        "faithfulness": run.by_seed[str(run.seeds[0])]["methods"][method],
+        "naive_bayes_proxy": proxy,
+        **shown_codes(run, method),
+    }
 
 
-def people(found):
-    """concept_packet.score as text."""
+# ---- concepts to show ----------------------------------------------------------------------------
+
+
+def shown_codes(run, method):
+    """Codes of a method for the page: --shown of those that have words, drawn by the first seed."""
+    codes = run.codes[method, run.seeds[0]]
+    words = concept_words.words_of_codes(codes, run.vectors)
+    mix = concept_words.class_mix(codes, run.vectors)
+    with_words = [j for j in range(len(words)) if words[j]]
+    rng = np.random.default_rng(run.seeds[0])
+    n_shown = min(run.settings.shown, len(with_words))
+    drawn = sorted(rng.choice(with_words, n_shown, replace=False).tolist())
+    train = run.vectors.rows("train")
+    shown = []
+    for j in drawn:
+        shown.append(
+            {
+                "code": j,
+                "size": int(train[codes.assignment == j].sum()),
+                "words": words[j][: concept_words.TOP],
+                "mix": mix[j].tolist(),
+                "examples": examples(run, codes, j, rng),
+            }
+        )
+    return {
+        "codes": shown,
+        "with_members": len(with_words),
+        "wordless": concept_words.count_wordless(words),
+    }
+
+
+def examples(run, codes, j, rng):
+    """EXAMPLES words of code j in their texts: salient ones first, then training words, drawn."""
+    rows = np.flatnonzero(codes.assignment == j)
+    salient = rows[np.isin(rows, run.salient_texts.row)]
+    training = rng.permutation(rows[run.vectors.rows("train")[rows]])
+    named = [(row, "salient") for row in salient] + [(row, "training text") for row in training]
+    return [example(run, int(row), kind) for row, kind in named[:EXAMPLES]]
+
+
+def example(run, row, kind):
+    """A word, by its row in Vectors, with the words around it and the class of its text."""
+    vectors = run.vectors
+    s = int(vectors.sentence[row])
+    position = int(vectors.position[row])
+    first = max(0, position - CONTEXT)
+    label = vectors.classes[vectors.label[s]]
+    answer = vectors.classes[run.answers[s]]
+    return {
+        "words": run.text.words[s][first : position + CONTEXT + 1],
+        "at": position - first,
+        "kind": f"{label}, answered {answer}; {kind}",
+    }
+
+
+def cards(run):
+    """The items for people and judges: test texts with the words of their concepts.
+
+    [{"text", "answer", "right", "classes", "concepts": {method: words}}], spread evenly over the
+    answers, right and wrong, as far as there are enough texts.
+    """
+    vectors, texts = run.vectors, run.salient_texts
+    answers = run.answers[texts.text]
+    right = answers == vectors.label[texts.text]
+    codes = {method: run.codes[method, run.seeds[0]] for method in run.methods}
+    words = {method: concept_words.top_words(c, vectors) for method, c in codes.items()}
+    groups = [f"{answer} {is_right}" for answer, is_right in zip(answers, right)]
+    listed = []
+    for i in stratified(groups, len(groups), run.seeds[0]).tolist():
+        concepts = {}
+        for method, c in codes.items():
+            concepts[method] = words[method][c.assignment[texts.row[i]]]
+        listed.append(
+            {
+                "text": " ".join(run.text.words[texts.text[i]]),
+                "answer": vectors.classes[answers[i]],
+                "right": bool(right[i]),
+                "classes": vectors.classes,
+                "concepts": concepts,
+            }
+        )
+    return listed
+
+
+def stratified(groups, n, seed):
+    """Indices of n items (or all), as many of each group (n,) as of the others while it has any."""
+    groups = np.asarray(groups)
+    order = np.random.default_rng(seed).permutation(len(groups))
+    turn = np.empty(len(groups), np.int64)  # its place within its group
+    for group in np.unique(groups):
+        members = order[groups[order] == group]
+        turn[members] = np.arange(len(members))
+    return order[np.argsort(turn[order], kind="stable")][:n]
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def table(result):
+    """concepts.json as text: each form of faithfulness, then a line for each method."""
+    outcomes = {name: method["faithfulness"] for name, method in result["methods"].items()}
+    parts = [faithfulness.table(outcomes, result["shared"], form) for form in result["shared"]]
+    lines = ["method  " + "".join(name.rjust(width) for name, width in COLUMNS.items())]
+    for name, method in result["methods"].items():
+        numbers = codebook_numbers(method, str(result["seed"]))
+        cells = [cell(number, width) for number, width in zip(numbers, COLUMNS.values())]
+        lines.append(f"{name:<8}" + "".join(cells))
+    judge = result["judge"] if isinstance(result["judge"], str) else "in judge.json"
+    end = f"language-model judges: {judge}\npeople: {result['people']}"
+    return "\n\n".join([*parts, "\n".join(lines), end])
+
+
+def codebook_numbers(method, seed):
+    """The numbers of COLUMNS for one method, None where there is none."""
+    usage = method["health"][seed]["test"]
+    stability = method["stability"]
+    proxy = method["naive_bayes_proxy"][seed]
+    agreement = [proxy["agreement"][name] for name in ("own", "another", "random words")]
+    return [
+        usage["perplexity"],
+        usage["active"],
+        method["explained_by_codes"][seed],
+        stability["mean"] if isinstance(stability, dict) else None,
+        *agreement,
+        proxy["majority"],
+    ]
+
+
+def cell(number, width):
+    return "-".rjust(width) if number is None else f"{number:{width}.3g}"
+
+
+def people_table(scores):
+    """The answers of people, survey.score, as text."""
     lines = ["                 right  accuracy  95 % (Wilson)   chance  unanswered"]
-    for name, s in found.items():
-        right, (low, high) = f"{s['right']} of {s['n']}", s["ci95"]
-        accuracy, chance = ("-" if v is None else f"{v:.3f}" for v in (s["accuracy"], s["chance"]))
+    for name, score in scores.items():
+        right = f"{score['right']} of {score['n']}"
+        low, high = score["ci95"]
+        accuracy = share(score["accuracy"])
+        chance = share(score["chance"])
         lines.append(
             f"{name:<12}{right:>10}{accuracy:>10}  {low:.3f} to {high:.3f}{chance:>9}"
-            f"{s['unanswered']:>12}"
+            f"{score['unanswered']:>12}"
         )
     return "\n".join(lines)
+
+
+def share(value):
+    return "-" if value is None else f"{value:.3f}"

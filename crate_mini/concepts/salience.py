@@ -1,10 +1,11 @@
-"""Which word made the classifier decide so: integrated gradients at the lower layer.
+"""The word that most decided a prediction: integrated gradients at the lower layer.
 
-The path runs from the states of a text of marks alone (<|endoftext|> at every place, what the model has when
-nothing is said) to the text's own, at the output of block `layer`; the target is the predicted class' logit.
-Attributions then add up to the difference of that logit between the two ends (completeness, Sundararajan et
-al. 2017), up to the error of the quadrature: `gap` says how far off they are. Not zeros: a LayerNorm sees the
-same direction all along a path from 0, so that everything would happen at its first step.
+The path runs from the states of a text of marks alone (<|endoftext|> at every position, what the
+model has before anything is written) to the states of the text, at the output of block `layer`; the
+target is the logit of the predicted class. Attributions then add up to the difference of that logit
+between both ends (completeness, Sundararajan et al. 2017), up to the error of the quadrature, which
+`gap` measures. The path does not start at 0: LayerNorm sees the same direction all along a path
+from 0, so that everything would happen in the first step.
 """
 
 from dataclasses import dataclass
@@ -13,15 +14,19 @@ import numpy as np
 import torch
 
 from crate_mini.concepts.classifier import batches
+from crate_mini.console import terminal
 
-NODES = 16  # of the Gauss-Legendre rule; more where `gap` is large
+NODES = 16  # of the Gauss-Legendre rule; take more where `gap` is large
 
 
 @dataclass
 class Salience:
-    """Of n texts: sentence (n,), position (n,) of the salient word, -1 in a text without words; predicted
-    (n,) class; difference (n,) of its logit between text and baseline; gap (n,): the attributions'
-    sum less it."""
+    """The salient words of n texts; all arrays (n,).
+
+    position: number of the salient word in its text, -1 in a text without words. difference: of
+    the logit of the predicted class between text and baseline. gap: sum of the attributions minus
+    that difference.
+    """
 
     sentence: np.ndarray
     position: np.ndarray
@@ -30,7 +35,7 @@ class Salience:
     gap: np.ndarray
 
     def facts(self, nodes):
-        """How complete the attributions of so many nodes are: gaps as shares of the mean |difference|."""
+        """How complete the attributions are; gaps as shares of the mean |difference|."""
         size = np.abs(self.difference).mean() or 1.0
         return {
             "texts": len(self.gap),
@@ -43,37 +48,43 @@ class Salience:
 
 
 def attributions(model, ids, lengths, layer, nodes=NODES):
-    """(attribution (B, T) of each token's state, predicted (B,), difference (B,)) of ids (B, T)."""
-    with torch.no_grad():
-        z, base = (model.states(x, layer) for x in (ids, torch.full_like(ids[:1], int(ids[0, 0]))))
-        ends, starts = (model.onward(x, layer, lengths)[0] for x in (z, base.expand_as(z)))
-    predicted = ends.argmax(1, keepdim=True)
-    places, weights = np.polynomial.legendre.leggauss(nodes)  # on -1 .. 1
-    total = torch.zeros_like(z)
-    for a, weight in zip((places + 1) / 2, weights / 2):
-        point = (base + a * (z - base)).requires_grad_()
-        of = model.onward(point, layer, lengths)[0].gather(1, predicted).sum()
-        total += weight * torch.autograd.grad(of, point)[0]
-    return ((z - base) * total).sum(-1), predicted[:, 0], (ends - starts).gather(1, predicted)[:, 0]
+    """Integrated gradients of the states of ids (B, T) at one layer.
 
-
-def salience(model, text, rows, layer, nodes=NODES, size=32, track=iter):
-    """Salience of the texts `rows` (n,) of a states.Text; track: what shows progress over a list.
-
-    A word counts as much as the token of it with the largest |attribution| (the original takes the largest
-    attribution and then its absolute value, which passes over words that only speak against the class).
+    Returns (attribution (B, T) of each token, predicted class (B,), difference (B,) of its logit).
     """
-    device, found = model.head.weight.device, []
-    for part, T in track(list(batches(rows, text.lengths, size))):
-        by_token, *rest = (
-            t.cpu().numpy()
-            for t in attributions(
-                model, text.ids[part, :T].to(device), text.lengths[part], layer, nodes
-            )
-        )
-        number = text.number[part.numpy(), :T]
-        score = np.where(number >= 0, np.abs(by_token), -1.0)
-        at = score.argmax(1)
-        position = number[np.arange(len(part)), at]
-        found.append((part.numpy(), position, *rest, by_token.sum(1) - rest[1]))
-    return Salience(*(np.concatenate(column) for column in zip(*found)))
+    marks = torch.full_like(ids[:1], int(ids[0, 0]))
+    with torch.no_grad():
+        z = model.states(ids, layer)
+        baseline = model.states(marks, layer)
+        logits, _ = model.run_from(z, layer, lengths)
+        baseline_logits, _ = model.run_from(baseline.expand_as(z), layer, lengths)
+    predicted = logits.argmax(1, keepdim=True)
+    points, weights = np.polynomial.legendre.leggauss(nodes)  # on -1 .. 1
+    gradient = torch.zeros_like(z)
+    for a, weight in zip((points + 1) / 2, weights / 2):
+        point = (baseline + a * (z - baseline)).requires_grad_()
+        target = model.run_from(point, layer, lengths)[0].gather(1, predicted).sum()
+        gradient += weight * torch.autograd.grad(target, point)[0]
+    attribution = ((z - baseline) * gradient).sum(-1)
+    difference = (logits - baseline_logits).gather(1, predicted)[:, 0]
+    return attribution, predicted[:, 0], difference
+
+
+def find_salient_words(model, text, rows, layer, nodes=NODES, size=32):
+    """The Salience of the texts `rows` (n,) of TextWords.
+
+    A word counts as much as its token with the largest |attribution|. The authors take the largest
+    attribution and then its absolute value, which passes over words that speak against the class.
+    """
+    device = model.head.weight.device
+    parts = []
+    for batch, T in terminal.track(list(batches(rows, text.lengths, size)), "salience"):
+        ids = text.ids[batch, :T].to(device)
+        results = attributions(model, ids, text.lengths[batch], layer, nodes)
+        by_token, predicted, difference = (t.cpu().numpy() for t in results)
+        word_of = text.word_of[batch.numpy(), :T]
+        score = np.where(word_of >= 0, np.abs(by_token), -1.0)
+        position = word_of[np.arange(len(batch)), score.argmax(1)]
+        gap = by_token.sum(1) - difference
+        parts.append((batch.numpy(), position, predicted, difference, gap))
+    return Salience(*map(np.concatenate, zip(*parts)))

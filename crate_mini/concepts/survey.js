@@ -1,4 +1,5 @@
-// The questions of packet.html, behind quiz.js: what did the model say, by a concept's words alone?
+// The questions of packet.html. quiz.js comes before this in one script and calls asked, option,
+// resultFields and thanks.
 function asked(q) {
   return [el("h2", {}, "A model read a text and relied on these words. What did it answer?"),
     el("div", { class: "given" }, el("p", {}, q.given.join(" · ")))];
@@ -8,12 +9,12 @@ function option(q, name) {
   return el("p", {}, name);
 }
 
-function found() {
+function resultFields() {
   return { choices: answers.map(a => a && a.choice) };
 }
 
 function thanks(done) {
-  return [el("p", {}, done + "Save them and send the file back.")];
+  return [el("p", {}, done + "Save your answers and send us the file.")];
 }
 
 show();

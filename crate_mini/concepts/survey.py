@@ -1,10 +1,10 @@
-"""A study with people that anyone can run: packet.html asks, saves answers as JSON, `score` counts them.
+"""A survey that anyone can run: packet.html asks people and saves answers, `score` counts them.
 
-The question is CLVQ-VAE's: from a concept's words alone, what did the model say? Each item is the concept of
-one test text's salient word; people choose among the classes. Items are drawn by the seed, half of them where
-the model was right and half where it was wrong as far as there are such, every class as often; methods are
-mixed and nowhere named. Chance is one in as many as there are classes. Without a browser: the packet's
-second file, packet.csv, is a sheet to fill in.
+The question is CLVQ-VAE's: from the words of a concept alone, what did the model answer? Each
+question shows the concept of one test text's salient word; people choose among the classes. Texts
+are drawn by the seed, half of them where the model was right and half where it was wrong as far as
+there are enough, and every class equally often; methods are mixed and never named. Chance is one
+divided by the number of classes. Without a browser: packet.csv is a sheet to fill in.
 """
 
 import csv
@@ -16,144 +16,173 @@ from pathlib import Path
 import numpy as np
 
 from crate_mini import UserError
-from crate_mini.concepts.llm_ratings import stratified
-from crate_mini.neurons.survey import wilson
+from crate_mini.concepts.report import stratified
 from crate_mini.plots.html import asset, html, quiz_script
+from crate_mini.stats import wilson
 
 ITEMS = 40  # questions of a packet: ±15 points at 95 %
+FORMULA_SIGNS = ("=", "+", "-", "@", "\t")  # a cell that starts with one is a formula
+BODY = (
+    '<main><header class="task"><p class="eyebrow">crate_mini · what did the model answer?</p>'
+    '</header><div id="task" class="task"></div></main>'
+)
+
+
+# ---- asking --------------------------------------------------------------------------------------
 
 
 def questions(cards, methods, classes, seed=0, n=ITEMS):
-    """JSON-able questions: n // len(methods) cards a method, none twice, in an order drawn by the seed.
+    """n questions, JSON-able, in an order drawn by the seed; each card is asked about once at most.
 
-    cards: [{"answer", "right", "concepts": {method: words}}]; a concept without words asks nothing.
+    cards: from report.cards; n // len(methods) of them for each method. A concept without words
+    asks nothing.
     """
-    each, found, rng = n // len(methods), [], np.random.default_rng(seed)
     groups = [f"{card['answer']} {card['right']}" for card in cards]
     order = stratified(groups, len(cards), seed).tolist()
+    asked = []
     for method in methods:
-        taken = [i for i in order if cards[i]["concepts"][method]][:each]
-        order = [i for i in order if i not in set(taken)]
-        found += [
-            {
-                "task": "concept",
-                "method": method,
-                "right": bool(cards[i]["right"]),
-                "item": i,
-                "given": cards[i]["concepts"][method],
-                "options": list(classes),
-                "answer": list(classes).index(cards[i]["answer"]),
-            }
-            for i in taken
-        ]
-    return [found[i] for i in rng.permutation(len(found))]
+        chosen = [i for i in order if cards[i]["concepts"][method]][: n // len(methods)]
+        order = [i for i in order if i not in chosen]
+        asked += [question(cards[i], i, method, classes) for i in chosen]
+    return [asked[i] for i in np.random.default_rng(seed).permutation(len(asked))]
 
 
-def packet(asked, about):
-    """(page, sheet, key) as bytes: what people open, a CSV to fill in by hand, and what `score` needs and
-    people must not see: of methods and right answers the page holds a digest only. about: a title.
+def question(card, i, method, classes):
+    return {
+        "task": "concept",
+        "method": method,
+        "right": bool(card["right"]),
+        "item": i,
+        "given": card["concepts"][method],
+        "options": list(classes),
+        "answer": list(classes).index(card["answer"]),
+    }
+
+
+def packet(asked, title):
+    """(page, sheet, key) as bytes, from `questions`.
+
+    page: what people open. sheet: a CSV to fill in by hand. key: what `score` needs and people must
+    not see; of methods and right answers the page holds only its digest.
     """
-    key = json.dumps({"schema": 1, "about": about, "questions": asked}, indent=1).encode()
+    key = json.dumps({"schema": 1, "about": title, "questions": asked}, indent=1).encode()
     shown = [{"given": q["given"], "options": q["options"]} for q in asked]
-    data = {"page": hashlib.sha256(key).hexdigest(), "about": about, "questions": shown}
-    body = (
-        '<main><header class="task"><p class="eyebrow">crate_mini · what did the model say?</p></header>'
-        '<div id="task" class="task"></div></main>'
-    )
-    sheet = io.StringIO()
-    rows = csv.writer(sheet)
+    data = {"page": hashlib.sha256(key).hexdigest(), "about": title, "questions": shown}
+    script = quiz_script() + asset("crate_mini.concepts", "survey.js")
+    page = html(f"{title} · questions", BODY, data, script)
+    return page, sheet(shown), key
+
+
+def sheet(shown):
+    """The questions as a CSV, with an empty column for the choice."""
+    file = io.StringIO()
+    rows = csv.writer(file)
     rows.writerow(["question", "words", "choose one of", "choice"])
-    for i, q in enumerate(shown, 1):
-        rows.writerow([i, in_a_cell(q["given"]), " | ".join(q["options"]), ""])
-    return (
-        html(
-            f"{about} · questions",
-            body,
-            data,
-            quiz_script() + asset("crate_mini.concepts", "survey.js"),
-        ),
-        sheet.getvalue().encode(),
-        key,
-    )
+    for number, q in enumerate(shown, 1):
+        rows.writerow([number, in_a_cell(q["given"]), " | ".join(q["options"]), ""])
+    return file.getvalue().encode()
 
 
 def in_a_cell(words):
-    """Words as the sheet shows them: a leading sign would be a formula to a spreadsheet."""
+    """Words as the sheet shows them, quoted if a spreadsheet would take them for a formula."""
     text = " ".join(words)
-    return "'" + text if text[:1] in "=+-@\t" else text
+    return f"'{text}" if text.startswith(FORMULA_SIGNS) else text
+
+
+# ---- counting ------------------------------------------------------------------------------------
 
 
 def score(key, *answers):
-    """{method: {"n", "right", "accuracy", "ci95" (Wilson), "chance", "unanswered", "people"}} and the same
-    under "all", "model right" and "model wrong" (what it answered); files: the key, people's answers.
+    """Count people's answers, over all, by method, and by whether the model was right.
 
-    Answers are the page's .json or a filled sheet's .csv (a class' name under choice). Raises UserError for a
-    file that cannot be read, of another packet, or with a choice that is no class.
+    key: packet-key.json. answers: files that the page saved (.json), or filled sheets (.csv) with
+    the name of a class under choice. Returns {group: {"n", "right", "accuracy", "ci95" (Wilson),
+    "chance", "unanswered", "people"}}. Raises UserError for a file that cannot be read, that
+    answers another packet, or that chooses what is not a class.
     """
     try:
         raw = Path(key).read_bytes()
         asked = json.loads(raw)["questions"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{key} cannot be read as the key of a packet ({type(e).__name__}); `python "
+            f"{key} cannot be read as the key of a packet ({type(error).__name__}); `python "
             "interpret.py concepts CKPT` writes packet-key.json."
         ) from None
-    given = [choices(path, asked, hashlib.sha256(raw).hexdigest()) for path in answers]
-    groups = {
-        "all": asked,
-        **{
-            m: [q for q in asked if q["method"] == m]
-            for m in dict.fromkeys(q["method"] for q in asked)
-        },
-        "model right": [q for q in asked if q["right"]],
-        "model wrong": [q for q in asked if not q["right"]],
+    digest = hashlib.sha256(raw).hexdigest()
+    choices = [read_choices(path, asked, digest) for path in answers]
+    methods = dict.fromkeys(q["method"] for q in asked)
+    return {
+        "all": count(asked, choices, asked),
+        **{m: count(asked, choices, [q for q in asked if q["method"] == m]) for m in methods},
+        "model right": count(asked, choices, [q for q in asked if q["right"]]),
+        "model wrong": count(asked, choices, [q for q in asked if not q["right"]]),
     }
-    found = {}
-    for name, some in groups.items():
-        pairs = [(c, q["answer"]) for own in given for c, q in zip(own, asked) if q in some]
-        hits = [c == a for c, a in pairs if c is not None]
-        found[name] = {
-            "n": len(hits),
-            "right": sum(hits),
-            "unanswered": len(pairs) - len(hits),
-            "accuracy": sum(hits) / len(hits) if hits else None,
-            "ci95": wilson(sum(hits), len(hits)),
-            "people": len(given),
-            "chance": 1 / len(asked[0]["options"]) if asked else None,
-        }
-    return found
 
 
-def choices(path, asked, digest):
-    """[number of the chosen class or None] of one person's file."""
-    other = UserError(f"{path} answers another packet than this key's; score it with its own.")
+def count(asked, choices, group):
+    """The counts of `score` for a group of the questions; choices: a list for each person."""
+    hits, unanswered = [], 0
+    for person in choices:
+        for choice, q in zip(person, asked):
+            if q not in group:
+                continue
+            if choice is None:
+                unanswered += 1
+            else:
+                hits.append(choice == q["answer"])
+    return {
+        "n": len(hits),
+        "right": sum(hits),
+        "unanswered": unanswered,
+        "accuracy": sum(hits) / len(hits) if hits else None,
+        "ci95": wilson(sum(hits), len(hits)),
+        "people": len(choices),
+        "chance": 1 / len(asked[0]["options"]) if asked else None,
+    }
+
+
+def read_choices(path, asked, digest):
+    """The number of the class that one person chose, or None, for each question."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if Path(path).suffix.lower() == ".csv":
-            rows = {int(row["question"]): row for row in csv.DictReader(io.StringIO(text))}
-            same = sum(
-                row["words"].strip() == in_a_cell(asked[i - 1]["given"]).strip()
-                for i, row in rows.items()
-                if 0 < i <= len(asked)
-            )
-            if 2 * same < len(rows):  # not all: a spreadsheet makes 3.1 of 3.10
-                raise other
-            named = {i: row["choice"].strip() for i, row in rows.items()}
-            return [
-                None if not named.get(i) else q["options"].index(named[i])
-                for i, q in enumerate(asked, 1)
-            ]
-        found = json.loads(text)
-        if found["page"] != digest:
-            raise other
-        picked = found["choices"]
-        if len(picked) != len(asked) or not all(
-            c is None or c in range(len(q["options"])) for c, q in zip(picked, asked)
-        ):
-            raise ValueError("choices that do not fit the questions")
-        return picked
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            return sheet_choices(text, asked, path)
+        return page_choices(text, asked, digest, path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} cannot be read as answers ({e!r}); give what the page saved, or the filled "
-            "sheet."
+            f"{path} cannot be read as answers ({error!r}); give what the page saved, or the "
+            "filled sheet."
         ) from None
+
+
+def sheet_choices(text, asked, path):
+    rows = {int(row["question"]): row for row in csv.DictReader(io.StringIO(text))}
+    same = 0
+    for number, row in rows.items():
+        if 0 < number <= len(asked):
+            expected = in_a_cell(asked[number - 1]["given"])
+            same += row["words"].strip() == expected.strip()
+    if 2 * same < len(rows):  # not all: a spreadsheet makes 3.1 of 3.10
+        raise other_packet(path)
+    choices = []
+    for number, q in enumerate(asked, 1):
+        name = rows[number]["choice"].strip() if number in rows else ""
+        choices.append(q["options"].index(name) if name else None)
+    return choices
+
+
+def page_choices(text, asked, digest, path):
+    saved = json.loads(text)
+    if saved["page"] != digest:
+        raise other_packet(path)
+    choices = saved["choices"]
+    fitting = len(choices) == len(asked)
+    for choice, q in zip(choices, asked):
+        fitting = fitting and (choice is None or choice in range(len(q["options"])))
+    if not fitting:
+        raise ValueError("choices that do not fit the questions")
+    return choices
+
+
+def other_packet(path):
+    return UserError(f"{path} answers another packet than this key's; score it with its own key.")

@@ -1,8 +1,9 @@
-"""What the steps of concept discovery hand to each other: Vectors of words in two layers, and Codes of them.
+"""The two results that the steps of concept discovery pass on: word vectors, and their codes.
 
-    vectors -> discover (methods.py) -> codes -> health.py and the other judges
+    word_vectors.extract -> Vectors -> methods.discover -> Codes -> faithfulness and the other tests
 
-Both are files: an .npz with a JSON header {schema, kind, ...}; a step can be rerun alone, on another machine.
+Both are files, an .npz with a JSON header {schema, kind, ...}, so that a step can run again alone,
+or on another machine.
 """
 
 import json
@@ -15,109 +16,114 @@ import numpy as np
 from crate_mini import UserError, atomic_write
 
 SCHEMA = 1
-SPLITS = {"train": 0, "stop": 1, "test": 2}  # learn from, stop training by, judge on
+SPLITS = {"train": 0, "stop": 1, "test": 2}  # to learn from, to stop training by, to judge on
 AGAIN = "make it again with `python interpret.py concepts CKPT --from vectors`"
 
 
 @dataclass
 class Vectors:
-    """N words of S sentences, each with its state in two layers of one frozen model.
+    """N words of S texts, each with its state in two layers of one frozen model.
 
-    Words stand in the order of their text. A sentence may have lost all its words to the frequency filter.
-    Raises UserError when made of arrays that do not fit each other or hold a number that is not finite.
+    A word is one occurrence. Words are in the order of their text; a text may have lost all its
+    words to the frequency filter. Raises UserError for arrays that do not fit each other, and for
+    numbers that are not finite.
     """
 
-    lower: np.ndarray  # (N, d) float32: where concepts are looked for
-    upper: np.ndarray  # (N, d) float32: the same words some layers later
-    sentence: np.ndarray  # (N,) int64, non-decreasing: index of the word's sentence, below S
+    lower: np.ndarray  # (N, d) float32: states in which concepts are discovered
+    upper: np.ndarray  # (N, d) float32: states of the same words some layers later
+    sentence: np.ndarray  # (N,) int64, non-decreasing: index of the word's text, below S
     word: np.ndarray  # (N,) int64: index into vocabulary
-    position: np.ndarray  # (N,) int64: the word's place in its sentence, before any filter
-    label: np.ndarray  # (S,) int64: class of the sentence
-    split: np.ndarray  # (S,) int64: value of SPLITS
+    position: np.ndarray  # (N,) int64: which word of its text it is, counted before any filter
+    label: np.ndarray  # (S,) int64: class of each text
+    split: np.ndarray  # (S,) int64: a value of SPLITS
     vocabulary: list  # str
     classes: list = field(default_factory=list)  # str: names of the labels
-    facts: dict = field(
-        default_factory=dict
-    )  # where all this is from: checkpoint, layers, corpus, seed
+    facts: dict = field(default_factory=dict)  # where the vectors come from: layers, texts, filter
 
     def __post_init__(self):
         for name in ("lower", "upper"):
             setattr(self, name, np.ascontiguousarray(getattr(self, name), np.float32))
         for name in ("sentence", "word", "position", "label", "split"):
             setattr(self, name, np.asarray(getattr(self, name), np.int64))
-        N, S = len(self.sentence), len(self.label)
-        rows = [len(getattr(self, name)) for name in ("lower", "upper", "word", "position")]
-        if rows != [N] * 4 or len(self.split) != S or self.lower.ndim != 2 or self.upper.ndim != 2:
-            raise UserError(
-                f"word vectors do not fit each other: {N} words have {rows} states, words and "
-                f"positions, {S} sentences have {len(self.split)} splits; {AGAIN}."
-            )
-        ordered = np.all(np.diff(self.sentence) >= 0)
-        inside = not N or (
-            0 <= self.sentence[0]
-            and self.sentence[-1] < S
-            and 0 <= self.word.min()
-            and self.word.max() < len(self.vocabulary)
-        )
-        if not (ordered and inside and np.isin(self.split, list(SPLITS.values())).all()):
-            raise UserError(
-                f"word vectors name sentences, words or splits that are not there; {AGAIN}."
-            )
+        self._check_shapes()
+        self._check_indices()
         if not (np.isfinite(self.lower).all() and np.isfinite(self.upper).all()):
-            raise UserError("word vectors are not all finite; use a checkpoint of sound weights.")
+            raise UserError(
+                "the word vectors are not all finite; use a checkpoint whose weights are finite."
+            )
+
+    def _check_shapes(self):
+        N, S = len(self.sentence), len(self.label)
+        per_word = (self.lower, self.upper, self.word, self.position)
+        lengths = [len(array) for array in per_word]
+        matrices = self.lower.ndim == self.upper.ndim == 2
+        if lengths != [N] * 4 or len(self.split) != S or not matrices:
+            raise UserError(
+                f"word vectors do not fit each other: {N} words have {lengths} lower and upper "
+                f"states, words and positions, {S} texts have {len(self.split)} splits; {AGAIN}."
+            )
+
+    def _check_indices(self):
+        ordered = (np.diff(self.sentence) >= 0).all()
+        inside = below(self.sentence, len(self.label)) and below(self.word, len(self.vocabulary))
+        known_splits = np.isin(self.split, list(SPLITS.values())).all()
+        if not (ordered and inside and known_splits):
+            raise UserError(f"word vectors name texts, words or splits that do not exist; {AGAIN}.")
 
     def rows(self, split):
-        """(N,) bool: the words of a split, named as in SPLITS."""
+        """(N,) bool: which words are in a split, named as in SPLITS."""
         return self.split[self.sentence] == SPLITS[split]
 
     def save(self, path):
-        """Write the .npz at once or not at all."""
+        """Write the .npz, whole or not at all."""
         _save(path, self, "vectors")
 
     @classmethod
     def load(cls, path):
-        """The Vectors of such a file. Raises UserError when it is missing, damaged or of another kind."""
+        """The Vectors in a file; UserError if it is missing, damaged or holds something else."""
         return cls(**_load(path, cls, "vectors"))
 
 
 @dataclass
 class Codes:
-    """What one method discovered: a code for each of the N words, and the direction that stands for it."""
+    """The result of one method: a code for each of N words, and a direction for each of K codes.
 
-    method: str  # name in methods.METHODS
+    To remove code j from a state h of the lower layer is h - (h . u) u with
+    u = centroids[j] / |centroids[j]|: rank one, for every method.
+    """
+
+    method: str  # a name in methods.METHODS
     seed: int
-    assignment: np.ndarray  # (N,) int64, below K: all words of all splits, by the rule of test time
-    centroids: (
-        np.ndarray
-    )  # (K, d) float32 in the space of the lower layer: to remove code j from a state h
-    # is h - (h . u) u, u = centroids[j] / |centroids[j]|: rank one, for all methods
-    health: dict = field(default_factory=dict)  # health.codebook, and "epochs" where there are any
+    assignment: np.ndarray  # (N,) int64, below K: codes at test time, for the words of all splits
+    centroids: np.ndarray  # (K, d) float32, in the space of the lower layer
+    health: dict = field(default_factory=dict)  # kmeans.usage by split; "epochs" of a training
     settings: dict = field(default_factory=dict)  # every switch of the method
 
     def __post_init__(self):
         self.assignment = np.asarray(self.assignment, np.int64)
         self.centroids = np.ascontiguousarray(self.centroids, np.float32)
         K = len(self.centroids)
-        if (
-            self.centroids.ndim != 2
-            or len(self.assignment)
-            and not (0 <= self.assignment.min() and self.assignment.max() < K)
-        ):
-            raise UserError(f"codes of {self.method} name more than the {K} there are; {AGAIN}.")
+        if self.centroids.ndim != 2 or not below(self.assignment, K):
+            raise UserError(f"codes of {self.method} name more than the {K} that exist; {AGAIN}.")
 
     def directions(self):
-        """(K, d) float32: centroids of length 1; a code of length 0 stays 0, to remove it changes nothing."""
+        """(K, d) float32: centroids of length 1; one of length 0 stays, and removes nothing."""
         norm = np.linalg.norm(self.centroids, axis=1, keepdims=True)
         return self.centroids / np.where(norm > 0, norm, 1)
 
     def save(self, path):
-        """Write the .npz at once or not at all."""
+        """Write the .npz, whole or not at all."""
         _save(path, self, "codes")
 
     @classmethod
     def load(cls, path):
-        """The Codes of such a file. Raises UserError when it is missing, damaged or of another kind."""
+        """The Codes in a file; UserError if it is missing, damaged or holds something else."""
         return cls(**_load(path, cls, "codes"))
+
+
+def below(indices, n):
+    """Whether all indices lie in 0 .. n - 1."""
+    return not len(indices) or (indices.min() >= 0 and indices.max() < n)
 
 
 def _save(path, content, kind):
@@ -130,20 +136,23 @@ def _save(path, content, kind):
 
 
 def _load(path, cls, kind):
+    """The fields of a dataclass from a file that _save wrote."""
     try:
         with np.load(path) as file:
-            found = {name: file[name] for name in file.files}
-        header = json.loads(found.pop("header").tobytes())
-        schema, told = header.pop("schema"), header.pop("kind")
+            content = {name: file[name] for name in file.files}
+        header = json.loads(content.pop("header").tobytes())
+        file_schema = header.pop("schema")
+        file_kind = header.pop("kind")
     except OSError as error:
-        raise UserError(
-            f"Cannot read {path}: {error.strerror or 'it is damaged'}; {AGAIN}."
-        ) from None
+        reason = error.strerror or "it is damaged"
+        raise UserError(f"Cannot read {path}: {reason}; {AGAIN}.") from None
     except (KeyError, ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
         raise UserError(f"{path} is damaged or holds no {kind}; {AGAIN}.") from None
-    found |= header
-    if (schema, told) != (SCHEMA, kind) or set(found) != {f.name for f in fields(cls)}:
+    content |= header
+    expected = {f.name for f in fields(cls)}
+    if (file_schema, file_kind) != (SCHEMA, kind) or set(content) != expected:
         raise UserError(
-            f"{path} holds {told} of schema {schema!r}, expected {kind} of {SCHEMA}; {AGAIN}."
+            f"{path} holds {file_kind} of schema {file_schema!r}, expected {kind} of {SCHEMA}; "
+            f"{AGAIN}."
         )
-    return found
+    return content

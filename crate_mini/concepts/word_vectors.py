@@ -1,9 +1,9 @@
-"""Words of texts, and their states in two layers of a classifier: what concepts are made of.
+"""Words of texts and their states in two layers of a classifier, from which concepts are made.
 
-A word is a piece of GPT-2's split pattern (letters, digits and signs apart) without its leading space; its
-state is that of its last token. Layers as in classifier.py: 0 the embeddings, l the stream after block l, all
-before the final LayerNorm. The two marks around a text are no words; that drops the first position, whose
-states are of another size than all others'.
+A word is a piece of GPT-2's split pattern (letters, digits and other signs apart) without its
+leading space; its state is that of its last token. Layers as in classifier.py: 0 the embeddings, l
+the stream after block l, all before the final LayerNorm. The marks at both ends of a text are not
+words, which leaves out the first position, where states are much larger than elsewhere.
 """
 
 from dataclasses import dataclass
@@ -14,120 +14,150 @@ import regex
 import torch
 
 from crate_mini import UserError
-from crate_mini.concepts.classifier import batches, kept, pad
+from crate_mini.concepts.classifier import batches, pad, truncate
 from crate_mini.concepts.types import SPLITS, Vectors
 from crate_mini.data.tokenizer import PATTERN
 
+# ---- words ---------------------------------------------------------------------------------------
+
 
 @dataclass
-class Text:
-    """S texts as a classifier reads them: ids (S, T), lengths (S,) tensors; words, S lists of str; number
-    (S, T) int64, which of its text's words a token belongs to, -1 where to none."""
+class TextWords:
+    """S texts as a classifier reads them, and their words.
+
+    ids (S, T), lengths (S,): tensors, as classifier.encode returns them. words: S lists of str.
+    word_of: (S, T) int64, which of its text's words a token belongs to; -1 for none.
+    """
 
     ids: torch.Tensor
     lengths: torch.Tensor
     words: list
-    number: np.ndarray
+    word_of: np.ndarray
 
-    def ends(self, s):
-        """(n,) the last token of each of the n words of text s, and (n,) their numbers."""
-        own = np.append(self.number[s], -1)
-        at = np.flatnonzero((own[:-1] >= 0) & (own[:-1] != own[1:]))
-        return at, own[at]
+    def last_tokens(self, s):
+        """Of text s: (position (n,) of the last token of each word, number (n,) of that word)."""
+        words = np.append(self.word_of[s], -1)
+        ends = np.flatnonzero((words[:-1] >= 0) & (words[:-1] != words[1:]))
+        return ends, words[ends]
 
 
 def read(tokenizer, texts, length, cut):
-    """The Text of `texts`; its ids are those of classifier.encode, its words what these hold, in part too."""
+    """The TextWords of texts, cut to `length` tokens as classifier.encode does.
 
-    @cache
-    def encoded(piece):
-        return tokenizer.encode(piece)
-
-    split, words, rows, numbers = regex.compile(PATTERN), [], [], []
+    A word that is cut through counts, and keeps its full spelling.
+    """
+    pattern = regex.compile(PATTERN)
+    encode = cache(tokenizer.encode)
+    words, rows, word_of = [], [], []
     for text in texts:
-        own, ids, number = [], [], []
-        for piece in split.findall(text):
-            new, word = encoded(piece), piece.strip()
-            ids += new
-            number += [len(own) if word else -1] * len(new)
-            own += [word] if word else []
-        number = kept(number, length, cut)
-        there = {n: i for i, n in enumerate(dict.fromkeys(n for n in number if n >= 0))}
-        words.append([own[n] for n in there])
-        rows.append([tokenizer.eot, *kept(ids, length, cut), tokenizer.eot])
-        numbers.append([-1, *(there.get(n, -1) for n in number), -1])
-    return Text(*pad(rows, tokenizer.eot), words, pad(numbers, -1)[0].numpy())
+        ids, spelled, owners = split_words(pattern.findall(text), encode)
+        owners = truncate(owners, length, cut)
+        kept = list(dict.fromkeys(n for n in owners if n >= 0))
+        renumbered = {n: i for i, n in enumerate(kept)}
+        words.append([spelled[n] for n in kept])
+        rows.append([tokenizer.eot, *truncate(ids, length, cut), tokenizer.eot])
+        word_of.append([-1, *(renumbered.get(n, -1) for n in owners), -1])
+    ids, lengths = pad(rows, tokenizer.eot)
+    return TextWords(ids, lengths, words, pad(word_of, -1)[0].numpy())
 
 
-def vectors(model, text, found, layers, least=5, most=20, tests=None, facts=None):
-    """Vectors of the words of a Text in two `layers` of a Classifier; found: the Labelled it was read from.
+def split_words(pieces, encode):
+    """(ids, words, for each id the number of its word or -1) of the pieces of a text.
 
-    Of training and stop texts, words that the training texts have `least` times or more, the first `most`
-    times that each of the two splits has them; of the test texts `tests` (their rows; None: all) every word
-    (as in the code of CLVQ-VAE and LACOAT).
-    Raises UserError for layers that are not there, and when no word is that frequent.
+    A piece that is only white space has tokens but is not a word.
+    """
+    ids, words, owners = [], [], []
+    for piece in pieces:
+        new_ids = encode(piece)
+        word = piece.strip()
+        ids += new_ids
+        owners += [len(words) if word else -1] * len(new_ids)
+        if word:
+            words.append(word)
+    return ids, words, owners
+
+
+# ---- vectors -------------------------------------------------------------------------------------
+
+
+def extract(model, text, labelled, layers, least=5, most=20, tests=None, facts=None):
+    """Vectors of the words of TextWords in two layers of a Classifier.
+
+    labelled: the Labelled that the texts come from. Of the train and stop texts, words that occur
+    at least `least` times in training texts, and of each word its first `most` occurrences in
+    either split; of the test texts every word (the rule of CLVQ-VAE's and LACOAT's code). tests:
+    rows of the test texts to use, all if None. facts: added to those of the Vectors. Raises
+    UserError for layers that do not exist, and when no word is frequent enough.
     """
     lower, upper = layers
-    if not 0 <= lower <= upper <= len(model.lm.blocks):
+    last = len(model.lm.blocks)
+    if not 0 <= lower <= upper <= last:
         raise UserError(
-            f"layers {lower},{upper} are not there; give two of 0 to {len(model.lm.blocks)}, the "
-            "first not above the second, such as --layers 1,3."
+            f"layers {lower},{upper} do not exist; give two of 0 to {last}, the first not above "
+            "the second, such as --layers 1,3."
         )
-    wanted = found.split != SPLITS["test"]
-    wanted[found.split == SPLITS["test"] if tests is None else tests] = True
-    rows = [(s, *pair) for s in np.flatnonzero(wanted) for pair in zip(*text.ends(s))]
-    of = np.array(rows, np.int64).reshape(-1, 3)  # sentence, token, word's number
-    spelled = [text.words[s][n] for s, _, n in rows]
+    wanted = labelled.split != SPLITS["test"]
+    wanted[labelled.split == SPLITS["test"] if tests is None else tests] = True
+    places, spelled = find_words(text, np.flatnonzero(wanted))
     vocabulary, word = np.unique(spelled, return_inverse=True)
-    keep = frequent(word, found.split[of[:, 0]], len(vocabulary), least, most)
-    of, word = of[keep], word[keep]
-    if not (found.split[of[:, 0]] == SPLITS["train"]).any():
+    split = labelled.split[places[:, 0]]
+    keep = frequent(word, split, least, most)
+    if not (split[keep] == SPLITS["train"]).any():
         raise UserError(
             f"no word occurs {least} times in the training texts; give more texts, or --least 1."
         )
-    facts = {
-        "layers": [lower, upper],
-        "least": least,
-        "most": most,
-        "labelled": found.facts,
-        **(facts or {}),
-    }
+    places, word = places[keep], word[keep]
+    lower_states, upper_states = gather(model, text, places, layers)
+    about = {"layers": [lower, upper], "least": least, "most": most, "labelled": labelled.facts}
     return Vectors(
-        *gather(model, text, of, layers),
-        of[:, 0],
-        word,
-        of[:, 2],
-        found.label,
-        found.split,
-        vocabulary.tolist(),
-        found.classes,
-        facts,
+        lower_states,
+        upper_states,
+        sentence=places[:, 0],
+        word=word,
+        position=places[:, 2],
+        label=labelled.label,
+        split=labelled.split,
+        vocabulary=vocabulary.tolist(),
+        classes=labelled.classes,
+        facts={**about, **(facts or {})},
     )
 
 
-def frequent(word, split, n, least, most):
-    """(N,) bool: which words (of n) to keep, by the rule of `vectors`; split (N,) of each."""
-    often = np.bincount(word[split == SPLITS["train"]], minlength=n)[word] >= least
+def find_words(text, rows):
+    """(places (N, 3): text, last token, number in the text; N spellings) of the words of texts."""
+    places, spelled = [], []
+    for s in rows:
+        for token, number in zip(*text.last_tokens(s)):
+            places.append((s, token, number))
+            spelled.append(text.words[s][number])
+    return np.array(places, np.int64).reshape(-1, 3), spelled
+
+
+def frequent(word, split, least, most):
+    """(N,) bool: which words to keep by the rule of `extract`.
+
+    word (N,): index of the spelling. split (N,): of the word's text.
+    """
+    n = word.max(initial=0) + 1
+    in_training = np.bincount(word[split == SPLITS["train"]], minlength=n)
+    often = in_training[word] >= least
     key = word * len(SPLITS) + split
-    order = np.argsort(key, kind="stable")  # equal words together, in their order
+    order = np.argsort(key, kind="stable")  # equal words of a split together, in their order
     first = np.searchsorted(key[order], key[order])
-    nth = np.empty(len(word), np.int64)
-    nth[order] = np.arange(len(word)) - first
-    return (split == SPLITS["test"]) | often & (nth < most)
+    occurrence = np.empty(len(word), np.int64)
+    occurrence[order] = np.arange(len(word)) - first
+    return (split == SPLITS["test"]) | often & (occurrence < most)
 
 
 @torch.no_grad()
-def gather(model, text, of, layers, size=64):
-    """(2, N, d) float32: states of the two layers at places (N, 3): sentence (sorted), token, anything."""
-    out = np.empty((2, len(of), model.lm.config.n_embd), np.float32)
-    for part, T in batches(np.unique(of[:, 0]), text.lengths, size):
-        z = (
-            model.states(text.ids[part, :T].to(model.head.weight.device))[list(layers)]
-            .float()
-            .cpu()
-            .numpy()
-        )
-        first, last = np.searchsorted(of[:, 0], [int(part[0]), int(part[-1]) + 1])
-        at = np.searchsorted(part.numpy(), of[first:last, 0])
-        out[:, first:last] = z[:, at, of[first:last, 1]]
-    return out
+def gather(model, text, places, layers, size=64):
+    """(2, N, d) float32: states of two layers at places (N, 3), which are sorted by text."""
+    states = np.empty((2, len(places), model.lm.config.n_embd), np.float32)
+    device = model.head.weight.device
+    for batch, T in batches(np.unique(places[:, 0]), text.lengths, size):
+        z = model.states(text.ids[batch, :T].to(device))[list(layers)]
+        z = z.float().cpu().numpy()
+        first, end = np.searchsorted(places[:, 0], [int(batch[0]), int(batch[-1]) + 1])
+        row = np.searchsorted(batch.numpy(), places[first:end, 0])
+        states[:, first:end] = z[:, row, places[first:end, 1]]
+    return states
