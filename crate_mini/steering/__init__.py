@@ -1,1 +1,1 @@
-"""."""
+"""Steering: the effect of setting a neuron, and its side effects."""

@@ -1,257 +1,267 @@
-"""Dose and response: how far turning a neuron moves what it should move, and what else it moves.
+"""Dose-response: how far steering a neuron moves its own tokens, and how far everything else.
 
-Neurons are drawn by a seed among those that fire on held-out text. Some windows choose: the tokens whose
-probability rises most when the neuron is set to 2x its observed maximum are its continuations. In others it
-is set, at all positions, to each dose (in multiples of that maximum), and measured are
+A seed draws neurons among those that fire on held-out text. A first set of windows chooses each
+neuron's continuations: the tokens that rise most in probability when it is set to twice its
+observed maximum. In a second set the neuron is set, at every position, to each dose (a multiple of
+that maximum), and these are measured:
 
     effect   mean change of the continuations' log-probability (nats)
-    seen     the same of the tokens that were seen to follow where the neuron fired, in other text
+    seen     the same for the tokens that follow where the neuron fires, in a third set of windows
     kl       KL(unsteered || steered) of the next token, the side effect (nats)
-    loss     change of the loss on the text's own next tokens (nats)
+    loss     change of the loss on the text's actual next tokens (nats)
 
-Kinds: neuron; random, a change of the stream of equal length along a random mixture of the layer's atoms;
-with an SAE, feature+error (the codes get what the turn changes in the reconstruction) and feature (they are
-replaced by the reconstruction). The first kind names the continuations for both; `own` is the effect on those
-that the kind itself chooses: a random direction raises some tokens too, and who chooses them finds an effect.
+Kinds: neuron; random, a change of the stream of the same length along a random mixture of the
+layer's atoms; with an SAE, feature+error (the codes move by the change of the reconstruction) and
+feature (the reconstruction replaces the codes). The first kind of a pair chooses the continuations
+of both. `own` is the effect on the continuations that a kind chooses itself: a random direction
+raises some tokens too, and has an effect on those if it may choose them.
 """
 
-import time
 from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from crate_mini import UserError
-from crate_mini.intervene import Intervention, random_like, steer
+from crate_mini import UserError, stats
+from crate_mini.console.terminal import Progress
+from crate_mini.intervene import Intervention, atoms, steer
+from crate_mini.steering.known import maxima
 from crate_mini.steering.next_token import direct_effect, finite, stream
 
 CHOOSE = 2.0  # dose that chooses a neuron's continuations
 AT_KL = 0.1  # nats of side effect at which kinds are compared
-COUNTED = 16384  # held-out tokens, at most, on which maxima and followers are observed
+COUNTED = 16384  # held-out tokens, at most, to observe maxima and followers in
 DRAWS = 2000  # of the bootstrap over neurons
-METRICS = ("effect", "own", "seen", "kl", "loss")
+GAINS = ("effect", "own", "seen")
+METRICS = (*GAINS, "kl", "loss")
 
 
 def windows(corpus, T, n, seed, limit=2**20):
-    """[(x, y)]: n windows (n, T) of ids that choose, n that measure, and others to count in.
+    """Three pairs (x, y) of ids (.., T): n windows that choose, n that measure, others to count in.
 
-    At random from held-out text; no two share a token. Raises UserError when the text is too short.
+    They are drawn from held-out text, and no two share a token. Raises UserError if the text is too
+    short.
     """
     pairs = [pair for pair in corpus.blocks("val", 256, T, limit) if pair[0].shape[1] == T]
-    there = sum(len(x) for x, _ in pairs)
-    if there < 3 * n:
+    available = sum(len(x) for x, _ in pairs)
+    if available < 3 * n:
         raise UserError(
-            f"the held-out text has {there} windows of {T} tokens and {3 * n} are needed; lower "
-            "--tokens or give more text with --data."
+            f"the held-out text has {available} windows of {T} tokens and {3 * n} are needed; "
+            "lower --tokens or give more text with --data."
         )
     x, y = map(torch.cat, zip(*pairs))
-    order = torch.randperm(there, generator=torch.Generator().manual_seed(seed))
-    return [
-        (x[part], y[part])
-        for part in (order[:n], order[n : 2 * n], order[2 * n : 2 * n + COUNTED // T])
-    ]
-
-
-@torch.no_grad()
-def observed(model, layer, sae, batches):
-    """(largest value (n,), share of tokens above 0 (n,)) of a layer's codes, or of the SAE's features."""
-    top, fired, seen = 0.0, 0.0, 0
-    for idx in batches:
-        a = model.trunk(idx.to(model.tokens.weight.device))[1][layer].flatten(0, 1)
-        f = a if sae is None else sae.encode(a.float())
-        top, fired, seen = f.max(0).values.clamp_min(top), fired + (f > 0).sum(0), seen + len(f)
-    return top, fired / seen
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    parts = (order[:n], order[n : 2 * n], order[2 * n : 2 * n + COUNTED // T])
+    return [(x[rows], y[rows]) for rows in parts]
 
 
 @torch.no_grad()
 def followers(model, layer, sae, drawn, batches, top):
-    """Ids (n, top) of tokens that follow where each of the drawn neurons fires, more often than elsewhere.
+    """Ids (n, top) of the tokens that follow where each drawn neuron fires, more than elsewhere.
 
-    By the share of a neuron's activation that comes just before the token, less its share of the text.
+    batches: pairs (x, y) of ids. Tokens are ranked by the share of the neuron's activation just
+    before them, minus their share of the text.
     """
     device = model.tokens.weight.device
-    spent = torch.zeros(len(drawn), model.config.vocab_size, device=device)
+    activation = torch.zeros(len(drawn), model.config.vocab_size, device=device)  # before a token
     count = torch.zeros(model.config.vocab_size, device=device)
     for x, y in batches:
-        a, after = model.trunk(x.to(device))[1][layer].flatten(0, 1).float(), y.to(device).flatten()
-        f = (a if sae is None else sae.encode(a))[:, drawn]
-        spent.index_add_(1, after, f.T)
-        count += torch.bincount(after, minlength=len(count))
-    more = spent / spent.sum(1, keepdim=True) - count / count.sum()
-    return more.topk(min(top, len(count))).indices
+        codes = model.trunk(x.to(device))[1][layer].flatten(0, 1).float()
+        values = codes if sae is None else sae.encode(codes)
+        following = y.to(device).flatten()
+        activation.index_add_(1, following, values[:, drawn].T)
+        count += torch.bincount(following, minlength=len(count))
+    excess = activation / activation.sum(1, keepdim=True) - count / count.sum()
+    return excess.topk(min(top, len(count))).indices
 
 
-class Judge:
-    """What the unsteered model says of two sets of windows, and how far steered runs depart from it."""
+class Baseline:
+    """The unsteered model on the windows that choose and that measure, to compare runs with."""
 
     def __init__(self, model, choose, measure, top):
         device = model.tokens.weight.device
         self.model, self.top = model, top
-        self.idx, (self.text, self.targets) = choose[0].to(device), (t.to(device) for t in measure)
-        self.before = self.probabilities(self.idx).exp().mean(0)
-        self.plain = self.probabilities(self.text)
+        self.choosing = choose[0].to(device)
+        self.text, self.targets = (ids.to(device) for ids in measure)
+        self.mean = self.log_probabilities(self.choosing).exp().mean(0)
+        self.plain = self.log_probabilities(self.text)
 
     @torch.no_grad()
-    def probabilities(self, idx):
+    def log_probabilities(self, ids):
         """Next-token log-probabilities (N, V) at all N tokens."""
-        return F.log_softmax(finite(self.model(idx).flatten(0, 1).float()), -1)
+        return F.log_softmax(finite(self.model(ids).flatten(0, 1).float()), -1)
 
     def continuations(self, intervention):
         """Ids (top,) of the tokens whose mean probability the intervention raises most."""
         with steer(self.model, [intervention]):
-            turned = self.probabilities(self.idx).exp().mean(0)
-        return (turned - self.before).topk(min(self.top, len(turned))).indices
+            steered = self.log_probabilities(self.choosing).exp().mean(0)
+        return (steered - self.mean).topk(min(self.top, len(steered))).indices
 
     def response(self, intervention, tokens):
-        """{"kl", "loss", and for each name: ids in `tokens` the mean change of their log-probability}."""
+        """{"kl", "loss", name: mean change of log-probability of these ids}, in nats.
+
+        tokens: {name: ids}.
+        """
         with steer(self.model, [intervention]):
-            turned = self.probabilities(self.text)
-        at, change = self.targets.flatten()[:, None], turned - self.plain
-        found = {
-            "kl": F.kl_div(turned, self.plain, log_target=True, reduction="sum") / len(turned),
-            "loss": (self.plain - turned).gather(1, at).mean(),
-        }
-        found |= {name: change[:, ids].mean() for name, ids in tokens.items()}
-        return {name: value.item() for name, value in found.items()}
+            steered = self.log_probabilities(self.text)
+        kl = F.kl_div(steered, self.plain, log_target=True, reduction="sum") / len(steered)
+        loss = (self.plain - steered).gather(1, self.targets.flatten()[:, None]).mean()
+        response = {"kl": kl.item(), "loss": loss.item()}
+        change = steered - self.plain
+        for name, ids in tokens.items():
+            response[name] = change[:, ids].mean().item()
+        return response
 
 
-def kinds(model, layer, j, sae, g):
-    """{kind: Intervention that sets neuron or feature j, value to be filled in}."""
-    base = Intervention(layer, j, "set", sae=sae)
+def kinds(model, layer, neuron, sae, generator):
+    """{kind: Intervention that sets a neuron or feature, without its value}."""
+    base = Intervention(layer, neuron, "set", sae=sae)
     if sae is None:
-        return {"neuron": base, "random": random_like(base, model, g)}
+        return {"neuron": base, "random": random_control(base, model, generator)}
     return {"feature+error": replace(base, keep_error=True), "feature": base}
 
 
+def random_control(intervention, model, generator):
+    """The intervention along a random mixture of atoms that moves the stream equally far."""
+    W = atoms(model, intervention.layer).detach()
+    mixture = torch.randn(W.shape[1], generator=generator).to(W)
+    scale = W[:, intervention.neuron].norm() / (W @ mixture).norm()
+    return replace(intervention, along=mixture * scale)
+
+
 def draw(largest, n, rng):
-    """n of the neurons that fired at all, by rng, in order; all of them if there are fewer."""
+    """Up to n neurons that ever fired, drawn by rng, in order."""
     live = largest.cpu().numpy().nonzero()[0]
     return sorted(rng.choice(live, min(n, len(live)), replace=False).tolist())
 
 
-def measure(model, corpus, doses, sites, *, n, tokens, top, seed, log=print):
-    """Everything about n neurons of each of the sites [(layer, SAE or None)]; see the head of this file.
+def measure(model, corpus, doses, sites, *, n, tokens, top, seed):
+    """Measure n neurons of each of the sites [(layer, SAE or None)]; see the head of this file.
 
-    Returns {"rows": one for each neuron, kind and dose, "inserted": what it costs to turn nothing,
-    "attribution": weights against runs, "live": counts and who was drawn}.
-    Raises UserError for a dead layer, or too little text.
+    Returns {"rows": one for each neuron, kind and dose, "inserted": the cost of each kind before
+    anything is changed, "attribution": weights against runs, "live": how many neurons fire, and
+    which were drawn}. Raises UserError for a dead layer or too little text.
     """
     T = min(64, model.config.block_size)
-    rows = max(2, -(-tokens // T))
-    choosing, measuring, counted = windows(corpus, T, rows, seed)
-    judge, counted = (
-        Judge(model, choosing, measuring, top),
-        list(zip(*(t.split(16) for t in counted))),
-    )
-    found, start = {"rows": [], "inserted": [], "attribution": [], "live": []}, time.perf_counter()
-    rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    for done, (layer, sae) in enumerate(sites):
-        largest, _ = observed(model, layer, sae, (x for x, _ in counted))
+    n_windows = max(2, -(-tokens // T))
+    choosing, measuring, counting = windows(corpus, T, n_windows, seed)
+    baseline = Baseline(model, choosing, measuring, top)
+    batches = list(zip(*(ids.split(16) for ids in counting)))
+    measured = {"rows": [], "inserted": [], "attribution": [], "live": []}
+    rng = np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed)
+    progress = Progress("measure", len(sites), every=0)
+    for done, (layer, sae) in enumerate(sites, 1):
+        largest = maxima(model, layer, (x for x, _ in batches), sae)
         drawn = draw(largest, n, rng)
         if not drawn:
             raise UserError(
-                f"nothing in layer {layer} ever fired on held-out text; a dead layer cannot be "
-                "turned by multiples of what it does."
+                f"nothing in layer {layer} ever fired on held-out text, so there is no maximum to "
+                "multiply; train longer, or give other text with --data."
             )
-        found["live"].append(
-            {
-                "layer": layer,
-                "sae": sae and sae.name,
-                "live": int((largest > 0).sum()),
-                "of": len(largest),
-                "drawn": drawn,
-            }
-        )
-        for kind, turned in kinds(model, layer, drawn[0], sae, g).items():
-            cost = judge.response(replace(turned, op="scale", value=1.0), {})
-            found["inserted"] += [{"layer": layer, "kind": kind, **cost}] * (kind != "random")
-        for j, seen in zip(drawn, followers(model, layer, sae, drawn, counted, top)):
-            unit = largest[j].item()
-            found["rows"] += responses(judge, kinds(model, layer, j, sae, g), unit, doses, seen)
+        live = {"live": int((largest > 0).sum()), "of": len(largest), "drawn": drawn}
+        measured["live"].append({"layer": layer, "sae": sae and sae.name, **live})
+        measured["inserted"] += inserted(baseline, kinds(model, layer, drawn[0], sae, generator))
+        following = followers(model, layer, sae, drawn, batches, top)
+        for neuron, seen in zip(drawn, following):
+            unit = largest[neuron].item()
+            interventions = kinds(model, layer, neuron, sae, generator)
+            measured["rows"] += responses(baseline, interventions, unit, doses, seen)
         if sae is None:
-            found["attribution"] += attribution(model, judge.text, layer, drawn, largest, doses)
-        left = (time.perf_counter() - start) / (done + 1) * (len(sites) - done - 1)
-        log(
-            f"layer {layer}, {f'features of {sae.name}' if sae else 'neurons'}: {len(drawn)} measured, "
-            f"{done + 1} of {len(sites)} sites  ETA {int(left) // 60}:{int(left) % 60:02d}"
-        )
-    return found
+            compared = attribution(model, baseline.text, layer, drawn, largest, doses)
+            measured["attribution"] += compared
+        progress.update(done)
+    return measured
 
 
-def responses(judge, kinds, unit, doses, seen):
-    """Rows of one neuron or feature: every kind, every dose."""
-    rows, named = [], None
-    for kind, turned in kinds.items():
-        own = judge.continuations(replace(turned, value=CHOOSE * unit))
+def inserted(baseline, interventions):
+    """A row for each kind but random: its cost when the neuron keeps its value."""
+    rows = []
+    for kind, intervention in interventions.items():
+        if kind != "random":
+            cost = baseline.response(replace(intervention, op="scale", value=1.0), {})
+            rows.append({"layer": intervention.layer, "kind": kind, **cost})
+    return rows
+
+
+def responses(baseline, interventions, unit, doses, seen):
+    """The rows of one neuron or feature: every kind, every dose (a multiple of `unit`)."""
+    rows = []
+    named = None
+    for kind, intervention in interventions.items():
+        own = baseline.continuations(replace(intervention, value=CHOOSE * unit))
         named = own if named is None else named
+        tokens = {"effect": named, "own": own, "seen": seen}
         for dose in doses:
-            change = judge.response(
-                replace(turned, value=dose * unit), {"effect": named, "own": own, "seen": seen}
-            )
-            rows.append(
-                {
-                    "layer": turned.layer,
-                    "sae": turned.sae and turned.sae.name,
-                    "kind": kind,
-                    "neuron": turned.neuron,
-                    "dose": dose,
-                    "unit": unit,
-                    **change,
-                    "raised": own.tolist(),
-                    "followers": seen.tolist(),
-                }
-            )
+            response = baseline.response(replace(intervention, value=dose * unit), tokens)
+            row = {
+                "layer": intervention.layer,
+                "sae": intervention.sae and intervention.sae.name,
+                "kind": kind,
+                "neuron": intervention.neuron,
+                "dose": dose,
+                "unit": unit,
+                **response,
+                "raised": own.tolist(),
+                "followers": seen.tolist(),
+            }
+            rows.append(row)
     return rows
 
 
 @torch.no_grad()
-def attribution(model, idx, layer, drawn, largest, doses):
-    """Direct attribution against a run; both set a neuron at the last token of each window.
+def attribution(model, ids, layer, drawn, largest, doses):
+    """Direct attribution against a run; both set a neuron at the last token of each window of ids.
 
-    A row for the smallest and the largest dose: correlation over the vocabulary, null: the same with another
-    drawn neuron's attribution (None if there is none), top10: the share of the ten most raised tokens on
-    which both agree; means over windows and neurons.
+    A row for the smallest and the largest dose, of means over windows and neurons: "correlation"
+    over the vocabulary, "null", the same with another drawn neuron's attribution (None if there is
+    none), and "top10", the share of the ten most raised tokens on which both agree.
     """
-    (z, codes), rows = stream(model, idx), []
+    z, codes = stream(model, ids)
     z, a = z[:, -1], codes[layer][:, -1]
-    plain = F.linear(model.norm(z), model.tokens.weight)
+    logits = F.linear(model.norm(z), model.tokens.weight)
+    rows = []
     for dose in (min(doses), max(doses)):
-        runs, tolds = [], []
-        for j in drawn:
-            value = dose * largest[j].item()
-            with steer(model, [Intervention(layer, j, "set", value, "last")]):
-                runs.append(F.linear(model.trunk(idx)[0][:, -1], model.tokens.weight) - plain)
+        by_run, by_weights = [], []
+        for neuron in drawn:
+            value = dose * largest[neuron].item()
+            with steer(model, [Intervention(layer, neuron, "set", value, "last")]):
+                steered = F.linear(model.trunk(ids)[0][:, -1], model.tokens.weight)
+            by_run.append(steered - logits)
             change = torch.zeros_like(a)
-            change[:, j] = value - a[:, j]
-            tolds.append(direct_effect(model, z, layer, change))
-        run, told = torch.stack(runs), torch.stack(tolds)  # (neurons, windows, V)
-        both = F.one_hot(torch.stack((run, told)).topk(10).indices, run.shape[-1]).sum(-2).prod(0)
-        run, told = run - run.mean(-1, True), told - told.mean(-1, True)
-        null = (
-            F.cosine_similarity(run, told.roll(1, 0), dim=-1).mean().item()
-            if len(drawn) > 1
-            else None
-        )
-        rows.append(
-            {
-                "layer": layer,
-                "dose": dose,
-                "top10": both.sum(-1).float().mean().item() / 10,
-                "correlation": F.cosine_similarity(run, told, dim=-1).mean().item(),
-                "null": null,
-                "n": len(drawn),
-            }
-        )
+            change[:, neuron] = value - a[:, neuron]
+            by_weights.append(direct_effect(model, z, layer, change))
+        agreement = _agreement(torch.stack(by_run), torch.stack(by_weights))
+        rows.append({"layer": layer, "dose": dose, **agreement, "n": len(drawn)})
     return rows
 
 
+def _agreement(run, direct):
+    """Agreement of two changes of logits (neurons, windows, V), as in `attribution`."""
+    V = run.shape[-1]
+    both = F.one_hot(torch.stack((run, direct)).topk(10).indices, V).sum(-2).prod(0)
+    run = run - run.mean(-1, True)
+    direct = direct - direct.mean(-1, True)
+    null = None
+    if len(run) > 1:
+        null = F.cosine_similarity(run, direct.roll(1, 0), dim=-1).mean().item()
+    return {
+        "top10": both.sum(-1).float().mean().item() / 10,
+        "correlation": F.cosine_similarity(run, direct, dim=-1).mean().item(),
+        "null": null,
+    }
+
+
+# ---- summaries over neurons ----------------------------------------------------------------------
+
+
 def interval(values, rng):
-    """{"n", "mean", "ci95"} of values that are not None; the interval is the mean's, by the bootstrap."""
-    values = np.asarray([v for v in values if v is not None], float)
+    """{"n", "mean", "ci95"} of the values that are not None, with the bootstrap of their mean."""
+    values = np.asarray([value for value in values if value is not None], float)
     if not len(values):
         return {"n": 0, "mean": None, "ci95": None}
-    means = values[rng.integers(len(values), size=(DRAWS, len(values)))].mean(1)
+    means = stats.bootstrap_means([values], DRAWS, rng)
     return {
         "n": len(values),
         "mean": values.mean().item(),
@@ -260,52 +270,72 @@ def interval(values, rng):
 
 
 def at_kl(rows, metric, kl=AT_KL):
-    """A metric of one neuron's rows where its side effect is `kl`, log-linear between doses, or None."""
-    sides, values = zip(*sorted((max(r["kl"], 1e-12), r[metric]) for r in rows))
+    """A metric of one neuron at the side effect `kl`, log-linear between its doses, or None."""
+    points = sorted((max(row["kl"], 1e-12), row[metric]) for row in rows)
+    sides, values = zip(*points)
     if not sides[0] <= kl <= sides[-1]:
         return None
     return float(np.interp(np.log(kl), np.log(sides), values))
 
 
+def by_neuron(rows):
+    """{(layer, SAE, neuron): its rows}: features of two autoencoders may share a number."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["layer"], row.get("sae"), row["neuron"]), []).append(row)
+    return groups
+
+
 def contrasts(rows, seed):
-    """{"neuron - random": {metric: interval}, ..} at equal side effect: kinds of the same neuron, in pairs.
+    """{"neuron - random": {metric: interval}, ..} at equal side effect, paired by neuron.
 
     Only neurons and features that reach AT_KL both ways count.
     """
-    rng, found, by = np.random.default_rng(seed), {}, {}
-    for r in rows:
-        by.setdefault((r["layer"], r.get("sae"), r["neuron"]), {}).setdefault(r["kind"], []).append(
-            r
-        )
+    rng = np.random.default_rng(seed)
+    groups = by_neuron(rows).values()
+    compared = {}
     for a, b in (("neuron", "random"), ("feature", "feature+error")):
-        for m in ("own", "seen"):
-            pairs = [
-                [at_kl(kinds[k], m) for k in (a, b)]
-                for kinds in by.values()
-                if {a, b} <= set(kinds)
-            ]
-            found.setdefault(f"{a} - {b}", {})[m] = interval(
-                [None if None in pair else pair[0] - pair[1] for pair in pairs], rng
-            )
-    return {pair: some for pair, some in found.items() if some["own"]["n"]}
+        intervals = {}
+        for metric in ("own", "seen"):
+            differences = [_difference(group, metric, a, b) for group in groups]
+            intervals[metric] = interval(differences, rng)
+        if intervals["own"]["n"]:
+            compared[f"{a} - {b}"] = intervals
+    return compared
+
+
+def _difference(rows, metric, a, b):
+    """A metric of one neuron at AT_KL, kind a minus kind b; None where either has none."""
+    values = []
+    for kind in (a, b):
+        rows_of_kind = [row for row in rows if row["kind"] == kind]
+        values.append(at_kl(rows_of_kind, metric) if rows_of_kind else None)
+    return None if None in values else values[0] - values[1]
 
 
 def summary(rows, seed):
-    """{kind: {"doses": {dose: {metric: interval}}, "at_kl": {metric: interval}}}, over all neurons."""
-    rng, found = np.random.default_rng(seed), {}
-    for kind in dict.fromkeys(r["kind"] for r in rows):
-        mine, by = [r for r in rows if r["kind"] == kind], {}
-        for r in mine:
-            by.setdefault((r["layer"], r.get("sae"), r["neuron"]), []).append(r)
-        found[kind] = {
-            "doses": {
-                f"{d:g}": {
-                    m: interval([r[m] for r in mine if r["dose"] == d], rng) for m in METRICS
-                }
-                for d in dict.fromkeys(r["dose"] for r in mine)
-            },
-            "at_kl": {
-                m: interval([at_kl(some, m) for some in by.values()], rng) for m in METRICS[:3]
-            },
-        }
-    return found
+    """{kind: {"doses": {dose: {metric: interval}}, "at_kl": {metric: interval}}} over neurons."""
+    rng = np.random.default_rng(seed)
+    summaries = {}
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        rows_of_kind = [row for row in rows if row["kind"] == kind]
+        doses = {}
+        for dose in dict.fromkeys(row["dose"] for row in rows_of_kind):
+            at_dose = [row for row in rows_of_kind if row["dose"] == dose]
+            doses[f"{dose:g}"] = _intervals(at_dose, METRICS, rng)
+        equal = [_at_equal_kl(group) for group in by_neuron(rows_of_kind).values()]
+        summaries[kind] = {"doses": doses, "at_kl": _intervals(equal, GAINS, rng)}
+    return summaries
+
+
+def _intervals(rows, metrics, rng):
+    """{metric: interval of its values in the rows}."""
+    intervals = {}
+    for metric in metrics:
+        intervals[metric] = interval([row[metric] for row in rows], rng)
+    return intervals
+
+
+def _at_equal_kl(rows):
+    """{metric: value at AT_KL, or None} of one neuron."""
+    return {metric: at_kl(rows, metric) for metric in GAINS}

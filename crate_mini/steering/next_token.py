@@ -1,4 +1,4 @@
-"""What steering did to the next token: by running the model again, and, where that is right, from weights."""
+"""The next token after a prompt, unsteered and steered, by running the model or from weights."""
 
 from dataclasses import dataclass
 
@@ -10,25 +10,25 @@ from crate_mini.intervene import atoms, steer
 
 
 @torch.no_grad()
-def stream(model, idx):
-    """(stream (B, T, d) as it enters the final norm, [codes (B, T, h)] * L) of ids (B, T)."""
-    seen = []
-    handle = model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+def stream(model, ids):
+    """(stream (B, T, d) that enters the final norm, [codes (B, T, h)] * L) of ids (B, T)."""
+    inputs = []
+    handle = model.norm.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     try:
-        codes = model.trunk(idx)[1]
+        _, codes = model.trunk(ids)
     finally:
         handle.remove()
-    return seen[0], codes
+    return inputs[0], codes
 
 
 @torch.no_grad()
 def direct_effect(model, z, layer, change):
-    """Change of logits (.., V) that a change of a layer's codes (.., h) makes by its atoms alone.
+    """Direct effect on the logits (.., V) of a change of a layer's codes (.., h).
 
-    Direct logit attribution: atoms times tied head, through the final norm with the scale that it has for the
-    unsteered stream z (.., d). In the last layer exact but for that scale. Before it, without a residual
-    around the sparsifier, nothing reaches the head as it was written; how far this still tells what a run
-    does is measured by dose.attribution.
+    Direct logit attribution: the atoms times the tied head, through the final norm with its scale
+    for the unsteered stream z (.., d). In the last layer this is exact except for that scale. In
+    earlier layers nothing reaches the head unchanged, because there is no residual around the
+    sparsifier; dose_response.attribution measures how well it predicts there.
     """
     written = change @ atoms(model, layer).T
     scale = (z.var(-1, unbiased=False, keepdim=True) + model.norm.eps).rsqrt()
@@ -37,19 +37,20 @@ def direct_effect(model, z, layer, change):
 
 
 def finite(logits):
-    """Logits of a steered run as they are; raises UserError if it turned so far that some are no numbers."""
+    """The logits of a steered run. Raises UserError if any is not finite."""
     if not logits.isfinite().all():
         raise UserError(
-            "turned this far the model's logits are not finite; give a smaller value, like 2x."
+            "steered this far, the model's logits are not finite; give a smaller value, like 2x."
         )
     return logits
 
 
 @dataclass
 class Next:
-    """Log-probabilities (V,) of the token after a prompt, plain and steered; float64.
+    """Log-probabilities (V,), float64, of the token after a prompt: before and after steering.
 
-    logits: their change (V,), causal: the model was run again. direct: the same from weights, or None.
+    logits: the change (V,) of the logits between two runs of the model. direct: the same from the
+    weights, or None.
     """
 
     before: torch.Tensor
@@ -58,7 +59,7 @@ class Next:
     direct: torch.Tensor | None
 
     def most(self, k, sign):
-        """Ids of the k tokens whose probability rose (sign 1) or fell (-1) most."""
+        """Ids of the k tokens that rose (sign 1) or fell (-1) most in probability."""
         change = self.after.exp() - self.before.exp()
         return (sign * change).topk(min(k, len(change))).indices.tolist()
 
@@ -70,22 +71,25 @@ class Next:
 
 @torch.no_grad()
 def next_token(model, ids, interventions):
-    """The Next of a prompt (a list of ids); `direct` if all interventions are in the last layer."""
-    idx, last = torch.tensor([ids], device=model.tokens.weight.device), model.config.n_layer - 1
+    """The Next of a prompt (a list of ids); direct is None unless all act on the last layer."""
+    last = model.config.n_layer - 1
+    ids = torch.tensor([ids], device=model.tokens.weight.device)
 
-    def passed():
-        z, codes = stream(model, idx)
-        return (
-            z[0, -1],
-            codes[last][0, -1],
-            F.linear(model.norm(z[0, -1]), model.tokens.weight).double(),
-        )
+    def run():
+        z, codes = stream(model, ids)
+        logits = F.linear(model.norm(z[0, -1]), model.tokens.weight).double()
+        return z[0, -1], codes[last][0, -1], logits
 
-    z, a, plain = passed()
+    z, a, logits = run()
     with steer(model, interventions):
-        _, turned_a, turned = passed()
-    finite(turned)
+        _, steered_a, steered_logits = run()
+    finite(steered_logits)
     direct = None
-    if all(i.layer == last for i in interventions):
-        direct = direct_effect(model, z, last, turned_a - a)
-    return Next(plain.log_softmax(-1), turned.log_softmax(-1), turned - plain, direct)
+    if all(intervention.layer == last for intervention in interventions):
+        direct = direct_effect(model, z, last, steered_a - a)
+    return Next(
+        logits.log_softmax(-1),
+        steered_logits.log_softmax(-1),
+        steered_logits - logits,
+        direct,
+    )

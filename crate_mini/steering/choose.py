@@ -1,0 +1,96 @@
+"""The neurons that --neuron and --layer name in a Lab, and the amount that --value names."""
+
+import math
+import re
+
+from crate_mini import UserError
+
+MOST = 999_999  # the largest count that a setting takes
+NUMBERS = re.compile(r" *-?\d{1,9} *(, *-?\d{1,9} *)*")  # 40 or 12,40
+VALUE = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)(x|abs)?")  # 2, 2x, 1.5abs
+
+
+def neurons(lab, words, layer=None):
+    """[(layer, neuron)] of the words after --neuron: 40, or 12,40, or label:"comma".
+
+    Raises UserError for words that name no neuron, and for a layer that is missing or wrong.
+    """
+    text = wanted_label(words)
+    if text:
+        return find(lab, text, layer)[:1]
+    if not NUMBERS.fullmatch(words):
+        raise UserError(
+            f"--neuron {words!r} names no neuron; give a number like 40, several like 12,40, "
+            'or label:"comma".'
+        )
+    if layer is None and lab.sae:
+        layer = lab.sae.layer
+    if layer is None:
+        raise UserError("--neuron needs --layer, e.g. --layer 0.")
+    if lab.sae and layer != lab.sae.layer:
+        raise UserError(
+            f"--layer {layer} is not the autoencoder's layer {lab.sae.layer}; leave it out."
+        )
+    return [(layer, int(word)) for word in words.split(",")]
+
+
+def wanted_label(words):
+    """The text to look for in labels, or '' if the words of --neuron are numbers."""
+    if not words.startswith("label:"):
+        return ""
+    return words.removeprefix("label:").strip(" \"'")
+
+
+def find(lab, text, layer=None):
+    """[(layer, neuron)] with `text` in their label, the largest share of activation first.
+
+    A label also matches if `text` is the name of its class. Raises UserError if none matches.
+    """
+    layers = range(len(lab.model.blocks)) if layer is None else [layer]
+    layer_of = {lab.known.site(n): n for n in layers}
+    matches = []
+    for (site, neuron), row in lab.known.rows.items():
+        share = _share(lab, row.get("label") or {}, text)
+        if site in layer_of and share:
+            matches.append((-share, layer_of[site], neuron))
+    if not matches:
+        raise UserError(
+            f"no label of {lab.checkpoint} has {text!r}; `python interpret.py neurons CKPT` makes "
+            "labels, and its pages show them."
+        )
+    return [match[1:] for match in sorted(matches)]
+
+
+def _share(lab, label, text):
+    """The share of a neuron's activation on tokens that hold `text`, plus 1 for its class."""
+    shares = [
+        share or 1e-9
+        for id, _, _, share in label.get("tokens", [])
+        if text.casefold() in lab.token(id).casefold()
+    ]
+    return sum(shares) + (label.get("class") == text)
+
+
+def amount(lab, layer, neuron, value, op="set"):
+    """(number, origin): the number that --value stands for, and how it follows from the maximum.
+
+    2 and 2x are twice the neuron's maximum; 1.5abs is in the code's own unit, and for --op scale
+    the number is a factor: then origin is ''. Raises UserError for a value that cannot be parsed,
+    or a neuron that never fired.
+    """
+    match = VALUE.fullmatch(value.strip())
+    if not match or not math.isfinite(float(match[1])) or (op == "scale" and match[2] == "abs"):
+        raise UserError(
+            f"--value {value!r} is not a value; give multiples of the neuron's maximum like 2x, "
+            "or 1.5abs in its own unit (with --op scale a factor)."
+        )
+    number = float(match[1])
+    if op not in ("set", "add") or match[2] == "abs":
+        return number, ""
+    largest, text = lab.known.maximum(layer, neuron)
+    if not largest > 0:
+        raise UserError(
+            f"neuron {neuron} of layer {layer} never fired on {text}, so it has no maximum to "
+            "multiply; give --value in its own unit, like 1abs."
+        )
+    return number * largest, f"{number:g} x {largest:.3g}, its maximum in {text}"
