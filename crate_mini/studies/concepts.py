@@ -1,326 +1,299 @@
-"""`python -m crate_mini.studies.concepts REVIEWS RANKS [TOPICS]`: do concepts of classifiers survive controls?
+"""Do the concepts of classifiers survive their controls? -> results/concepts.json.
 
-CRATE and its GPT-2 twin at equal size (3 layers, d = 256) learn from the text of movie reviews as language
-models, then tell reviews' sentiment and news topics apart (64 tokens of a text). Concepts of each of the four
-classifiers are discovered by all methods with three seeds and judged beside all controls. -> results/
-concepts.json. REVIEWS: labelled, like imdb_train.jsonl.xz; TOPICS: labelled, bbc unless given.
-
-About an hour on one core. Every part is `train.py` or `interpret.py` itself in a process of its own; a part
-that is finished is kept as long as its command stays the same. `... study_concepts table` prints the tables,
-`table clvq` those of one method, for the README.
+CRATE and its GPT-2 twin of equal size (3 layers, d = 256) are trained as language models on the
+text of movie reviews, then fine-tuned to classify the sentiment of reviews and the topics of news
+(64 tokens of a text). In each of the four classifiers, concepts are discovered by all methods with
+three seeds, and judged next to all controls. About an hour on one core.
 """
 
-import json
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from crate_mini import UserError, atomic_write, cli
+from crate_mini import UserError, cli, results
+from crate_mini.cli import setting
 from crate_mini.concepts.ablate import VARIANTS
 from crate_mini.concepts.faithfulness import AGAINST, FORMS
-from crate_mini.studies.neurons import NAMES, ROOT, Study, absolute
-from crate_mini.training import device as machine
+from crate_mini.concepts.methods import METHODS
+from crate_mini.console.terminal import Command
+from crate_mini.plots.markdown import markdown
+from crate_mini.studies.runner import Runner, absolute
+from crate_mini.studies.tables import NAMES
 
+MODELS = ("crate", "gpt2")
+SIZE = ("--preset", "3L", "--n-embd", 256, "--block-size", 128)
+SCHEDULE = ("--train-steps", 400, "--lr", 2e-3, "--warmup", 100, "--eval-every", 0)
+BASE = (*SIZE, *SCHEDULE, "--seed", 1337)
+CLASSIFIER = ("--overwrite", "--length", 64, "--cut", "end", "--seed", 1337)
+REVIEWERS = ("--texts", 12000, "--epochs", 2, "--names", "negative,positive")
+REPORTERS = ("--texts", 0, "--epochs", 6)
+TESTS = ("--tests", 400, "--whole", 120, "--nodes", 10)
+CONCEPTS = ("--seeds", "0,1,2", "--most", 5, *TESTS, "--epochs", 8)
+LEAST = {"reviews": 30, "topics": 8}  # occurrences that a word needs in the training texts
 CONTROLS = [*VARIANTS, "retrained"]
-HEADLINE = 0.935  # relative drop of a probe's accuracy that CLVQ-VAE's log gives for its code
+HEADLINE = 0.935  # relative drop of a probe's accuracy in the log of CLVQ-VAE's authors
+KEPT = (  # of a concepts.json: all but the pages' words and the checkpoint
+    "labelled",
+    "seeds",
+    "layers",
+    "k",
+    "classes",
+    "classifier",
+    "words",
+    "salience",
+    "controls",
+    "not_run",
+    "by_seed",
+    "judge",
+    "people",
+)
+KEPT_OF_METHOD = (
+    "settings",
+    "health",
+    "explained_by_codes",
+    "stability",
+    "naive_bayes_proxy",
+    "with_members",
+    "wordless",
+)
 
 
 @dataclass
-class ConceptStudy:
-    """What is compared, and where; the defaults are the study in results/."""
+class Settings:
+    """Concepts of four classifiers, CRATE and its twin on reviews and on news, with all controls.
 
-    reviews: str
-    ranks: str
-    topics: str = "bbc"
-    models: tuple = ("crate", "gpt2")
-    base: tuple = (
-        "--preset",
-        "3L",
-        "--n-embd",
-        256,
-        "--block-size",
-        128,
-        "--train-steps",
-        400,
-        "--lr",
-        2e-3,
-        "--warmup",
-        100,
-        "--eval-every",
-        0,
-        "--seed",
-        1337,
-    )
-    classifier: tuple = ("--overwrite", "--length", 64, "--cut", "end", "--seed", 1337)
-    reviewers: tuple = ("--texts", 12000, "--epochs", 2, "--names", "negative,positive")
-    reporters: tuple = ("--texts", 0, "--epochs", 6)
-    concepts: tuple = (
-        "--seeds",
-        "0,1,2",
-        "--most",
-        5,
-        "--tests",
-        400,
-        "--whole",
-        120,
-        "--nodes",
-        10,
-        "--epochs",
-        8,
-    )
-    least: tuple = (30, 8)  # times that training texts have a word: reviews, topics
-    out: Path = ROOT / "out" / "concepts"
-    results: Path = ROOT / "results"
-    part = Study.part  # a finished part is kept
+    Writes results/concepts.json.
+    """
 
-    def run(self):
-        """All parts; after each the result file, for a study that is cut short. Prints tables."""
-        runs = []
-        for kind in self.models:
-            base = self.out / f"{kind}-base"
-            self.part(
-                base,
-                "train.py",
-                "--model",
-                kind,
-                "--data",
-                self.reviews,
-                "--tokenizer",
-                self.ranks,
-                "--overwrite",
-                *self.base,
-            )
-            for name, source, flags, least in (
-                ("reviews", self.reviews, self.reviewers, self.least[0]),
-                ("topics", self.topics, self.reporters, self.least[1]),
-            ):
-                place = self.out / f"{kind}-{name}"
-                self.part(
-                    place / "classifier",
-                    "train.py",
-                    "--task",
-                    "classify",
-                    "--init",
-                    base / "last",
-                    "--data",
-                    source,
-                    *flags,
-                    *self.classifier,
+    reviews: str | None = setting(None, "labelled reviews, like imdb_train.jsonl.xz")
+    ranks: str | None = setting(None, "ranks of a tokenizer, like gpt2.tiktoken:4095")
+    topics: str = setting("bbc", "labelled news")
+    table: bool = setting(False, "only print the tables of results/concepts.json")
+    methods: str = setting(
+        "", "with --table: the methods to show, separated by commas; all if empty"
+    )
+
+
+def run(settings):
+    """Run the study, or print the tables of its last result.
+
+    Raises UserError without reviews and ranks, and for an unknown method.
+    """
+    if settings.table:
+        methods = [name for name in settings.methods.split(",") if name]
+        for name in methods:
+            if name not in METHODS:
+                suggestion = cli.nearest(name, METHODS)
+                raise UserError(
+                    f"--methods {name!r} is unknown{suggestion}; choose {cli.one_of(METHODS)}."
                 )
-                self.part(
-                    place / "concepts",
-                    "interpret.py",
-                    "concepts",
-                    place / "classifier" / "last",
-                    "--least",
-                    least,
-                    *self.concepts,
-                )
-                runs.append({"model": kind, "texts": name, **kept(place / "concepts")})
-                found = self.write(runs)
-        print(f"\n{tables(found)}")
-
-    def write(self, runs):
-        """results/concepts.json of the runs so far; returns what is in it."""
-        found = {
-            "schema": 1,
-            "command": "python -m crate_mini.studies.concepts REVIEWS RANKS",
-            "reviews": Path(self.reviews).name,
-            "topics": Path(self.topics).name,
-            "ranks": Path(self.ranks).name,
-            "base": self.base,
-            "classifier": self.classifier,
-            "reviewers": self.reviewers,
-            "reporters": self.reporters,
-            "concepts": self.concepts,
-            "least": self.least,
-            "note": "one language model and one classifier of each kind; seeds are of discovery, "
-            "partners, directions and folds",
-            "machine": machine.describe(torch.device("cpu")),
-            "runs": runs,
-        }
-        self.results.mkdir(exist_ok=True)
-        with atomic_write(self.results / "concepts.json") as file:
-            file.write(json.dumps(rounded(found), allow_nan=False).encode() + b"\n")
-        return found
+        print(tables(results.read_json(result_file()), methods))
+        return
+    if settings.reviews is None or settings.ranks is None:
+        raise UserError(
+            "give labelled reviews and the ranks of a tokenizer, then topics if not bbc: `python "
+            "-m crate_mini.studies concepts imdb_train.jsonl.xz gpt2.tiktoken:4095`."
+        )
+    study(absolute(settings.reviews), absolute(settings.ranks), absolute(settings.topics))
 
 
-def kept(folder):
-    """What results/concepts.json keeps of a concepts.json: all but the pages' words and the checkpoint."""
-    found = cli.read_json(folder / "concepts.json")
-    methods = {
-        m: {
-            k: of[k]
-            for k in (
-                "settings",
-                "health",
-                "explained_by_codes",
-                "stability",
-                "naive_bayes_proxy",
-                "with_members",
-                "wordless",
-            )
-        }
-        for m, of in found["methods"].items()
+def result_file():
+    return results.ROOT / "results" / "concepts.json"
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def study(reviews, ranks, topics):
+    """Run all parts; writes the result after each classifier, in case the study is cut short."""
+    runner = Runner("concepts", total=len(MODELS) * (1 + 2 * len(LEAST)))
+    sources = {"reviews": (reviews, REVIEWERS), "topics": (topics, REPORTERS)}
+    files = {"reviews": reviews, "topics": topics, "ranks": ranks}
+    names = {name: Path(file).name for name, file in files.items()}
+    runs = []
+    for model in MODELS:
+        base = results.ROOT / "out" / "concepts" / f"{model}-base"
+        words = ["train.py", "--model", model, "--data", reviews, "--tokenizer", ranks]
+        runner.part(base, *words, "--overwrite", *BASE)
+        for texts, (source, flags) in sources.items():
+            folder = base.with_name(f"{model}-{texts}")
+            words = ["train.py", "--task", "classify", "--init", base / "last", "--data", source]
+            runner.part(folder / "classifier", *words, *flags, *CLASSIFIER)
+            words = ["interpret.py", "concepts", folder / "classifier" / "last"]
+            runner.part(folder / "concepts", *words, "--least", LEAST[texts], *CONCEPTS)
+            concepts = results.read_json(folder / "concepts" / "concepts.json")
+            runs.append({"model": model, "texts": texts, **essence(concepts)})
+            result = write(runs, names)
+    print(f"\n{tables(result)}")
+
+
+def write(runs, names):
+    """Write results/concepts.json of the runs so far; names: of the files. Returns its content."""
+    result = {
+        "schema": 1,
+        "command": "python -m crate_mini.studies concepts REVIEWS RANKS",
+        **names,
+        "base": BASE,
+        "classifier": CLASSIFIER,
+        "reviewers": REVIEWERS,
+        "reporters": REPORTERS,
+        "concepts": CONCEPTS,
+        "least": list(LEAST.values()),
+        "note": "one language model and one classifier of each kind; seeds are of discovery, "
+        "partners, directions and folds",
+        "machine": results.machine(torch.device("cpu")),
+        "runs": runs,
     }
-    names = (
-        "labelled",
-        "seeds",
-        "layers",
-        "k",
-        "classes",
-        "classifier",
-        "words",
-        "salience",
-        "controls",
-        "not_run",
-        "by_seed",
-        "judge",
-        "people",
-    )
-    return {
-        "methods": methods,
-        "commit": found["machine"].get("commit"),
-        **{k: found[k] for k in names},
-    }
+    results.write_json(result_file(), rounded(result))
+    return result
+
+
+def essence(concepts):
+    """The part of a concepts.json that results/concepts.json keeps."""
+    methods = {}
+    for name, method in concepts["methods"].items():
+        methods[name] = {key: method[key] for key in KEPT_OF_METHOD}
+    kept = {key: concepts[key] for key in KEPT}
+    return {"methods": methods, "commit": concepts["machine"].get("commit"), **kept}
 
 
 def rounded(value, digits=4):
-    """Numbers of a nested result with as many decimals."""
+    """The numbers of a nested result, rounded."""
     if isinstance(value, dict):
-        return {k: rounded(v, digits) for k, v in value.items()}
+        return {key: rounded(item, digits) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [rounded(v, digits) for v in value]
+        return [rounded(item, digits) for item in value]
     return round(value, digits) if isinstance(value, float) else value
 
 
-def cuts(run, method, form, variant):
-    """[outcome by seed] of a cut: a method's own, or a control shared by all."""
-    return [
-        seed["methods"][method][form].get(variant) or seed["shared"][form].get(variant)
-        for seed in run["by_seed"].values()
-    ]
+# ---- tables --------------------------------------------------------------------------------------
 
 
-def cell(found):
-    """ "0.512 flip": mean accuracy over seeds and the verdict that most of them have; "-" for none."""
-    if None in found:
-        return "-"
-    verdicts = [one["verdict"] for one in found]
-    most = max(dict.fromkeys(verdicts), key=verdicts.count)
-    return f"{statistics.mean(one['accuracy'] for one in found):.3f} {most}"
+def tables(result, methods=()):
+    """All tables as Markdown; methods: those to show in the table of ablations, or all."""
+    parts = [classifiers(result), headline(result)]
+    parts += [ablations(result, methods), codebooks(result)]
+    return "\n\n".join(parts)
 
 
-def faithfulness(found, methods):
-    """Markdown: accuracy after each cut by texts, model, form, method; means over seeds."""
-    lines = [
-        f"| texts, model | form (intact, chance) | method | {' | '.join(CONTROLS)} |",
-        "|---" * (len(CONTROLS) + 3) + "|",
-    ]
-    for run in found["runs"]:
-        for form in FORMS:
-            if form not in next(iter(run["by_seed"].values()))["shared"]:
-                continue
-            whole = [seed["shared"][form]["intact"] for seed in run["by_seed"].values()]
-            mean = statistics.mean(w["accuracy"] for w in whole)
-            intact = f"{form} ({mean:.3f}, {whole[0]['chance']:.3f})"
-            for method in methods or run["methods"]:
-                cells = [cell(cuts(run, method, form, v)) for v in CONTROLS]
-                lines.append(
-                    f"| {run['texts']}, {NAMES[run['model']]} | {intact} | {method} | "
-                    f"{' | '.join(cells)} |"
-                )
+def classifiers(result):
+    """One line for each classifier."""
+    lines = []
+    for run in result["runs"]:
+        test = run["classifier"]
+        low, high = test["ci95"]
+        judges = run["judge"] if isinstance(run["judge"], str) else "run"
+        lines.append(
+            f"{NAMES[run['model']]} on {run['texts']}: classifier {test['accuracy']:.3f} of "
+            f"{test['n']}, 95 % {low:.3f} to {high:.3f}, chance {test['chance']:.3f}; "
+            f"language-model judges: {judges}; people: not run"
+        )
     return "\n".join(lines)
 
 
-def codebooks(found):
-    """Markdown: how codebooks are used, what they explain, how stable they are, what their words tell."""
-    lines = [
-        "| texts, model | method | perplexity of K | largest | explained | stability (AMI) | proxy: own "
-        "| another | random words | majority |",
-        "|---" * 10 + "|",
-    ]
-    for run in found["runs"]:
-        for name, of in run["methods"].items():
-            use = [h["test"] for h in of["health"].values()]
-            proxy = list(of["naive_bayes_proxy"].values())
-            stable = of["stability"]["mean"] if isinstance(of["stability"], dict) else None
-            explained = [v for v in of["explained_by_codes"].values() if v is not None]
-            numbers = [
-                statistics.mean(u["largest"] for u in use),
-                statistics.mean(explained) if explained else None,
-                stable,
-                *(
-                    statistics.mean(p["agreement"][k] for p in proxy)
-                    for k in ("own", "another", "random words")
-                ),
-                proxy[0]["majority"],
-            ]
-            cells = " | ".join("-" if n is None else f"{n:.3f}" for n in numbers)
-            lines.append(
-                f"| {run['texts']}, {NAMES[run['model']]} | {name} | "
-                f"{statistics.mean(u['perplexity'] for u in use):.0f} of {run['k']} | {cells} |"
-            )
-    return "\n".join(lines)
+def headline(result, method="clvq"):
+    """Does a drop of 93 % survive its controls? One sentence for each form.
 
-
-def headline(found, method="clvq"):
-    """Does a drop of 93 % survive? By form: the own code's relative drop, and whether it does more harm than
-    each control, counted over runs and seeds."""
+    The relative drop without the own code, and how often, over runs and seeds, the own code does
+    more harm than each control.
+    """
     lines = []
     for form in FORMS:
-        own, passes, verdicts = [], {name: [] for name in AGAINST}, []
-        for run in found["runs"]:
-            for seed in run["by_seed"].values():
-                if method in seed["methods"] and form in seed["methods"][method]:
-                    one = seed["methods"][method][form]["own"]
-                    own.append(one["relative_drop"])
-                    verdicts.append(one["verdict"])
-                    for name in AGAINST:
-                        passes[name].append(
-                            seed["methods"][method]["survives"][form][name]["passes"]
-                        )
-        if own:
-            told = ", ".join(f"{name} {sum(p)} of {len(p)}" for name, p in passes.items())
-            flips = verdicts.count("sign flip")
-            lines.append(
-                f"{method}, {form}: accuracy falls by {100 * statistics.mean(own):.1f} % on average "
-                f"({100 * min(own):.1f} to {100 * max(own):.1f} %; the original's log: "
-                f"{100 * HEADLINE:.1f} %), {flips} of {len(own)} below chance; more harm than "
-                f"{told}."
-            )
+        outcomes = all_outcomes(result, method, form)
+        if not outcomes:
+            continue
+        drops = [100 * own["relative_drop"] for own, _ in outcomes]
+        flips = [own["verdict"] for own, _ in outcomes].count("sign flip")
+        passes = []
+        for name in AGAINST:
+            passed = sum(survives[name]["passes"] for _, survives in outcomes)
+            passes.append(f"{name} {passed} of {len(outcomes)}")
+        lines.append(
+            f"{method}, {form}: accuracy falls by {statistics.mean(drops):.1f} % on average "
+            f"({min(drops):.1f} to {max(drops):.1f} %; the original's log: "
+            f"{100 * HEADLINE:.1f} %), {flips} of {len(outcomes)} below chance; more harm than "
+            f"{', '.join(passes)}."
+        )
     return "\n".join(lines)
 
 
-def tables(found, methods=()):
-    """All that the study found; cuts of some methods only if any are named."""
-    lines = [
-        f"{NAMES[r['model']]} on {r['texts']}: classifier {r['classifier']['accuracy']:.3f} of "
-        f"{r['classifier']['n']}, 95 % {r['classifier']['ci95'][0]:.3f} to "
-        f"{r['classifier']['ci95'][1]:.3f}, chance {r['classifier']['chance']:.3f}; language-model "
-        f"judges: {r['judge'] if isinstance(r['judge'], str) else 'run'}; people: not run"
-        for r in found["runs"]
+def all_outcomes(result, method, form):
+    """[(outcome of the own code, comparison with each control)] over runs and seeds."""
+    outcomes = []
+    for run in result["runs"]:
+        for seed in run["by_seed"].values():
+            by_form = seed["methods"].get(method, {})
+            if form in by_form:
+                outcomes.append((by_form[form]["own"], by_form["survives"][form]))
+    return outcomes
+
+
+def ablations(result, methods):
+    """Accuracy without each direction by texts, model, form and method; means over seeds."""
+    rows = []
+    for run in result["runs"]:
+        seeds = list(run["by_seed"].values())
+        for form in seeds[0]["shared"]:
+            intact = [seed["shared"][form]["intact"] for seed in seeds]
+            accuracy = statistics.mean(outcome["accuracy"] for outcome in intact)
+            title = f"{form} ({accuracy:.3f}, {intact[0]['chance']:.3f})"
+            for method in methods or run["methods"]:
+                cells = [cell(of_seeds(seeds, method, form, variant)) for variant in CONTROLS]
+                texts = f"{run['texts']}, {NAMES[run['model']]}"
+                rows.append([texts, title, method, *cells])
+    head = ["texts, model", "form (intact, chance)", "method", *CONTROLS]
+    return markdown(head, rows)
+
+
+def of_seeds(seeds, method, form, variant):
+    """The outcome of a variant for each seed: a method's own, or a control that all share."""
+    outcomes = []
+    for seed in seeds:
+        own = seed["methods"][method][form].get(variant)
+        outcomes.append(own or seed["shared"][form].get(variant))
+    return outcomes
+
+
+def cell(outcomes):
+    """ "0.512 drop": mean accuracy over seeds and their most frequent verdict; "-" for none."""
+    if None in outcomes:
+        return "-"
+    verdict = statistics.mode(outcome["verdict"] for outcome in outcomes)
+    return f"{statistics.mean(outcome['accuracy'] for outcome in outcomes):.3f} {verdict}"
+
+
+def codebooks(result):
+    """How codebooks are used, what they explain, how stable they are, what their words predict."""
+    head = ["texts, model", "method", "perplexity of K", "largest", "explained", "stability (AMI)"]
+    head += ["proxy: own", "another", "random words", "majority"]
+    rows = []
+    for run in result["runs"]:
+        texts = f"{run['texts']}, {NAMES[run['model']]}"
+        for name, method in run["methods"].items():
+            usage = [health["test"] for health in method["health"].values()]
+            perplexity = statistics.mean(test["perplexity"] for test in usage)
+            cells = ["-" if n is None else f"{n:.3f}" for n in codebook_numbers(method, usage)]
+            rows.append([texts, name, f"{perplexity:.0f} of {run['k']}", *cells])
+    return markdown(head, rows)
+
+
+def codebook_numbers(method, usage):
+    """The numbers of one method in `codebooks`, means over seeds; None where there is none."""
+    explained = [value for value in method["explained_by_codes"].values() if value is not None]
+    stability = method["stability"]
+    proxy = list(method["naive_bayes_proxy"].values())
+    agreement = []
+    for shown in ("own", "another", "random words"):
+        agreement.append(statistics.mean(seed["agreement"][shown] for seed in proxy))
+    return [
+        statistics.mean(test["largest"] for test in usage),
+        statistics.mean(explained) if explained else None,
+        stability["mean"] if isinstance(stability, dict) else None,
+        *agreement,
+        proxy[0]["majority"],
     ]
-    return "\n\n".join(
-        ["\n".join(lines), headline(found), faithfulness(found, methods), codebooks(found)]
-    )
 
 
-def main():
-    words = sys.argv[1:]
-    if words[:1] == ["table"]:
-        print(tables(cli.read_json(ROOT / "results" / "concepts.json"), words[1:]))
-    elif 2 <= len(words) <= 3:
-        ConceptStudy(*map(absolute, words)).run()
-    else:
-        raise UserError(
-            "give labelled reviews and the ranks of a tokenizer, then topics if not bbc: `python "
-            "-m crate_mini.studies.concepts imdb_train.jsonl.xz gpt2.tiktoken:4095`."
-        )
-
-
-if __name__ == "__main__":
-    cli.run(main)
+COMMAND = Command(Settings, run, checkpoint=False, positional=("reviews", "ranks", "topics"))

@@ -1,40 +1,29 @@
-"""`python -m crate_mini.studies.neurons TEXT RANKS [STEPS] [TOKENS]`: whose neurons are how predictable?
+"""How predictable are neurons? CRATE, crate+ and the GPT-2 twin -> results/neurons.json, .png.
 
-Trains CRATE, crate+ and the GPT-2 twin at one, two and three layers (d = 128), two seeds each, on the same
-tokens of a text, and scores every neuron by every protocol: as it is, and with all activations cut so that
-each neuron fires on at most 1 % of the tokens, because sparsity alone moves these scores. Autoencoders of
-every layer of CRATE and the twin at three layers are scored like neurons. -> results/neurons.json, .png
-
-Every part is `train.py` or `interpret.py` itself in a process of its own, kept as long as its command stays
-the same; its result names its commit. `python -m crate_mini.studies.neurons table` prints the table again.
+Models of one, two and three layers (d = 128) are trained with two seeds each on the same tokens of
+a text. Every neuron is scored by every protocol, twice: unchanged, and with its weakest activations
+zeroed so that it fires on at most 1 % of the tokens, because sparsity alone moves these scores.
+Autoencoders of every layer of CRATE and the twin at three layers are scored like neurons.
 """
 
 import itertools
-import json
-import shlex
 import statistics
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from crate_mini import UserError, atomic_write, cli
-from crate_mini.neurons import protocols as score
-from crate_mini.neurons import summary
-from crate_mini.plots import figure as figures
-from crate_mini.studies import tables
-from crate_mini.training import device as machine
+from crate_mini import UserError, results
+from crate_mini.cli import setting
+from crate_mini.console.terminal import Command
+from crate_mini.neurons import figures, summary
+from crate_mini.neurons.score_files import read_rows
+from crate_mini.plots.markdown import markdown
+from crate_mini.studies.runner import Runner, absolute, neurons_run
+from crate_mini.studies.tables import NAMES, add_counts, mean_density, runs_of
 
-ROOT = tables.RESULTS.parent
-NAMES = tables.NAMES
 MATCHED = 0.01  # share of tokens on which a neuron fires at most, in the second scoring
-SCORINGS = {
-    "interpret": "as it is",
-    f"matched/density-{MATCHED:g}": "matched",
-}  # by where their files are
+SCORINGS = {"interpret": "as it is", f"matched/density-{MATCHED:g}": "matched"}  # by folder
 FEATURES = 512  # of an autoencoder, drawn by the seed: as many as a layer has neurons
 SHOWN = (
     "ngram_r",
@@ -55,336 +44,268 @@ PAPER = {  # mean over layers x 100: CRATE, GPT-2; project page of arXiv 2410.16
     "anthropic_crate": {"1L": (10.1, 14.2), "2L": (11.35, 10.2), "3L": (11.23, 9.2)},
 }
 NOT_OURS = (
-    "paper (LLM simulators: Mistral-7B explains, LLaMA-2-7B simulates; Pile; all 512 neurons of each "
-    "layer, NaN dropped; not comparable)"
+    "paper (LLM simulators: Mistral-7B explains, LLaMA-2-7B simulates; Pile; all 512 neurons of "
+    "each layer, NaN dropped; not comparable)"
 )
 
 
 @dataclass
+class Settings:
+    """How well does what fires a neuron predict it? Every model, every layer, every protocol.
+
+    Trains and scores CRATE, crate+ and the GPT-2 twin at one to three layers. Writes
+    results/neurons.json, neurons.png and neurons-density.png.
+    """
+
+    text: str | None = setting(None, "text to train on and to score on, like wiki.txt.xz")
+    ranks: str | None = setting(None, "tokenizer, like gpt2.tiktoken:8191")
+    steps: int = setting(1000, "training steps", low=1)
+    tokens: int = setting(1_000_000, "held-out tokens that a score is made from", low=1)
+    table: bool = setting(False, "only print the table of results/neurons.json")
+
+
+def run(settings):
+    """Run the study, or print the table of its last result.
+
+    Raises UserError without a text and ranks, and when a part fails.
+    """
+    if settings.table:
+        print(table(results.read_json(results.ROOT / "results" / "neurons.json")))
+        return
+    if settings.text is None or settings.ranks is None:
+        raise UserError(
+            "give a text and the ranks of a tokenizer, then steps and tokens if need be: "
+            "`python -m crate_mini.studies neurons wiki.txt.xz gpt2.tiktoken:8191 1000 1000000`."
+        )
+    text, ranks = absolute(settings.text), absolute(settings.ranks)
+    Study(text, ranks, settings.steps, settings.tokens).run()
+
+
+@dataclass
 class Study:
-    """What is compared, and where; the defaults are the study in results/."""
+    """The models to compare and their settings; the defaults are those of results/neurons.json."""
 
     text: str
     ranks: str
-    steps: int = 1000  # of training
-    tokens: int = 1_000_000  # held-out tokens that a score is made from
+    steps: int
+    tokens: int
     presets: tuple = ("1L", "2L", "3L")
     models: tuple = tuple(NAMES)
     seeds: tuple = (1337, 1338)
-    sae: tuple = (
-        "crate",
-        "gpt2",
-    )  # models whose layers get autoencoders, at the last preset, first seed
+    sae: tuple = ("crate", "gpt2")  # models whose layers get autoencoders: last preset, first seed
     train_flags: tuple = ()
     sae_flags: tuple = ()
-    out: Path = ROOT / "out" / "neurons"
-    results: Path = ROOT / "results"
 
     def run(self):
-        """All parts, then the result files; prints the table."""
-        grid = [(p, k, s) for s, p, k in itertools.product(self.seeds, self.presets, self.models)]
-        start, runs, autoencoders = time.monotonic(), [], []
-        for done, key in enumerate(grid):
-            left = (time.monotonic() - start) / max(1, done) * (len(grid) - done) / 60
-            print(
-                f"[{done + 1}/{len(grid)}] {' '.join(map(str, key))}"
-                + (f"  ETA {left:.0f} min" if done else ""),
-                flush=True,
-            )
-            runs.append(self.model(*key))
+        """Run all parts, write the result files, print the table."""
+        grid = list(itertools.product(self.seeds, self.presets, self.models))
+        parts = 3 * len(grid) + 2 * len(self.sae) * self.layers()
+        self.runner = Runner("neurons", parts)
+        runs = [self.model(preset, kind, seed) for seed, preset, kind in grid]
+        autoencoders = []
         for kind in self.sae:
             autoencoders += self.autoencoders(kind)
-        found = {
+        command = f"neurons TEXT RANKS {self.steps} {self.tokens}"
+        study = {
             "schema": 1,
             "seeds": self.seeds,
-            "command": f"python -m crate_mini.studies.neurons TEXT RANKS {self.steps} {self.tokens}",
+            "command": f"python -m crate_mini.studies {command}",
             "text": Path(self.text).name,
             "ranks": Path(self.ranks).name,
             "presets": self.presets,
             "steps": self.steps,
             "tokens": self.tokens,
             "match_density": MATCHED,
-            "machine": machine.describe(torch.device("cpu")),
+            "machine": results.machine(torch.device("cpu")),
             "runs": runs,
             "sae": autoencoders,
             "differences": self.differences(),
         }
-        self.results.mkdir(exist_ok=True)
-        with atomic_write(self.results / "neurons.json") as file:
-            file.write(json.dumps(found, indent=1, allow_nan=False).encode() + b"\n")
-        self.draw()
-        print(f"\n{table(found)}")
+        results.write_json(results.ROOT / "results" / "neurons.json", study)
+        self.write_figures(results.ROOT / "results")
+        print(f"\n{table(study)}")
 
-    def folder(self, preset, kind, seed):
-        return self.out / f"{kind}-{preset}-{seed}"
-
-    def part(self, place, *words, name=""):
-        """Run a script with --out `place`, unless the very same command has finished there before.
-
-        Beside the folder: NAME.log, what it said, and NAME.json, which says that it has finished.
-        """
-        told, log = (place.with_name((name or place.name) + end) for end in (".json", ".log"))
-        began = time.monotonic()
-        words = [str(word).removeprefix(f"{ROOT}/") for word in (*words, "--out", place)]
-        if told.exists() and json.loads(told.read_text())["command"] == words:
-            return
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "w") as file:
-            code = subprocess.run(
-                [sys.executable, str(ROOT / words[0]), *words[1:]],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-            ).returncode
-        if code:
-            last = (log.read_text().strip().splitlines() or ["it said nothing"])[-1]
-            raise UserError(f"`python {shlex.join(words)}` ended with code {code}: {last}")
-        seconds = time.monotonic() - began
-        with atomic_write(told) as file:
-            file.write(json.dumps({"command": words, "seconds": round(seconds, 1)}).encode())
-        print(f"  {seconds / 60:5.1f} min  python {shlex.join(words[:3])} ...", flush=True)
-
-    def neurons(self, preset, kind, seed, name, *flags):
-        """summary.json of one scoring of a model; name: its folder, with what `neurons` adds to --out."""
-        run = self.folder(preset, kind, seed)
-        self.part(
-            run / name.partition("/")[0],
-            "interpret.py",
-            "neurons",
-            run / "train" / "last",
-            "--tokens",
-            self.tokens,
-            "--seed",
-            seed,
-            *flags,
-        )
-        return cli.read_json(run / name / "summary.json")
+    def layers(self):
+        """The number of layers of the last preset."""
+        return int(self.presets[-1].removesuffix("L"))
 
     def model(self, preset, kind, seed):
-        """Train and score one model twice; its line in results/neurons.json."""
-        run = self.folder(preset, kind, seed)
-        self.part(
-            run / "train",
-            "train.py",
-            "--model",
-            kind,
-            "--preset",
-            preset,
-            "--seed",
-            seed,
-            "--data",
-            self.text,
-            "--tokenizer",
-            self.ranks,
-            "--train-steps",
-            self.steps,
-            "--log-sparsity",
-            "--overwrite",
-            *self.train_flags,
-        )
-        plain, matched = (
-            self.neurons(preset, kind, seed, name, *flags)
-            for name, flags in zip(SCORINGS, ((), ("--match-density", MATCHED)))
-        )
-        trained = cli.read_json(run / "train" / "last" / "config.json")["training"]
+        """Train one model and score it twice; its entry in results/neurons.json."""
+        folder = neurons_run(preset, kind, seed)
+        shape = ["--model", kind, "--preset", preset, "--seed", seed]
+        data = ["--data", self.text, "--tokenizer", self.ranks, "--train-steps", self.steps]
+        flags = ["--log-sparsity", "--overwrite", *self.train_flags]
+        self.runner.part(folder / "train", "train.py", *shape, *data, *flags)
+        config = results.read_json(folder / "train" / "last" / "config.json")
+        plain_folder, matched_folder = SCORINGS
+        plain = self.score(preset, kind, seed, plain_folder)
+        matched = self.score(preset, kind, seed, matched_folder, "--match-density", MATCHED)
         return {
             "preset": preset,
             "model": kind,
             "seed": seed,
-            "val_loss": trained["val_loss"],
+            "val_loss": config["training"]["val_loss"],
             "commit": plain["machine"].get("commit"),
             "as it is": essence(plain),
             "matched": essence(matched),
         }
 
+    def score(self, preset, kind, seed, folder, *flags):
+        """summary.json of one scoring of a model; folder: --out and what `neurons` adds to it."""
+        run = neurons_run(preset, kind, seed)
+        out, _, _ = folder.partition("/")
+        words = ["interpret.py", "neurons", run / "train" / "last"]
+        flags = ["--tokens", self.tokens, "--seed", seed, *flags]
+        self.runner.part(run / out, *words, *flags)
+        return results.read_json(run / folder / "summary.json")
+
     def autoencoders(self, kind):
-        """Train autoencoders on each layer of a model, score the one of middle L0; their lines."""
-        preset, seed, lines = self.presets[-1], self.seeds[0], []
-        run = self.folder(preset, kind, seed)
-        for layer in range(int(preset[:-1])):
-            place = run / f"sae-{layer}"
-            self.part(
-                place,
-                "interpret.py",
-                "sae",
-                run / "train" / "last",
-                "--layer",
-                layer,
-                "--seed",
-                seed,
-                *self.sae_flags,
-            )
-            saes = cli.read_json(place / f"sae-L{layer}.json")["saes"]
-            name = sorted(saes, key=lambda s: s["held_out"]["L0"])[len(saes) // 2]["name"]
-            found = self.neurons(
-                preset,
-                kind,
-                seed,
-                f"sae-{layer}-scores/sae",
-                "--n",
-                FEATURES,
-                "--sae",
-                place / f"sae-L{layer}-{name}.pt",
-            )
-            site = next(site for site in found["sites"] if "." in site)
-            lines.append(
+        """Train autoencoders on each layer of a model and score one of them; their entries.
+
+        Scored is the one in the middle by L0.
+        """
+        preset, seed = self.presets[-1], self.seeds[0]
+        run = neurons_run(preset, kind, seed)
+        entries = []
+        for layer in range(self.layers()):
+            folder = run / f"sae-{layer}"
+            words = ["interpret.py", "sae", run / "train" / "last", "--layer", layer]
+            self.runner.part(folder, *words, "--seed", seed, *self.sae_flags)
+            saes = results.read_json(folder / f"sae-L{layer}.json")["saes"]
+            by_l0 = sorted(saes, key=lambda sae: sae["held_out"]["L0"])
+            file = folder / f"sae-L{layer}-{by_l0[len(saes) // 2]['name']}.pt"
+            flags = ["--n", FEATURES, "--sae", file]
+            scores = self.score(preset, kind, seed, f"sae-{layer}-scores/sae", *flags)
+            site = next(site for site in scores["sites"] if "." in site)
+            entries.append(
                 {
                     "preset": preset,
                     "model": kind,
                     "seed": seed,
                     "site": site,
-                    "held_out": {s["name"]: s["held_out"] for s in saes},
-                    **found["sites"][site],
+                    "held_out": {sae["name"]: sae["held_out"] for sae in saes},
+                    **scores["sites"][site],
                 }
             )
-        return lines
+        return entries
 
-    def rows(self, preset, kind, seed, name="interpret"):
-        return score.read_rows(self.folder(preset, kind, seed) / name / "scores.jsonl")
+    def rows(self, preset, kind, seed, folder="interpret"):
+        """The rows of scores.jsonl of one scoring."""
+        return read_rows(neurons_run(preset, kind, seed) / folder / "scores.jsonl")
 
     def differences(self):
-        """Layer by layer and over all, the means of a model minus the twin's, for each preset and seed."""
-        found, ours = (
-            [],
-            [kind for kind in self.models if kind != "gpt2"] if "gpt2" in self.models else [],
-        )
-        for preset, kind, seed, name in itertools.product(self.presets, ours, self.seeds, SCORINGS):
-            sides = [self.rows(preset, model, seed, name) for model in (kind, "gpt2")]
-            found.append(
+        """Each model's means minus the twin's, by layer and over all, for each preset and seed."""
+        if "gpt2" not in self.models:
+            return []
+        others = [kind for kind in self.models if kind != "gpt2"]
+        entries = []
+        grid = itertools.product(self.presets, others, self.seeds, SCORINGS)
+        for preset, kind, seed, folder in grid:
+            ours = self.rows(preset, kind, seed, folder)
+            twin = self.rows(preset, "gpt2", seed, folder)
+            entries.append(
                 {
                     "preset": preset,
                     "of": f"{kind} - gpt2",
                     "seed": seed,
-                    "scoring": SCORINGS[name],
-                    **summary.compare(*sides, seed=seed),
+                    "scoring": SCORINGS[folder],
+                    **summary.compare(ours, twin, seed=seed),
                 }
             )
-        return found
+        return entries
 
-    def draw(self):
-        """Pictures of the deepest models of the first seed."""
+    def write_figures(self, target):
+        """Write figures of the deepest models of the first seed to the folder `target`."""
         preset, seed = self.presets[-1], self.seeds[0]
-        names = {kind: f"{NAMES[kind]}, {preset}" for kind in self.models}
-        place = {
-            kind: self.folder(preset, kind, seed) / "interpret" / "summary.json"
-            for kind in self.models
-        }
-        figures.scores_by_layer(
-            {name: cli.read_json(place[kind]) for kind, name in names.items()},
-            self.results / "neurons.png",
-        )
-        figures.score_against_density(
-            {names[k]: self.rows(preset, k, seed) for k in names},
-            self.results / "neurons-density.png",
-        )
+        summaries, neurons = {}, {}
+        for kind in self.models:
+            name = f"{NAMES[kind]}, {preset}"
+            folder = neurons_run(preset, kind, seed) / "interpret"
+            summaries[name] = results.read_json(folder / "summary.json")
+            neurons[name] = self.rows(preset, kind, seed)
+        figures.scores_by_layer(summaries, target / "neurons.png")
+        figures.score_against_density(neurons, target / "neurons-density.png")
 
 
-def essence(found):
-    """What results/neurons.json keeps of a summary.json: everything but deciles and the record's header."""
-    sites = {
-        name: {m: {k: v for k, v in stat.items() if k != "deciles"} for m, stat in site.items()}
-        for name, site in found["sites"].items()
-    }
+def essence(scores):
+    """The part of a summary.json that results/neurons.json keeps: no deciles, no record header."""
+    sites = {}
+    for name, site in scores["sites"].items():
+        sites[name] = {metric: without_deciles(statistic) for metric, statistic in site.items()}
     return {
-        "command": found["command"],
+        "command": scores["command"],
         "sites": sites,
-        "overall": found["overall"]["codes"],
-        "what_the_simulator_saw": found["what_the_simulator_saw"],
+        "overall": scores["overall"]["codes"],
+        "what_the_simulator_saw": scores["what_the_simulator_saw"],
     }
 
 
-def over_seeds(found, preset, kind, scoring, metric):
-    """ "59.1 ± 0.4": mean x 100 of all layers over seeds and half of its range; "-" if a seed has none."""
-    values = [
-        (r[scoring]["overall"].get(metric) or {}).get("mean")
-        for r in found["runs"]
-        if (r["preset"], r["model"]) == (preset, kind)
-    ]
+def without_deciles(statistic):
+    return {key: value for key, value in statistic.items() if key != "deciles"}
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def table(study):
+    """Markdown: means over layers x 100, over seeds ± half of their range, next to the paper's.
+
+    The paper's numbers are of other simulators and another corpus.
+    """
+    kinds = list(dict.fromkeys(run["model"] for run in study["runs"]))
+    n = len(study["seeds"])
+    seeds = f"{n} seeds" if n > 1 else "one seed"
+    names = [NAMES[kind] for kind in kinds]
+    head = ["layers", f"score x 100, {seeds}", *names, f"{NOT_OURS}: CRATE", "GPT-2"]
+    rows = []
+    for preset in study["presets"]:
+        by_model = [runs_of(study, preset, kind) for kind in kinds]
+        for title, cells, paper in preset_rows(by_model, preset, study["match_density"]):
+            rows.append([preset, title, *cells, *paper])
+    return "\n\n".join([markdown(head, rows), *sae_table(study)])
+
+
+def preset_rows(by_model, preset, match_density):
+    """(title, a cell for each model, the paper's two numbers) of each row of a preset."""
+    none = ("", "")
+    losses = [statistics.mean(run["val_loss"] for run in runs) for runs in by_model]
+    yield "validation loss", [f"{loss:.3f}" for loss in losses], none
+    yield "density, %", [mean_density(runs) for runs in by_model], none
+    for metric in SHOWN:
+        paper = PAPER.get(metric.split("[")[0], {}).get(preset, none)
+        yield metric, [over_seeds(runs, "as it is", metric) for runs in by_model], paper
+    for metric in BRIEFLY:
+        title = f"{metric}, density <= {match_density:.0%}"
+        yield title, [over_seeds(runs, "matched", metric) for runs in by_model], none
+    for scoring in SCORINGS.values():
+        yield f"n of ngram_r, {scoring}", [counts(runs, scoring) for runs in by_model], none
+
+
+def over_seeds(runs, scoring, metric):
+    """59.1 ± 0.4: mean x 100 of all layers over seeds, half of their range; - if one has none."""
+    values = [(run[scoring]["overall"].get(metric) or {}).get("mean") for run in runs]
     if not values or None in values:
         return "-"
     half = f" ± {50 * (max(values) - min(values)):.1f}" if len(values) > 1 else ""
     return f"{100 * statistics.mean(values):.1f}{half}"
 
 
-def table(found):
-    """The README's table, in Markdown: mean over layers x 100 and over seeds, half of their range; beside it
-    the paper's numbers, which are of other simulators and another corpus."""
-    kinds = list(dict.fromkeys(r["model"] for r in found["runs"]))
-    seeds = f"{len(found['seeds'])} seeds" if len(found["seeds"]) > 1 else "one seed"
-    names = " | ".join(NAMES[k] for k in kinds)
-    lines = [
-        f"| layers | score x 100, {seeds} | {names} | {NOT_OURS}: CRATE | GPT-2 |",
-        "|---" * (len(kinds) + 4) + "|",
-    ]
-    for preset in found["presets"]:
-        runs = {
-            k: [r for r in found["runs"] if (r["preset"], r["model"]) == (preset, k)] for k in kinds
-        }
-        losses = [f"{statistics.mean(r['val_loss'] for r in runs[k]):.3f}" for k in kinds]
-        lines.append(f"| {preset} | validation loss | {' | '.join(losses)} | | |")
-        sites = [[s for r in runs[k] for s in r["as it is"]["sites"].values()] for k in kinds]
-        fires = [
-            f"{100 * statistics.mean(s['density']['mean'] for s in some):.1f}" for some in sites
-        ]
-        lines.append(f"| {preset} | density, % | {' | '.join(fires)} | | |")
-        for metric in SHOWN:
-            theirs = PAPER.get(metric.split("[")[0], {}).get(preset, ("", ""))
-            cells = [over_seeds(found, preset, k, "as it is", metric) for k in kinds]
-            lines.append(
-                f"| {preset} | {metric} | {' | '.join(cells)} | {theirs[0]} | {theirs[1]} |"
-            )
-        for metric in BRIEFLY:
-            cells = [over_seeds(found, preset, k, "matched", metric) for k in kinds]
-            lines.append(
-                f"| {preset} | {metric}, density <= {found['match_density']:.0%} | "
-                f"{' | '.join(cells)} | | |"
-            )
-        for scoring in SCORINGS.values():
-            cells = [
-                ", ".join(summary.tally(add(r[scoring]["sites"])) for r in runs[k]) for k in kinds
-            ]
-            lines.append(f"| {preset} | n of ngram_r, {scoring} | {' | '.join(cells)} | | |")
-    return "\n".join([*lines, "", *sae_lines(found)])
+def counts(runs, scoring):
+    """How many neurons of each run are live, dead, undefined and failed."""
+    texts = [summary.count_text(add_counts(run[scoring]["sites"])) for run in runs]
+    return ", ".join(texts)
 
 
-def add(sites, metric="ngram_r"):
-    """Counts of a metric over all sites: total, live, dead, undefined, failed."""
-    return {k: sum(s["n"][metric][k] for s in sites.values()) for k in ("total", *summary.STATUS)}
-
-
-def sae_lines(found):
-    """A table of the autoencoders' features beside the neurons of the same layer."""
-    if not found["sae"]:
+def sae_table(study):
+    """[A Markdown table of the autoencoders' features], or [] if there are none."""
+    if not study["sae"]:
         return []
-    lines = ["| features of | " + " | ".join(SHOWN) + " |", "|---" * (len(SHOWN) + 1) + "|"]
-    for of in found["sae"]:
-        means = [(of.get(m) or {}).get("mean") for m in SHOWN]
-        lines.append(
-            f"| {NAMES[of['model']]} {of['preset']}, {of['site']} | "
-            + " | ".join("-" if v is None else f"{100 * v:.1f}" for v in means)
-            + " |"
-        )
-    return lines
+    rows = []
+    for entry in study["sae"]:
+        means = [(entry.get(metric) or {}).get("mean") for metric in SHOWN]
+        cells = ["-" if value is None else f"{100 * value:.1f}" for value in means]
+        rows.append([f"{NAMES[entry['model']]} {entry['preset']}, {entry['site']}", *cells])
+    return [markdown(["features of", *SHOWN], rows)]
 
 
-def absolute(word):
-    """A file's full name, with what follows its first colon; other words as they are."""
-    name, colon, rest = word.partition(":")
-    return f"{Path(name).resolve()}{colon}{rest}" if Path(name).exists() else word
-
-
-def main():
-    words = sys.argv[1:]
-    if words == ["table"]:
-        print(table(cli.read_json(ROOT / "results" / "neurons.json")))
-    elif 2 <= len(words) <= 4 and all(w.isdecimal() and int(w) for w in words[2:]):
-        Study(absolute(words[0]), absolute(words[1]), *map(int, words[2:])).run()
-    else:
-        raise UserError(
-            "give a text and the ranks of a tokenizer, then steps and tokens if need be: `python "
-            "-m crate_mini.studies.neurons wiki.txt.xz gpt2.tiktoken:8191 1000 1000000`."
-        )
-
-
-if __name__ == "__main__":
-    cli.run(main)
+COMMAND = Command(Settings, run, checkpoint=False, positional=("text", "ranks", "steps", "tokens"))

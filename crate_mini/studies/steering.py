@@ -1,158 +1,153 @@
-"""`python -m crate_mini.studies.steering [SEED ...]`: what does turning a neuron do, and what does it cost?
+"""What does steering a neuron do, and what does it cost? -> results/steering.json, steering.png.
 
-The checkpoints are those that `python -m crate_mini.studies.train_default default` left in out/study: CRATE, crate+ and the
-GPT-2 twin, three seeds each. The layers of the first twin get sparse autoencoders; then neurons of all,
-features of the autoencoders and random directions are turned by the same doses on the same text.
--> results/steering.json, results/steering.png, and the README's tables
-
-Every part is `interpret.py sae` or `steer.py measure` in a process of its own; a part that is finished is
-kept in out/steering as long as its command stays the same, and its result says at which commit it was made.
-To make one again delete its folder. `python -m crate_mini.studies.tables` prints the README's tables again.
+The checkpoints are those that the study `default` left in out/study: CRATE, crate+ and the GPT-2
+twin, three seeds each. The layers of the first twin get sparse autoencoders. Then neurons of all
+models, features of the autoencoders and random directions are steered by the same doses on the same
+text.
 """
 
 import itertools
-import json
-import shlex
-import subprocess
-import sys
-import time
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import mean
 
 import torch
 
-from crate_mini import UserError, atomic_write, cli
-from crate_mini import results as evidence
-from crate_mini.steering import dose_response as dose
-from crate_mini.steering import figure as dose_views
-from crate_mini.studies import tables
-from crate_mini.training import device as machine
+from crate_mini import UserError, results
+from crate_mini.cli import setting
+from crate_mini.console.terminal import Command
+from crate_mini.steering import dose_response
+from crate_mini.steering.figure import figure
+from crate_mini.steering.tables import readme
+from crate_mini.studies.runner import Runner, default_run
+from crate_mini.studies.tables import NAMES
 
-ROOT = Path(__file__).resolve().parents[2]
-RUNS, OUT, RESULT = Path("out/study"), Path("out/steering"), ROOT / "results" / "steering.json"
-SEEDS = 1337, 1338, 1339
-SAE = (
-    "--k",
-    32,
-    "--steps",
-    500,
-    "--batch",
-    512,
-)  # 0.26 M tokens, 4 features a code, 32 of them at a time
-MEASURE = "--neurons", 24, "--tokens", 512
+# 0.26 M tokens, 4 features a code, 32 of them at a time
+SAE = ("--k", 32, "--steps", 500, "--batch", 512)
+MEASURE = ("--neurons", 24, "--tokens", 512)
+TWIN = "gpt2"  # the model that gets autoencoders, with the first seed
 
 
-def part(place, *words):
-    """Run a script with --out `place`, unless the very same command has finished there before."""
-    told, words = ROOT / place / "finished.json", [*map(str, words), "--out", str(place)]
-    if not told.exists() or json.loads(told.read_text()) != words:
-        print(f"\npython {' '.join(words)}", flush=True)
-        code = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
-        if code:
-            raise UserError(f"`python {' '.join(words)}` ended with code {code}, see above.")
-        with atomic_write(told) as file:
-            file.write(json.dumps(words).encode())
+@dataclass
+class Settings:
+    """Dose and response of steering neurons, features and random directions in all models.
+
+    Needs the models of `python -m crate_mini.studies default`. Writes results/steering.json and
+    steering.png.
+    """
+
+    seeds: tuple[int, ...] = setting((1337, 1338, 1339), "seeds of the models to steer")
 
 
-def measured(kind, seed, sae):
-    """(steering.json of one checkpoint, [facts of each of its autoencoders, if it is to have some])."""
-    name, places, facts = f"{kind}-{seed}", [], []
-    ckpt, flags = RUNS / name / "last", []
-    if not (ROOT / ckpt).exists():
-        raise UserError(
-            f"{ckpt} is missing; `python -m crate_mini.studies.train_default default` trains it."
-        )
-    if sae:
-        for layer in range(cli.read_json(ROOT / ckpt / "config.json")["config"]["n_layer"]):
-            place = OUT / f"{name}-sae-{layer}"
-            part(place, "interpret.py", "sae", ckpt, "--layer", layer, "--seed", seed, *SAE)
-            facts.append(cli.read_json(ROOT / place / f"sae-L{layer}.json")["saes"][0])
-            places.append(f"{place}/sae-L{layer}-{facts[-1]['name']}.pt")
-        flags = ["--sae", ",".join(places)]
-    part(OUT / name, "steer.py", "measure", ckpt, "--seed", seed, *MEASURE, *flags)
-    return cli.read_json(ROOT / OUT / name / "steering.json"), facts
+def run(settings):
+    """Steer every model, write results/steering.json and .png, print the tables.
 
-
-def together(runs):
-    """One result, shaped as steering.json, of a model's runs: neurons of all seeds pooled, costs averaged."""
-
-    def averaged(key, by, values):
-        rows = sorted((row for run in runs for row in run[key]), key=lambda r: [r[k] for k in by])
-        groups = (
-            (k, list(g)) for k, g in itertools.groupby(rows, key=lambda r: [r[k] for k in by])
-        )
-        found = ((k, {v: [r[v] for r in g if r[v] is not None] for v in values}) for k, g in groups)
-        return [
-            dict(
-                zip(by, k),
-                **{v: mean(some) if some else None for v, some in each.items()},
-                seeds=each,
+    Raises UserError for a model that is missing, and when a part fails.
+    """
+    grid = list(itertools.product(settings.seeds, NAMES))
+    checkpoints = {(kind, seed): default_run(kind, seed) / "last" for seed, kind in grid}
+    for checkpoint in checkpoints.values():
+        if not checkpoint.exists():
+            raise UserError(
+                f"{checkpoint.relative_to(results.ROOT)} is missing; "
+                "`python -m crate_mini.studies default` trains it."
             )
-            for k, each in found
-        ]
-
-    pooled = [
-        {**row, "neuron": (run["seed"], row["neuron"])} for run in runs for row in run["rows"]
-    ]
-    return {
-        "checkpoint": {"config": runs[0]["checkpoint"]["config"]},
-        "summary": dose.summary(pooled, runs[0]["seed"]),
-        "contrasts": dose.contrasts(pooled, runs[0]["seed"]),
-        "inserted": averaged("inserted", ("layer", "kind"), ("kl", "loss")),
-        "attribution": averaged("attribution", ("layer", "dose"), ("correlation", "null", "top10")),
-        "runs": [
-            {
-                "seed": run["seed"],
-                "command": run["command"],
-                "commit": run["machine"].get("commit"),
-                "sha256": run["checkpoint"]["sha256"],
-                "live": run["live"],
-                "val_loss": run["checkpoint"]["training"]["val_loss"],
-                "at_kl": {
-                    kind: {m: v["mean"] for m, v in found["at_kl"].items()}
-                    for kind, found in run["summary"].items()
-                },
-            }
-            for run in runs
-        ],
-    }
-
-
-def run(seeds):
-    """All parts, a seed after the other, then the files."""
-    grid, runs, saes, start = list(itertools.product(seeds, tables.NAMES)), {}, [], time.monotonic()
-    for done, (seed, kind) in enumerate(grid):
-        left = (time.monotonic() - start) / max(1, done) * (len(grid) - done) / 60
-        print(
-            f"[{done + 1}/{len(grid)}] {kind} {seed}" + f"  ETA {left:.0f} min" * bool(done),
-            flush=True,
-        )
-        result, facts = measured(kind, seed, kind == "gpt2" and seed == seeds[0])
-        runs.setdefault(kind, []).append(result)
-        saes += [{**f, "model": kind, "seed": seed} for f in facts]
-    models = {kind: together(some) for kind, some in runs.items()}
-    found = {
+    first = settings.seeds[0]
+    config = results.read_json(checkpoints[TWIN, first] / "config.json")["config"]
+    runner = Runner("steering", len(grid) + config["n_layer"])
+    runs, saes = {}, []
+    for seed, kind in grid:
+        checkpoint = checkpoints[kind, seed]
+        files = []
+        if (kind, seed) == (TWIN, first):
+            for layer in range(config["n_layer"]):
+                facts, file = autoencoder(runner, checkpoint, layer, seed)
+                saes.append({**facts, "model": kind, "seed": seed})
+                files.append(file)
+        runs.setdefault(kind, []).append(measured(runner, checkpoint, kind, seed, files))
+    models = {kind: pooled(runs_of_kind) for kind, runs_of_kind in runs.items()}
+    study = {
         "schema": 1,
-        "seeds": seeds,
-        "command": shlex.join(["python", "-m", "crate_mini.studies.steering", *sys.argv[1:]]),
-        "machine": machine.describe(torch.device("cpu")),
+        "seeds": settings.seeds,
+        "command": results.command("-m", "crate_mini.studies"),
+        "machine": results.machine(torch.device("cpu")),
         "models": models,
         "sae": saes,
     }
-    evidence.write_json(RESULT, found)
-    dose_views.figure(list(models.values()), RESULT.with_suffix(".png"))
-    print(f"\n{dose_views.readme(found)}")
+    path = results.write_json(results.ROOT / "results" / "steering.json", study)
+    figure(list(models.values()), path.with_suffix(".png"))
+    print(f"\n{readme(study)}")
 
 
-def main():
-    words = sys.argv[1:]
-    if all(word.isdecimal() for word in words):
-        run([int(word) for word in words] or list(SEEDS))
-    else:
-        raise UserError(
-            "give seeds, or nothing for all three: `python -m crate_mini.studies.steering 1337`."
-        )
+def autoencoder(runner, checkpoint, layer, seed):
+    """Train an autoencoder on one layer of the twin; (its facts, its file)."""
+    folder = results.ROOT / "out" / "steering" / f"{TWIN}-{seed}-sae-{layer}"
+    words = ["interpret.py", "sae", checkpoint, "--layer", layer, "--seed", seed]
+    runner.part(folder, *words, *SAE)
+    facts = results.read_json(folder / f"sae-L{layer}.json")["saes"][0]
+    return facts, folder / f"sae-L{layer}-{facts['name']}.pt"
 
 
-if __name__ == "__main__":
-    cli.run(main)
+def measured(runner, checkpoint, kind, seed, autoencoders):
+    """steering.json of one checkpoint, with the features of these files too."""
+    folder = results.ROOT / "out" / "steering" / f"{kind}-{seed}"
+    words = ["steer.py", "measure", checkpoint, "--seed", seed, *MEASURE]
+    if autoencoders:
+        words += ["--sae", ",".join(map(str, autoencoders))]
+    runner.part(folder, *words)
+    return results.read_json(folder / "steering.json")
+
+
+# ---- seeds together ------------------------------------------------------------------------------
+
+
+def pooled(runs):
+    """One result, shaped as steering.json, of a model's runs: neurons pooled, costs averaged."""
+    rows = []
+    for run in runs:
+        rows += [{**row, "neuron": (run["seed"], row["neuron"])} for row in run["rows"]]
+    seed = runs[0]["seed"]
+    correlations = ("correlation", "null", "top10")
+    return {
+        "checkpoint": {"config": runs[0]["checkpoint"]["config"]},
+        "summary": dose_response.summary(rows, seed),
+        "contrasts": dose_response.contrasts(rows, seed),
+        "inserted": averaged(runs, "inserted", ("layer", "kind"), ("kl", "loss")),
+        "attribution": averaged(runs, "attribution", ("layer", "dose"), correlations),
+        "runs": [essence(run) for run in runs],
+    }
+
+
+def averaged(runs, part, keys, values):
+    """The rows of a part of all runs, those with equal keys averaged; `seeds` keeps each value."""
+    groups = {}
+    for run in runs:
+        for row in run[part]:
+            groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    rows = []
+    for _, group in sorted(groups.items()):
+        by_seed = {}
+        for value in values:
+            by_seed[value] = [row[value] for row in group if row[value] is not None]
+        means = {value: mean(known) if known else None for value, known in by_seed.items()}
+        shared = {key: group[0][key] for key in keys}
+        rows.append({**shared, **means, "seeds": by_seed})
+    return rows
+
+
+def essence(run):
+    """The part of one steering.json that results/steering.json keeps."""
+    at_kl = {}
+    for kind, summary in run["summary"].items():
+        at_kl[kind] = {metric: value["mean"] for metric, value in summary["at_kl"].items()}
+    return {
+        "seed": run["seed"],
+        "command": run["command"],
+        "commit": run["machine"].get("commit"),
+        "sha256": run["checkpoint"]["sha256"],
+        "live": run["live"],
+        "val_loss": run["checkpoint"]["training"]["val_loss"],
+        "at_kl": at_kl,
+    }
+
+
+COMMAND = Command(Settings, run, checkpoint=False, positional=("seeds",))

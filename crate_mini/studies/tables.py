@@ -1,157 +1,237 @@
-"""The README's tables in Markdown, from the files in results/ alone: `python -m crate_mini.studies.tables`."""
+"""`python -m crate_mini.studies tables`: the tables of the README, from the files in results/.
+
+TABLES are those of results/README.md, FINDINGS the small ones of the README; each entry makes
+Markdown from the JSON file of its name.
+"""
 
 import itertools
 import re
 import statistics
-from pathlib import Path
+from collections import Counter
+from dataclasses import dataclass
 
-from crate_mini import cli
-from crate_mini.steering import figure as dose_views
+from crate_mini import results
+from crate_mini.console.terminal import Command
+from crate_mini.neurons.summary import STATUS
+from crate_mini.plots.markdown import markdown
+from crate_mini.steering.tables import cell, name, readme
 
-RESULTS = Path(__file__).resolve().parents[2] / "results"
 NAMES = {"crate": "CRATE (paper)", "crate+": "crate+", "gpt2": "GPT-2 twin"}
 
 
-def default(found):
-    """The default run: means over seeds; spread is the largest minus the smallest loss."""
-    lines = [
-        "| model | seeds | validation loss | spread | bits per byte | density | tokens/s | minutes |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for kind in NAMES:
-        rows = [r for r in found["runs"] if r["model"] == kind]
-        m = {
-            k: statistics.mean(r[k] for r in rows)
-            for k in ("val_loss", "bits_per_byte", "density", "tokens_per_s", "minutes")
-        }
-        spread = f"{max(r['val_loss'] for r in rows) - min(r['val_loss'] for r in rows):.3f}"
-        spread = spread if len(rows) > 1 else "unknown"
-        lines.append(
-            f"| {NAMES[kind]} | {len(rows)} | {m['val_loss']:.3f} | {spread} | "
-            f"{m['bits_per_byte']:.3f} | {m['density']:.2f} | {m['tokens_per_s']:,.0f} | "
-            f"{m['minutes']:.1f} |"
+def mean(rows, key):
+    """The mean of one entry of several rows."""
+    return statistics.mean(row[key] for row in rows)
+
+
+def default(study):
+    """The default run: means over seeds; spread is the largest loss minus the smallest."""
+    rows = []
+    for kind, model in NAMES.items():
+        runs = [run for run in study["runs"] if run["model"] == kind]
+        losses = [run["val_loss"] for run in runs]
+        spread = f"{max(losses) - min(losses):.3f}" if len(runs) > 1 else "unknown"
+        rows.append(
+            [
+                model,
+                len(runs),
+                f"{mean(runs, 'val_loss'):.3f}",
+                spread,
+                f"{mean(runs, 'bits_per_byte'):.3f}",
+                f"{mean(runs, 'density'):.2f}",
+                f"{mean(runs, 'tokens_per_s'):,.0f}",
+                f"{mean(runs, 'minutes'):.1f}",
+            ]
         )
-    for name, bits in found["baselines_bits_per_byte"].items():
-        lines.append(f"| {name} | | | | {bits:.3f} | | | |")
-    return "\n".join(lines)
+    for baseline, bits in study["baselines_bits_per_byte"].items():
+        rows.append([baseline, "", "", "", f"{bits:.3f}", "", "", ""])
+    head = ["model", "seeds", "validation loss", "spread", "bits per byte", "density"]
+    return markdown([*head, "tokens/s", "minutes"], rows)
 
 
-def speed(found):
-    """Thousand tokens a second of train.py."""
-    lines = [
-        "| ids | model | bf16 | bf16, compiled | fp32 | fp32, compiled |",
-        "|---|---|---|---|---|---|",
-    ]
-    for ids in (50304, 8192):
-        for kind in ("crate", "gpt2"):
-            rate = {
-                (r["dtype"], r["compile"]): r["tokens_per_s"] / 1e3
-                for r in found["rows"]
-                if (r["ids"], r["model"]) == (ids, kind)
-            }
-            order = itertools.product(("bfloat16", "float32"), ("off", "on"))
-            cells = [f"{rate[key]:.1f} k" for key in order]
-            lines.append(f"| {ids:,} | {NAMES[kind]} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def speed(study):
+    """Tokens per second of train.py, in thousands."""
+    rows = []
+    for ids, kind in itertools.product((50304, 8192), ("crate", "gpt2")):
+        rates = {}
+        for row in study["rows"]:
+            if (row["ids"], row["model"]) == (ids, kind):
+                rates[row["dtype"], row["compile"]] = row["tokens_per_s"] / 1000
+        order = itertools.product(("bfloat16", "float32"), ("off", "on"))
+        rows.append([f"{ids:,}", NAMES[kind], *(f"{rates[key]:.1f} k" for key in order)])
+    head = ["ids", "model", "bf16", "bf16, compiled", "fp32", "fp32, compiled"]
+    return markdown(head, rows)
 
 
-def bench(found):
-    """Kernels, forward and backward: how many times as fast as PyTorch, and as its matrix products alone."""
-    lines = [
-        "| forward and backward | bf16 ms | eager | compiled | products | fp32 ms | eager | compiled | "
-        "products |",
-        "|---" * 9 + "|",
-    ]
-    shown = r"(ista|mssa) (8192x128|2048x768|3001x100) .* both|decode 1x768 .*|step 8x256 V=4096 .*"
-    cells = {}
-    for row in found["rows"]:
-        if not re.fullmatch(shown, row["name"]):
-            continue
-        ms = {name: m["median"] for name, m in row["ms"].items()}
-        op, shape, dtype = row["name"].removesuffix(" both").rsplit(" ", 2)
+BENCHED = r"(ista|mssa) (8192x128|2048x768|3001x100) .* both|decode 1x768 .*|step 8x256 V=4096 .*"
+
+
+def medians(row):
+    """{contestant: milliseconds} of a row of bench.json."""
+    return {contestant: times["median"] for contestant, times in row["ms"].items()}
+
+
+def bench(study):
+    """Kernels, forward and backward: times as fast as PyTorch, and as its matrix products alone."""
+    cells = {}  # operation: {dtype: its four cells}
+    for row in study["rows"]:
         density = re.search(r"density ([\d.]+)", row["note"])
+        if not re.fullmatch(BENCHED, row["name"]):
+            continue
         if density and not 5 < float(density[1]) < 20:
             continue
-        name = f"{op} {shape}" + (f", density {float(density[1]):.0f} %" if density else "")
-        times = [
-            f"{ms[n] / ms['fused']:.2f}x" if n in ms else ""
-            for n in ("eager", "compile", "products")
-        ]
-        cells.setdefault(name, {})[dtype] = [f"{ms['fused']:.3g}", *times]
-    for name, sides in cells.items():
-        lines.append(f"| {name} | {' | '.join(sides['bfloat16'] + sides['float32'])} |")
-    return "\n".join(lines)
+        op, shape, dtype = row["name"].removesuffix(" both").rsplit(" ", 2)
+        title = f"{op} {shape}"
+        if density:
+            title += f", density {float(density[1]):.0f} %"
+        ms = medians(row)
+        numbers = [f"{ms['fused']:.3g}"]
+        for contestant in ("eager", "compile", "products"):
+            known = contestant in ms
+            numbers.append(f"{ms[contestant] / ms['fused']:.2f}x" if known else "")
+        cells.setdefault(title, {})[dtype] = numbers
+    rows = [[title, *by["bfloat16"], *by["float32"]] for title, by in cells.items()]
+    columns = ["eager", "compiled", "products"]
+    return markdown(["forward and backward", "bf16 ms", *columns, "fp32 ms", *columns], rows)
 
 
-def ladder(found):
-    """Versions of the product under `ista_step`, naive to fast: milliseconds (times as fast as eager)."""
-    cells = {}
-    for row in found["rows"]:
-        dtype, version, _ = row["name"].split()[2:]
-        ms = {name: m["median"] for name, m in row["ms"].items()}
-        cells.setdefault(dtype, {})[version] = (
-            f"{ms['fused']:.3g} ({ms['eager'] / ms['fused']:.2f}x)"
-        )
-    names = next(iter(cells.values()))
-    return "\n".join(
-        [
-            f"| ms | {' | '.join(names)} |",
-            "|---" * (len(names) + 1) + "|",
-            *(f"| {dtype} | {' | '.join(row.values())} |" for dtype, row in cells.items()),
-        ]
-    )
+def versions(study):
+    """Versions of a kernel, naive to fast, forward: milliseconds (times as fast as eager PyTorch).
+
+    The naive version is in float32 alone.
+    """
+    cells = {}  # dtype: {version: its cell}
+    for row in study["rows"]:
+        _, _, dtype, version, direction = row["name"].split()
+        if direction != "forward":
+            continue
+        ms = medians(row)
+        text = f"{ms['fused']:.3g} ({ms['eager'] / ms['fused']:.2f}x)"
+        cells.setdefault(dtype, {})[version] = text
+    names = max(cells.values(), key=len)
+    rows = [[dtype, *(by.get(name, "") for name in names)] for dtype, by in cells.items()]
+    return markdown(["ms", *names], rows)
 
 
-def neurons(found):
-    """Deepest models: scores x 100, means over layers and seeds; the whole is `study_neurons table`."""
-
-    def mean(runs, scoring, metric):
-        return f"{100 * statistics.mean(r[scoring]['overall'][metric]['mean'] for r in runs):.1f}"
-
-    lines = [
-        "| | validation loss | density, % | ngram_r | null_r | init_r | openai_random[ngram] | "
-        f"ngram_r, density <= {found['match_density']:.0%} |",
-        "|---" * 8 + "|",
-    ]
-    for preset, kind in itertools.product(found["presets"][-1:], NAMES):
-        runs = [r for r in found["runs"] if (r["preset"], r["model"]) == (preset, kind)]
-        density = [s["density"]["mean"] for r in runs for s in r["as it is"]["sites"].values()]
-        plain = ("ngram_r", "null_r", "init_r", "openai_random[ngram]")
-        cells = [
-            f"{statistics.mean(r['val_loss'] for r in runs):.3f}",
-            f"{100 * statistics.mean(density):.1f}",
-            *(mean(runs, "as it is", m) for m in plain),
-            mean(runs, "matched", "ngram_r"),
-        ]
-        lines.append(f"| {preset} {NAMES[kind]} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def score(runs, scoring, metric):
+    """A metric x 100, mean over layers and runs."""
+    return f"{100 * statistics.mean(r[scoring]['overall'][metric]['mean'] for r in runs):.1f}"
 
 
-def concepts(found, method="clvq", control="same class"):
-    """One sentence: how far accuracy falls without a concept's code, and how often it is the code's doing."""
-    by_form, passed = {}, []
-    for seed in (seed for run in found["runs"] for seed in run["by_seed"].values()):
-        for form, rows in seed["methods"][method]["survives"].items():
-            by_form.setdefault(form, []).append(
-                seed["methods"][method][form]["own"]["relative_drop"]
-            )
-            passed.append(rows[control]["passes"])
-    drops = [100 * statistics.mean(rows) for rows in by_form.values()]
+def deepest(study):
+    """[(model's name, its runs)] of the preset with the most layers."""
+    preset = study["presets"][-1]
+    models = []
+    for kind, model in NAMES.items():
+        models.append((f"{preset} {model}", runs_of(study, preset, kind)))
+    return models
+
+
+def runs_of(study, preset, kind):
+    """The runs of one model in results/neurons.json, one for each seed."""
+    return [run for run in study["runs"] if (run["preset"], run["model"]) == (preset, kind)]
+
+
+def mean_density(runs):
+    """Share of tokens on which a neuron fires, in percent; mean over neurons, layers and runs."""
+    sites = [site for run in runs for site in run["as it is"]["sites"].values()]
+    return f"{100 * statistics.mean(site['density']['mean'] for site in sites):.1f}"
+
+
+def neurons(study):
+    """Deepest models: scores x 100, means over layers and seeds; all with `neurons table`."""
+    metrics = ["ngram_r", "null_r", "init_r", "openai_random[ngram]"]
+    rows = []
+    for model, runs in deepest(study):
+        scores = [score(runs, "as it is", metric) for metric in metrics]
+        matched = score(runs, "matched", "ngram_r")
+        rows.append([model, f"{mean(runs, 'val_loss'):.3f}", mean_density(runs), *scores, matched])
+    matched = f"ngram_r, density <= {study['match_density']:.0%}"
+    return markdown(["", "validation loss", "density, %", *metrics, matched], rows)
+
+
+def concepts(study, method="clvq", control="same class"):
+    """One sentence: how far accuracy falls without a concept's code, and if the code is why."""
+    drops = {}  # form of the test: relative drops
+    passed = []
+    for run in study["runs"]:
+        for seed in run["by_seed"].values():
+            outcomes = seed["methods"][method]
+            for form, controls in outcomes["survives"].items():
+                drops.setdefault(form, []).append(outcomes[form]["own"]["relative_drop"])
+                passed.append(controls[control]["passes"])
+    means = [100 * statistics.mean(values) for values in drops.values()]
     return (
-        f"accuracy falls by {min(drops):.0f} to {max(drops):.0f} %, by the form of the test, and in "
-        f"{sum(passed)} of {len(passed)} cases by more than without the code of another text of the same "
-        "class"
+        f"accuracy falls by {min(means):.0f} to {max(means):.0f} %, by the form of the test, and "
+        f"in {sum(passed)} of {len(passed)} cases by more than without the code of another text of "
+        "the same class"
     )
 
 
-if __name__ == "__main__":
-    for file, show in (
-        ("default", default),
-        ("speed", speed),
-        ("bench", bench),
-        ("versions", ladder),
-        ("neurons", neurons),
-        ("steering", dose_views.readme),
-        ("concepts", concepts),
-    ):
-        print(show(cli.read_json(RESULTS / f"{file}.json")), "\n")
+def losses(study):
+    """The default run in short: bits per byte of the models and of the best baseline."""
+    rows = []
+    for kind, model in NAMES.items():
+        runs = [run for run in study["runs"] if run["model"] == kind]
+        rows.append([model, f"{mean(runs, 'val_loss'):.2f}", f"{mean(runs, 'bits_per_byte'):.2f}"])
+    for baseline, bits in study["baselines_bits_per_byte"].items():
+        rows.append([baseline, "", f"{bits:.2f}"])
+    return markdown(["model", "validation loss", "bits per byte"], rows)
+
+
+def predictability(study):
+    """Scores of neurons in short: as trained, at equal density, and of the untrained model."""
+    rows = []
+    for model, runs in deepest(study):
+        scores = [score(runs, "as it is", "ngram_r"), score(runs, "matched", "ngram_r")]
+        rows.append([model, mean_density(runs), *scores, score(runs, "as it is", "init_r")])
+    return markdown(["model", "fires on, %", "score", "at equal density", "untrained"], rows)
+
+
+def gains(study):
+    """Steering in short: nats gained at equal side effect, by neurons and by random directions."""
+    rows = []
+    for result in study["models"].values():
+        for kind in ("neuron", "random"):
+            at_kl = result["summary"][kind]["at_kl"]
+            rows.append([f"{name(result)}, {kind}", cell(at_kl["own"]), cell(at_kl["seen"])])
+    return markdown(["steered", "tokens it raises", "tokens that follow it in text"], rows)
+
+
+TABLES = {
+    "default": default,
+    "speed": speed,
+    "bench": bench,
+    "versions": versions,
+    "neurons": neurons,
+    "steering": readme,
+    "concepts": concepts,
+}
+FINDINGS = {"default": losses, "neurons": predictability, "steering": gains}
+
+
+# ---- for the studies -----------------------------------------------------------------------------
+
+
+def add_counts(sites, metric="ngram_r"):
+    """Counts of a metric over all sites of a summary: total, live, dead, undefined, failed."""
+    counts = Counter()
+    for site in sites.values():
+        counts.update({key: site["n"][metric][key] for key in ("total", *STATUS)})
+    return dict(counts)
+
+
+@dataclass
+class Settings:
+    """Print the tables of results/README.md, then the small ones of the README."""
+
+
+def run(settings):
+    """Print every table. Raises UserError for a file of results/ that is missing or damaged."""
+    for tables in (TABLES, FINDINGS):
+        for file, table in tables.items():
+            path = results.ROOT / "results" / f"{file}.json"
+            print(f"{table(results.read_json(path))}\n")
+
+
+COMMAND = Command(Settings, run, checkpoint=False)

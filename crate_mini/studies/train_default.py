@@ -1,12 +1,7 @@
-"""`python -m crate_mini.studies.train_default NAME`: the grid behind a table of the README, kept in results/.
+"""Three studies of training: default, deps and speed, to the files of these names in results/.
 
-    default    the default run for CRATE, crate+ and the GPT-2 twin, three seeds each, beside gzip and a
-               trigram model of the same text -> default.json, default.png
-    deps       do docstrings of numpy, torch and matplotlib make a better model in the same time? -> deps.json
-    speed TEXT RANKS    tokens/s of train.py at 3L on this text with these ranks, and with 8,192 ids, of CRATE
-               and its twin, bf16 and fp32, eager and compiled; the same step in a bare loop -> speed.json
-
-Every run is `train.py` itself in a process of its own, so that what is measured is what a user gets.
+Every run is `train.py` itself in a process of its own, so that what is measured is what a user
+gets. A finished run is kept until the commit changes.
 """
 
 import csv
@@ -15,194 +10,271 @@ import itertools
 import json
 import math
 import statistics
-import subprocess
-import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from crate_mini import UserError, atomic_write, cli
-from crate_mini.data import batches as data
+from crate_mini import UserError, results
+from crate_mini.cli import setting
+from crate_mini.console import terminal
+from crate_mini.console.terminal import Command
+from crate_mini.data.batches import open_corpus
+from crate_mini.data.tokenizer import load_tokenizer
 from crate_mini.model import LM, preset
 from crate_mini.studies import tables
-from crate_mini.training import checkpoint
-from crate_mini.training import device as machine
-from crate_mini.training import loss_curve as report
-from crate_mini.training.settings import Settings
+from crate_mini.studies.runner import Runner, absolute, default_run, run_script
+from crate_mini.training import checkpoint, device, loss_curve
+from crate_mini.training.settings import Settings as TrainSettings
 
-ROOT = Path(__file__).resolve().parents[2]
-MODELS, SEEDS = tuple(tables.NAMES), (1337, 1338, 1339)
+MODELS = tuple(tables.NAMES)
+SEEDS = (1337, 1338, 1339)
+CPU = torch.device("cpu")
 
 
-def trigram_bits(train, held, vocab, discount=0.75):
-    """Bits per token of `held` under an interpolated Kneser-Ney trigram model of `train` (arrays of ids).
+@dataclass
+class Default:
+    """Train CRATE, crate+ and the GPT-2 twin with three seeds each, as `train.py` does by default.
 
-    Chen & Goodman 1998, one discount D: p(w | uv) = (c(uvw) - D)+ / c(uv) + D n(uv) / c(uv) p(w | v), where
-    lower orders count distinct left neighbours instead of occurrences and the last falls back to 1 / V.
+    gzip and trigram models of the same text are the baselines. Writes results/default.json and
+    default.png.
     """
-    grams, probability = [], np.full(len(held), 1.0 / vocab)
-    for n in (1, 2, 3):
-        key = sum(
-            train[i : len(train) - n + 1 + i].astype(np.int64) * vocab ** (n - 1 - i)
-            for i in range(n)
-        )
-        grams.append(np.unique(key, return_counts=True))
-    for n in (1, 2, 3):
-        if n == 3:
-            keys, counts = grams[2]
-        else:  # how many different tokens were seen before this n-gram
-            keys, counts = np.unique(grams[n][0] % vocab**n, return_counts=True)
-        contexts, first = np.unique(keys // vocab, return_index=True)
-        total, kinds = np.add.reduceat(counts, first), np.diff([*first, len(keys)])
-        padded = np.concatenate([np.zeros(n - 1, np.int64), held.astype(np.int64)])
-        key = sum(padded[i : i + len(held)] * vocab ** (n - 1 - i) for i in range(n))
-        at = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
-        count = np.where(keys[at] == key, counts[at], 0)
-        at = np.minimum(np.searchsorted(contexts, key // vocab), len(contexts) - 1)
-        seen = contexts[at] == key // vocab
-        probability = np.where(
-            seen,
-            (np.maximum(count - discount, 0) + discount * kinds[at] * probability) / total[at],
-            probability,
-        )
-    return float(-np.log2(probability).mean())
 
 
-def baselines(source="pydocs", spec="pydocs:4095"):
-    """Bits per byte of the held-out text: gzip -9 of it, and trigram models of the training text."""
-    tokenizer = data.load_tokenizer(spec)
-    corpus = data.open_corpus(source, tokenizer, log=lambda *words: None)
-    ids = {}
-    for split in ("train", "val"):
-        blocks = list(corpus.blocks(split, 64, 1024))
-        ids[split] = torch.cat(
-            [blocks[0][0].flatten()[:1], *(y.flatten() for _, y in blocks)]
-        ).numpy()
-    text = {
-        split: b"".join(tokenizer.token_bytes(int(i)) for i in row if i != tokenizer.eot)
-        for split, row in ids.items()
-    }
-    letters = {split: np.frombuffer(row, np.uint8) for split, row in text.items()}
-    scale = len(ids["val"]) / corpus.n_bytes["val"]
-    return {
-        "gzip -9": 8 * len(gzip.compress(text["val"], 9)) / len(text["val"]),
-        "trigram of bytes (Kneser-Ney)": trigram_bits(letters["train"], letters["val"], 256),
-        "trigram of the same tokens (Kneser-Ney)": trigram_bits(
-            ids["train"], ids["val"], tokenizer.vocab_size
-        )
-        * scale,
-    }
+@dataclass
+class Deps:
+    """Do docstrings of numpy, torch and matplotlib make a better model in the same time?
+
+    Both models are judged on the held-out text of pydocs alone. Writes results/deps.json.
+    """
 
 
-def default(out=ROOT / "out" / "study"):
-    """Train every model with every seed (finished runs are kept); write results/default.json and .png."""
-    runs, start = [], time.time()
-    grid = [(kind, seed) for seed in SEEDS for kind in MODELS]
-    for done, (kind, seed) in enumerate(grid):
-        folder = out / f"{kind}-{seed}"
-        flags = ["--model", kind, "--seed", str(seed), "--log-sparsity", "--out", str(folder)]
-        eta = (
-            f"ETA {(time.time() - start) / done * (len(grid) - done) / 60:.0f} min" if done else ""
-        )
-        print(f"[{done + 1}/{len(grid)}] python train.py {' '.join(flags[:-2])}  {eta}", flush=True)
-        runs.append(one_run(folder, kind, seed, flags))
-    found = {
-        "command": "python -m crate_mini.studies.train_default default",
+@dataclass
+class Speed:
+    """How many tokens per second train.py reaches at 3L: CRATE and its twin, eager and compiled.
+
+    In bf16 and fp32, on a text with a large vocabulary and on pydocs with 8,192 ids; and next to a
+    bare training loop. Writes results/speed.json.
+    """
+
+    text: str | None = setting(None, "a text like wiki.txt.xz")
+    ranks: str | None = setting(None, "a tokenizer of 50,304 ids for it, like gpt2.tiktoken")
+
+
+# ---- default -------------------------------------------------------------------------------------
+
+
+def run_default(settings):
+    """Train the models, write results/default.json and .png, print the table."""
+    runner = Runner("default", len(SEEDS) * len(MODELS), this_commit=True)
+    grid = itertools.product(SEEDS, MODELS)
+    runs = [train(runner, default_run(kind, seed), kind, seed) for seed, kind in grid]
+    study = {
+        "command": "python -m crate_mini.studies default",
         "seeds": SEEDS,
-        "machine": machine.describe(torch.device("cpu")),
+        "machine": results.machine(CPU),
         "baselines_bits_per_byte": baselines(),
         "runs": runs,
     }
-    with atomic_write(ROOT / "results" / "default.json") as file:
-        file.write(json.dumps(found, indent=1).encode() + b"\n")
-    report.loss_curves(
-        {tables.NAMES[k]: [out / f"{k}-{s}" / "log.csv" for s in SEEDS] for k in MODELS},
-        ROOT / "results" / "default.png",
-    )
-    print(tables.default(found))
+    path = results.write_json(results.ROOT / "results" / "default.json", study)
+    logs = {}
+    for kind, name in tables.NAMES.items():
+        logs[name] = [default_run(kind, seed) / "log.csv" for seed in SEEDS]
+    loss_curve.loss_curves(logs, path.with_suffix(".png"))
+    print(f"\n{tables.default(study)}")
 
 
-def deps(out=ROOT / "out" / "study"):
-    """The default run on pydocs and on pydocs+deps, both judged by the held-out text of pydocs alone."""
-    found = {
-        "command": "python -m crate_mini.studies.train_default deps",
-        "seeds": SEEDS[:1],
-        "bits_per_byte_of_pydocs": {},
-        "machine": machine.describe(torch.device("cpu")),
+def train(runner, folder, kind, seed, *flags):
+    """Train a model, unless it was at this commit; returns what default.json keeps of the run."""
+    flags = ["--model", kind, "--seed", seed, "--log-sparsity", *flags]
+    record = runner.part(folder, "train.py", "--overwrite", *flags)
+    meta = results.read_json(folder / "last" / "config.json")["training"]
+    with open(folder / "log.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    output = folder.with_name(f"{folder.name}.log").read_text()
+    sample = output.partition("\nsample    ")[2].partition("\nresult ")[0]
+    backend = next(line for line in output.splitlines() if line.startswith("backend"))
+    return {
+        "model": kind,
+        "seed": seed,
+        "minutes": round(record["seconds"] / 60, 2),
+        "val_loss": meta["val_loss"],
+        "bits_per_byte": meta["bits_per_byte"],
+        "density": meta["density"],
+        "tokens": int(last["tokens"]),
+        "tokens_per_s": int(last["tokens_per_s"]),
+        "backend": backend.split()[1],
+        "machine": meta["machine"],
+        "sample": sample.strip(),
     }
-    for source, name in (("pydocs", f"crate-{SEEDS[0]}"), ("pydocs+deps", "deps")):
-        flags = ["--data", source, "--model", "crate", "--seed", str(SEEDS[0]), "--log-sparsity"]
-        run = one_run(out / name, "crate", SEEDS[0], [*flags, "--out", str(out / name)])
-        found["bits_per_byte_of_pydocs"][source] = held_out_bits(out / name / "last", "pydocs")
-        found.setdefault("tokens", run["tokens"])
-    with atomic_write(ROOT / "results" / "deps.json") as file:
-        file.write(json.dumps(found, indent=1).encode() + b"\n")
-    print(json.dumps(found["bits_per_byte_of_pydocs"]))
+
+
+def baselines(source="pydocs", spec="pydocs:4095"):
+    """Bits per byte of the held-out text by gzip -9, and by trigrams of the training text."""
+    tokenizer = load_tokenizer(spec)
+    corpus = open_corpus(source, tokenizer, log=quiet)
+    ids = {split: all_ids(corpus, split) for split in ("train", "val")}
+    text, letters = {}, {}
+    for split, row in ids.items():
+        words = (tokenizer.token_bytes(int(i)) for i in row if i != tokenizer.eot)
+        text[split] = b"".join(words)
+        letters[split] = np.frombuffer(text[split], np.uint8)
+    by_byte = trigram_bits(letters["train"], letters["val"], 256)
+    by_token = trigram_bits(ids["train"], ids["val"], tokenizer.vocab_size)
+    return {
+        "gzip -9": 8 * len(gzip.compress(text["val"], 9)) / len(text["val"]),
+        "trigram of bytes (Kneser-Ney)": by_byte,
+        "trigram of the same tokens (Kneser-Ney)": by_token
+        * (len(ids["val"]) / corpus.n_bytes["val"]),
+    }
+
+
+def quiet(*words):
+    """Print nothing: the `log` of what need not be seen."""
+
+
+def all_ids(corpus, split):
+    """The ids of a split as one array."""
+    blocks = list(corpus.blocks(split, 64, 1024))
+    first = blocks[0][0].flatten()[:1]
+    return torch.cat([first, *(y.flatten() for _, y in blocks)]).numpy()
+
+
+def trigram_bits(train, held, vocab, discount=0.75):
+    """Bits per token of `held` under an interpolated Kneser-Ney trigram model of `train`.
+
+    Both are arrays of ids below `vocab`. Chen & Goodman 1998, one discount D:
+    p(w | uv) = (c(uvw) - D)+ / c(uv) + D n(uv) / c(uv) p(w | v), where lower orders count distinct
+    left neighbours instead of occurrences and the last falls back to 1 / V.
+    """
+    seen = [np.unique(ngrams(train, n, vocab), return_counts=True) for n in (1, 2, 3)]
+    probability = np.full(len(held), 1.0 / vocab)
+    for n in (1, 2, 3):
+        if n == 3:
+            keys, counts = seen[2]
+        else:  # how many different tokens were seen before this n-gram
+            keys, counts = np.unique(seen[n][0] % vocab**n, return_counts=True)
+        contexts, first = np.unique(keys // vocab, return_index=True)
+        totals = np.add.reduceat(counts, first)
+        followers = np.diff([*first, len(keys)])  # different tokens seen after a context
+        padded = np.concatenate([np.zeros(n - 1, np.int64), held])
+        wanted = ngrams(padded, n, vocab)
+        row, known = find(keys, wanted)
+        count = np.where(known, counts[row], 0)
+        row, known = find(contexts, wanted // vocab)
+        mass = np.maximum(count - discount, 0) + discount * followers[row] * probability
+        probability = np.where(known, mass / totals[row], probability)
+    return float(-np.log2(probability).mean())
+
+
+def ngrams(ids, n, vocab):
+    """Each n ids in a row as one number, its digits in base `vocab`; int64."""
+    length = len(ids) - n + 1
+    keys = np.zeros(length, np.int64)
+    for i in range(n):
+        keys = keys * vocab + ids[i : i + length]
+    return keys
+
+
+def find(keys, wanted):
+    """(row in the sorted keys, whether it is there) of each wanted key."""
+    rows = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return rows, keys[rows] == wanted
+
+
+# ---- deps ----------------------------------------------------------------------------------------
+
+
+def run_deps(settings):
+    """Train on both corpora, write results/deps.json, print the bits per byte."""
+    seed = SEEDS[0]
+    runner = Runner("deps", 2, this_commit=True)
+    sources = {  # a run of `default` is used again
+        "pydocs": (default_run("crate", seed), ()),
+        "pydocs+deps": (default_run("crate", seed).with_name("deps"), ("--data", "pydocs+deps")),
+    }
+    runs, bits = [], {}
+    for source, (folder, flags) in sources.items():
+        runs.append(train(runner, folder, "crate", seed, *flags))
+        bits[source] = held_out_bits(folder / "last", "pydocs")
+    study = {
+        "command": "python -m crate_mini.studies deps",
+        "seeds": [seed],
+        "bits_per_byte_of_pydocs": bits,
+        "machine": results.machine(CPU),
+        "tokens": runs[0]["tokens"],
+    }
+    results.write_json(results.ROOT / "results" / "deps.json", study)
+    print(f"\n{json.dumps(bits)}")
 
 
 @torch.no_grad()
 def held_out_bits(path, source):
-    """Bits per byte of a checkpoint on the held-out split of a corpus, in the dtype that train.py chooses."""
+    """Bits per byte of a checkpoint on the held-out part of a corpus, in train.py's own dtype."""
     lm, meta = checkpoint.load(path)
-    tokenizer = data.load_tokenizer(meta["tokenizer"]["spec"])
-    corpus = data.open_corpus(source, tokenizer, log=lambda *words: None)
-    dtype, total, count = machine.choose_dtype(torch.device("cpu"))[0], 0.0, 0
+    tokenizer = load_tokenizer(meta["tokenizer"]["spec"])
+    corpus = open_corpus(source, tokenizer, log=quiet)
+    dtype, _ = device.choose_dtype(CPU)
+    total, count = 0.0, 0
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         for x, y in corpus.blocks("val", 16, lm.config.block_size):
-            total, count = total + lm(x, y).item() * y.numel(), count + y.numel()
-    return total / count / math.log(2) * corpus.n_tokens["val"] / corpus.n_bytes["val"]
+            total += lm(x, y).item() * y.numel()
+            count += y.numel()
+    bits_per_token = total / count / math.log(2)
+    return bits_per_token * corpus.n_tokens["val"] / corpus.n_bytes["val"]
 
 
-def speed(text, ranks, out=ROOT / "out" / "study" / "speed"):
-    """Tokens/s of short runs of train.py, one after the other; and, taking turns, beside a bare loop."""
-    found = {
-        "command": "python -m crate_mini.studies.train_default speed TEXT RANKS",
-        "seeds": [Settings.seed],
-        "text": Path(text).name,
-        "machine": machine.describe(torch.device("cpu")),
-        "rows": [],
-    }
-    cells = itertools.product(
-        (ranks, "pydocs"), ("off", "on"), ("bfloat16", "float32"), ("crate", "gpt2")
-    )
-    for spec, mode, dtype, kind in cells:
-        found["rows"].append(
-            {
-                "ids": 50304 if spec == ranks else 8192,
-                "model": kind,
-                "dtype": dtype,
-                "compile": mode,
-                "tokens_per_s": train_rate(
-                    out, text if spec == ranks else "pydocs", spec, mode, dtype, kind
-                ),
-            }
+# ---- speed ---------------------------------------------------------------------------------------
+
+
+def run_speed(settings):
+    """Time train.py in every setting, write results/speed.json, print the table.
+
+    Raises UserError without a text and ranks.
+    """
+    if settings.text is None or settings.ranks is None:
+        raise UserError(
+            "give a text and the ranks of a tokenizer: "
+            "`python -m crate_mini.studies speed wiki.txt.xz gpt2.tiktoken`."
         )
-        print(found["rows"][-1], flush=True)
-    turns = [
-        (train_rate(out, "pydocs", "pydocs", "off", "bfloat16", "crate"), bare_loop())
-        for _ in range(3)
-    ]
-    found["loop"] = {
-        "train.py": [a for a, _ in turns],
-        "bare": [b for _, b in turns],
-        "ratio": round(statistics.median(a / b for a, b in turns), 3),
+    large = (50304, absolute(settings.text), absolute(settings.ranks))
+    small = (8192, "pydocs", "pydocs")
+    modes, dtypes = ("off", "on"), ("bfloat16", "float32")
+    cells = list(itertools.product((large, small), modes, dtypes, ("crate", "gpt2")))
+    rows = []
+    for (ids, text, spec), mode, dtype, kind in terminal.track(cells, "speed", 0):
+        rate = train_rate(text, spec, mode, dtype, kind)
+        row = {"ids": ids, "model": kind, "dtype": dtype, "compile": mode, "tokens_per_s": rate}
+        rows.append(row)
+    ours, bare = [], []
+    for _ in terminal.track(range(3), "loop", 0):  # in turns, so that a busy moment hits both
+        ours.append(train_rate("pydocs", "pydocs", "off", "bfloat16", "crate"))
+        bare.append(bare_loop())
+    ratio = statistics.median(a / b for a, b in zip(ours, bare))
+    study = {
+        "command": "python -m crate_mini.studies speed TEXT RANKS",
+        "seeds": [TrainSettings.seed],
+        "text": Path(settings.text).name,
+        "machine": results.machine(CPU),
+        "rows": rows,
+        "loop": {"train.py": ours, "bare": bare, "ratio": round(ratio, 3)},
     }
-    with atomic_write(ROOT / "results" / "speed.json") as file:
-        file.write(json.dumps(found, indent=1).encode() + b"\n")
-    print(tables.speed(found))
+    results.write_json(results.ROOT / "results" / "speed.json", study)
+    print(f"\n{tables.speed(study)}")
 
 
-def train_rate(out, text, spec, mode, dtype, kind, steps=14):
-    """Tokens/s from the median step of one short run of train.py."""
+def train_rate(text, spec, mode, dtype, kind, steps=14):
+    """Tokens per second of train.py, from the median step of one short run."""
+    folder = results.ROOT / "out" / "study" / "speed"
     flags = {
         "data": text,
         "tokenizer": spec,
         "model": kind,
         "dtype": dtype,
         "compile": mode,
-        "out": out,
+        "out": folder,
         "train-steps": steps,
         "log-every": 1,
         "eval-every": 0,
@@ -210,28 +282,26 @@ def train_rate(out, text, spec, mode, dtype, kind, steps=14):
         "val-fraction": 0.01,
     }
     words = [f"--{name}={value}" for name, value in flags.items()]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *words, "--overwrite"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode:
-        raise UserError(f"train.py ended with code {done.returncode}; its message is above.")
-    with open(out / "log.csv", newline="") as file:  # the last row's time includes the validation
-        ends = [int(r["tokens"]) / float(r["tokens_per_s"]) for r in csv.DictReader(file)][:-1]
+    run_script(["train.py", *words, "--overwrite"], folder.with_suffix(".log"))
+    with open(folder / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows.pop()  # the last row's time includes the validation
+    ends = [int(row["tokens"]) / float(row["tokens_per_s"]) for row in rows]
     return round(4096 / statistics.median(np.diff(ends[1:])))
 
 
 def bare_loop(steps=12):
-    """Tokens/s of forward, backward, clip, step on one batch of 8,192 ids with nothing around: what a trainer
-    cannot beat."""
-    machine.keep_memory()
+    """Tokens per second of a loop that trains on one batch of 8,192 ids and does nothing else.
+
+    Forward, backward, clipping and the optimizer's step: no trainer can be faster.
+    """
+    device.keep_memory()
     torch.manual_seed(0)
     lm = LM(preset("3L", "crate", vocab_size=8192, block_size=256))
     optimizer = torch.optim.AdamW(lm.parameters(), fused=True)
-    ids, times = torch.randint(8192, (16, 257)), []
+    ids = torch.randint(8192, (16, 257))
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    seconds = []
     for _ in range(steps):
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
@@ -240,60 +310,10 @@ def bare_loop(steps=12):
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        times.append(time.perf_counter() - start)
-    return round(4096 / statistics.median(times[2:]))
+        seconds.append(time.perf_counter() - start)
+    return round(4096 / statistics.median(seconds[2:]))
 
 
-def one_run(folder, kind, seed, flags):
-    """Run train.py unless `folder` holds its result at this commit; returns what the table needs."""
-    facts, now = folder / "facts.json", machine.commit()
-    if not facts.exists() or json.loads(facts.read_text())["machine"]["commit"] != now:
-        start = time.time()
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), *flags, "--overwrite"],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        if done.returncode:
-            raise UserError(
-                f"`train.py {' '.join(flags)}` ended with code {done.returncode}, see above."
-            )
-        minutes = (time.time() - start) / 60
-        meta = json.loads((folder / "last" / "config.json").read_text())["training"]
-        with open(folder / "log.csv", newline="") as file:
-            log = list(csv.DictReader(file))
-        said = done.stdout.partition("\nsample    ")[2].partition("\nresult ")[0]
-        found = {
-            "model": kind,
-            "seed": seed,
-            "minutes": round(minutes, 2),
-            "val_loss": meta["val_loss"],
-            "bits_per_byte": meta["bits_per_byte"],
-            "density": meta["density"],
-            "tokens": int(log[-1]["tokens"]),
-            "tokens_per_s": int(log[-1]["tokens_per_s"]),
-            "backend": next(w for w in done.stdout.splitlines() if w.startswith("backend")).split()[
-                1
-            ],
-            "machine": meta["machine"],
-            "sample": said.strip(),
-        }
-        with atomic_write(facts) as file:
-            file.write(json.dumps(found).encode())
-    return json.loads(facts.read_text())
-
-
-def main():
-    name, *rest = sys.argv[1:] or [""]
-    if name in ("default", "deps") and not rest or name == "speed" and len(rest) == 2:
-        globals()[name](*rest)
-    else:
-        raise UserError(
-            "name a study, default, deps or speed TEXT RANKS: "
-            "`python -m crate_mini.studies.train_default default`."
-        )
-
-
-if __name__ == "__main__":
-    cli.run(main)
+DEFAULT = Command(Default, run_default, checkpoint=False)
+DEPS = Command(Deps, run_deps, checkpoint=False)
+SPEED = Command(Speed, run_speed, checkpoint=False, positional=("text", "ranks"))

@@ -1,281 +1,215 @@
-"""The study of steering and its views, on made-up results; with --slow the whole study, tiny."""
+"""The study of steering and its figure, on made-up results; with --slow the whole study, tiny."""
 
 import json
 import math
-import os
 import re
 import sys
-from html.parser import HTMLParser
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import asdict
+from unittest import mock
 
 import pytest
-import test_page as test_pages
-from test_steer_script import make
+from tiny_checkpoints import save_checkpoint
 
-from crate_mini import UserError, model
-from crate_mini.model import to_dict
-from crate_mini.neurons import page as pages
-from crate_mini.steering import dose_response as dose
-from crate_mini.steering import figure as dose_views
-from crate_mini.studies import steering as study_steering
-from crate_mini.studies import tables
+from crate_mini import UserError, model, results
+from crate_mini.console import terminal
+from crate_mini.steering import dose_response
+from crate_mini.steering.figure import figure
+from crate_mini.steering.tables import readme
+from crate_mini.studies import runner, tables
+from crate_mini.studies import steering as study
+from crate_mini.studies.__main__ import COMMANDS
+
+ROOT = results.ROOT
 
 
 def made_up(kind, seed, cost=0.01):
-    """steering.json of a made-up model: effect is the dose plus the seed, KL its square by a hundred."""
-    kinds = {"neuron": 0.0, "random": 0.0}
-    kinds |= {"feature+error": 0.0, "feature": cost} if kind == "gpt2" else {}
-    rows = [
-        {
-            "layer": 0,
-            "neuron": j,
-            "kind": k,
-            "dose": d,
-            "unit": 1.0,
-            "kl": d * d / 100 + floor,
-            "loss": 0.1,
-            "own": d,
-            "seen": -d,
-            "effect": d + seed + j,
-        }
-        for k, floor in kinds.items()
-        for d in (0.5, 1.0, 4.0, 8.0)
-        for j in (3, 5)
-    ]
+    """steering.json of a model whose effect is dose + seed, and its KL the dose^2 / 100."""
+    floors = {"neuron": 0.0, "random": 0.0}
+    if kind == "gpt2":
+        floors |= {"feature+error": 0.0, "feature": cost}
+    rows = []
+    inserted, attribution = [], []
+    for name, floor in floors.items():
+        for dose in (0.5, 1.0, 4.0, 8.0):
+            for neuron in (3, 5):
+                row = {"layer": 0, "neuron": neuron, "kind": name, "dose": dose, "unit": 1.0}
+                row |= {"kl": dose * dose / 100 + floor, "loss": 0.1, "own": dose, "seen": -dose}
+                rows.append({**row, "effect": dose + seed + neuron})
+        if name != "random":
+            inserted.append({"layer": 0, "kind": name, "kl": floor, "loss": floor})
+    for layer in (0, 1):
+        for dose in (0.5, 8.0):
+            row = {"layer": layer, "dose": dose, "correlation": (layer + dose / 10 + seed) / 9}
+            null = None if layer else seed / 10
+            attribution.append({**row, "top10": 0.5, "null": null, "n": 2})
     return {
         "command": f"python steer.py measure <{kind}>",
         "seed": seed,
         "rows": rows,
         "live": [],
         "machine": {"commit": "c0ffee"},
-        "summary": dose.summary(rows, seed),
-        "inserted": [
-            {"layer": 0, "kind": k, "kl": v, "loss": v} for k, v in kinds.items() if k != "random"
-        ],
-        "attribution": [
-            {
-                "layer": n,
-                "dose": d,
-                "correlation": (n + d / 10 + seed) / 9,
-                "top10": 0.5,
-                "null": None if n else seed / 10,
-                "n": 2,
-            }
-            for n in (0, 1)
-            for d in (0.5, 8.0)
-        ],
+        "summary": dose_response.summary(rows, seed),
+        "inserted": inserted,
+        "attribution": attribution,
         "checkpoint": {
             "sha256": "ab",
             "training": {"val_loss": 4.0 + seed},
-            "config": to_dict(model.preset("3L", kind)),
+            "config": asdict(model.preset("3L", kind)),
         },
     }
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """The study at home in tmp_path."""
-    monkeypatch.setattr(study_steering, "ROOT", tmp_path)
-    monkeypatch.setattr(study_steering, "RESULT", tmp_path / "results" / "steering.json")
-    monkeypatch.setattr(sys, "argv", ["study_steering", "1", "2"])
+    """The checkout in tmp_path."""
+    monkeypatch.setattr(results, "ROOT", tmp_path)
     return tmp_path
 
 
-def parts(place, monkeypatch):
-    """Instead of running scripts, note their words and leave what they would leave."""
-    seen = []
+def run_study(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["crate_mini.studies", "steering", *words])
+    terminal.dispatch("-m crate_mini.studies", "", COMMANDS)
 
-    def instead(words, cwd):
-        seen.append(words[1:])
-        out = place / words[-1]
+
+@pytest.fixture
+def parts(place, monkeypatch):
+    """Scripts do not run but leave what they would leave; [words of each]."""
+    calls = []
+
+    def run_script(words, log):
+        calls.append(words)
+        out = place / words[words.index("--out") + 1]
         out.mkdir(parents=True, exist_ok=True)
         seed = int(words[words.index("--seed") + 1])
-        if words[1] == "steer.py":
-            found = made_up(re.search(r"([^/]+)-\d+/last", words[3])[1], seed)
-            (out / "steering.json").write_text(json.dumps(found))
+        if words[0] == "steer.py":
+            kind = re.search(r"([^/]+)-\d+/last", words[2])[1]
+            (out / "steering.json").write_text(json.dumps(made_up(kind, seed)))
         else:
-            facts = {
-                "name": "x4-k32",
-                "model": "its hash",
-                "layer": int(words[words.index("--layer") + 1]),
-            }
-            (out / f"sae-L{facts['layer']}.json").write_text(json.dumps({"saes": [facts]}))
-        return SimpleNamespace(returncode=0)
+            layer = int(words[words.index("--layer") + 1])
+            facts = {"name": "x4-k32", "model": "its hash", "layer": layer}
+            (out / f"sae-L{layer}.json").write_text(json.dumps({"saes": [facts]}))
+        return 1.0
 
-    monkeypatch.setattr(study_steering, "subprocess", SimpleNamespace(run=instead))
+    monkeypatch.setattr(runner, "run_script", run_script)
     for kind in tables.NAMES:
         for seed in (1, 2):
             folder = place / "out" / "study" / f"{kind}-{seed}" / "last"
             folder.mkdir(parents=True)
             (folder / "config.json").write_text(json.dumps({"config": {"n_layer": 3}}))
-    return seen
+    return calls
 
 
-def test_parts_run_once_and_the_result_holds_all_seeds(place, monkeypatch, capsys):
-    seen = parts(place, monkeypatch)
-    study_steering.main()
-    assert len(seen) == 3 + 3 + 3  # three models, autoencoders of the first twin's three layers
-    twin = seen[5]
+def test_the_result_holds_all_seeds(place, parts, monkeypatch, capsys):
+    run_study(monkeypatch, "1", "2")
+    assert len(parts) == 3 + 3 + 3  # three models, autoencoders of the first twin's three layers
+    twin = parts[5]
     autoencoders = twin[twin.index("--sae") + 1].split(",")
     assert twin[:3] == ["steer.py", "measure", "out/study/gpt2-1/last"]
-    assert (
-        autoencoders[1] == "out/steering/gpt2-1-sae-1/sae-L1-x4-k32.pt" and len(autoencoders) == 3
-    )
+    assert len(autoencoders) == 3
+    assert autoencoders[1] == "out/steering/gpt2-1-sae-1/sae-L1-x4-k32.pt"
     found = json.loads((place / "results" / "steering.json").read_text())
-    assert (
-        found["seeds"] == [1, 2] and found["command"] == "python -m crate_mini.studies.steering 1 2"
-    )
-    assert found["machine"]["device"] and {s["model"] for s in found["sae"]} == {"gpt2"}
-    assert [(s["seed"], s["layer"]) for s in found["sae"]] == [(1, 0), (1, 1), (1, 2)]
+    assert found["seeds"] == [1, 2]
+    assert found["command"] == "python -m crate_mini.studies steering 1 2"
+    assert found["machine"]["device"] and {sae["model"] for sae in found["sae"]} == {"gpt2"}
+    assert [(sae["seed"], sae["layer"]) for sae in found["sae"]] == [(1, 0), (1, 1), (1, 2)]
     twin = found["models"]["gpt2"]
-    assert (
-        twin["summary"]["neuron"]["doses"]["4"]["effect"]["n"] == 4
-    )  # two neurons of each of two seeds
-    assert twin["summary"]["neuron"]["doses"]["4"]["effect"]["mean"] == pytest.approx(4 + 1.5 + 4)
-    at = {(r["layer"], r["dose"]): r for r in twin["attribution"]}
-    assert at[1, 8.0]["correlation"] == pytest.approx((1 + 0.8 + 1.5) / 9)
-    assert at[1, 8.0]["seeds"]["correlation"] == pytest.approx([(1.8 + s) / 9 for s in (1, 2)])
+    effect = twin["summary"]["neuron"]["doses"]["4"]["effect"]
+    assert effect["n"] == 4  # two neurons of each of two seeds
+    assert effect["mean"] == pytest.approx(4 + 1.5 + 4)
+    attribution = {(row["layer"], row["dose"]): row for row in twin["attribution"]}
+    row = attribution[1, 8.0]
+    assert row["correlation"] == pytest.approx((1 + 0.8 + 1.5) / 9)
+    by_seed = [(1.8 + seed) / 9 for seed in (1, 2)]
+    assert row["seeds"]["correlation"] == pytest.approx(by_seed)
     assert (place / "results" / "steering.png").read_bytes().startswith(b"\x89PNG")
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for line in (
         "crate 3L, neuron | 5.500 | 0 exactly |",
-        "crate 3L, random | 5.500 |  |",
+        "crate 3L, random | 5.500 | |",
         "gpt2 3L, feature | 5.500 | 0.01 |",
         "| gpt2 3L | 0.17 (0.150) | 0.28 (none) |",
     ):
-        assert line in told
-    study_steering.main()
-    assert len(seen) == 9  # finished parts are kept,
-    (place / "out" / "steering" / "crate-1" / "finished.json").write_text("[]")
-    study_steering.main()
-    assert len(seen) == 10  # another command runs again
+        assert line in output
 
 
-def test_a_tiny_cost_is_not_called_none(place):
-    run = made_up("gpt2", 1, cost=1e-7)
-    told = dose_views.readme({"models": {"gpt2": study_steering.together([run])}})
-    assert "| gpt2 3L, feature | 5.000 | 1e-07 |" in told and "neuron | 5.000 | 0 exactly |" in told
+def test_finished_parts_are_kept(place, parts, monkeypatch):
+    monkeypatch.setattr(study, "figure", mock.Mock())
+    run_study(monkeypatch, "1", "2")
+    run_study(monkeypatch, "1", "2")
+    assert len(parts) == 9
+    (place / "out" / "steering" / "crate-1.json").write_text('{"command": []}')
+    run_study(monkeypatch, "1", "2")
+    assert len(parts) == 10  # another command runs again
 
 
-def test_pairs_compare_the_same_neurons_where_both_reach_the_side_effect():
-    def rows(j, kind, gain, least=0.01):
-        return [
-            {"layer": 0, "neuron": j, "kind": kind, "kl": kl, "own": gain, "seen": 2 * gain}
-            for kl in (least, 0.05, 0.5)
-        ]
-
-    some = [
-        *rows(1, "neuron", 3.0),
-        *rows(1, "random", 1.0),
-        *rows(2, "neuron", 5.0),
-        *rows(2, "random", 4.5),
-        *rows(3, "neuron", 90.0),
-    ]
-    assert dose.contrasts(some, 0).keys() == {"neuron - random"}
-    found = dose.contrasts([*some, *rows(1, "feature", 7.0), *rows(1, "feature+error", 8.0)], 0)
-    assert found["neuron - random"]["own"]["mean"] == pytest.approx(1.25)
-    assert found["neuron - random"]["seen"]["mean"] == pytest.approx(2.5)
-    assert (
-        found["neuron - random"]["own"]["n"] == 2
-        and found["feature - feature+error"]["own"]["mean"] == -1
-    )
-    late = [{**r, "kl": 1.0} for r in rows(1, "feature", 7.0)]  # it costs too much from the start
-    assert "feature - feature+error" not in dose.contrasts(
-        [*late, *rows(1, "feature+error", 8.0)], 0
-    )
+def test_a_tiny_cost_is_not_called_none():
+    pooled = study.pooled([made_up("gpt2", 1, cost=1e-7)])
+    text = readme({"models": {"gpt2": pooled}})
+    assert "| gpt2 3L, feature | 5.000 | 1e-07 |" in text
+    assert "neuron | 5.000 | 0 exactly |" in text
 
 
-def test_what_is_missing_or_fails_is_one_sentence(place, monkeypatch):
-    with pytest.raises(UserError, match="study default` trains it"):
-        study_steering.main()
-    parts(place, monkeypatch)
-    monkeypatch.setattr(
-        study_steering,
-        "subprocess",
-        SimpleNamespace(run=lambda words, cwd: SimpleNamespace(returncode=3)),
-    )
+def test_what_is_missing_is_one_sentence(place, monkeypatch):
+    with pytest.raises(UserError, match=r"^out/study/crate-1/last is missing; .*default` trains"):
+        run_study(monkeypatch, "1")
+    with pytest.raises(UserError, match="invalid int value: 'all'"):
+        run_study(monkeypatch, "all")
+
+
+def test_a_part_that_fails_is_one_sentence_and_not_kept(place, parts, monkeypatch):
+    def fail(words, log):
+        raise UserError("ended with code 3")
+
+    monkeypatch.setattr(runner, "run_script", fail)
     with pytest.raises(UserError, match="ended with code 3"):
-        study_steering.main()
-    assert not list(place.rglob("finished.json"))
-    monkeypatch.setattr(sys, "argv", ["study_steering", "all"])
-    with pytest.raises(UserError, match="give seeds"):
-        study_steering.main()
+        run_study(monkeypatch, "1")
+    assert not list((place / "out").rglob("steering/*.json"))
 
 
 @pytest.mark.parametrize("kind", ["crate", "gpt2"])
-def test_section_is_sound_markup_with_every_number_of_the_tables(kind):
-    found, opened = made_up(kind, 1), []
-
-    class Reader(HTMLParser):
-        def handle_starttag(self, tag, attrs):
-            opened.append(tag)
-
-        def handle_endtag(self, tag):
-            assert opened.pop() == tag
-
-        def handle_startendtag(self, tag, attrs):
-            pass
-
-    text = dose_views.section(found)
-    Reader().feed(text)
-    assert not opened and "&lt;" in text and f"<{kind}>" not in text
-    assert text.count("<svg") == 4 == text.count("<table>") and "nan" not in text
-    for _, rows in dose_views.tables(found):
-        for row in rows:
-            assert all(str(v) in text for v in row)
-    for x, y in re.findall(r"[ML]([-\d.]+) ([-\d.]+)", text):
-        assert 0 <= float(x) <= 360 and 0 <= float(y) <= 190, "a line leaves its chart"
-    assert text.count("stroke-dasharray") == 4 * len(found["summary"])
-
-
-def test_the_page_of_neurons_has_it_if_it_is_of_the_same_checkpoint(tmp_path):
-    test_pages.results(tmp_path)
-    plain = pages.index(tmp_path, test_pages.PLAIN.__getitem__)
-    found = made_up("gpt2", 1)
-    for sha256, there in (("of another", False), ("c0ffee" * 10, True)):
-        found["checkpoint"]["sha256"] = sha256
-        (tmp_path / "steering.json").write_text(json.dumps(found))
-        page = pages.index(tmp_path, test_pages.PLAIN.__getitem__)
-        test_pages.Page(page)
-        assert (b"<h2>Steering</h2>" in page) == there and (page == plain) != there
-    (tmp_path / "steering.json").write_text("{}")
-    with pytest.raises(UserError, match="is no steering.json"):
-        pages.index(tmp_path, test_pages.PLAIN.__getitem__)
-
-
-def test_lines_of_the_page_lie_where_their_values_do():
-    """KL = dose^2 / 100 is a straight line on scales of decades; and a single dose still is a chart."""
-    found = made_up("crate", 1)
-    chart = dose_views._chart(found, "side effect", None, "kl")
-    line = re.search(r'stroke-dasharray:none" d="([^"]+)"', chart)[1]
-    points = [tuple(map(float, p)) for p in re.findall(r"([-\d.]+) ([-\d.]+)", line)]
-    assert len(points) == 4
-    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(points, points[1:])]
-    assert max(slopes) - min(slopes) < 0.02 * abs(slopes[0]) and slopes[0] < 0
-    one = [r for r in found["rows"] if r["dose"] == 1.0]
-    assert "<svg" in dose_views.section({**found, "summary": dose.summary(one, 1)})
+def test_lines_of_the_figure_lie_where_their_values_do(kind, tmp_path, monkeypatch):
+    """KL = dose^2 / 100 is a straight line between logarithmic axes; a single dose is a figure."""
+    write = mock.Mock()
+    monkeypatch.setattr("crate_mini.steering.figure.write", write)
+    result = made_up(kind, 1)
+    figure([result], tmp_path / "steering.png")
+    axes = write.call_args.args[0].axes
+    assert [panel.get_xscale() for panel in axes[:4]] == ["log"] * 4
+    assert axes[1].get_yscale() == "log"
+    doses, costs = axes[1].containers[0][0].get_data()
+    slopes = []
+    for i in range(len(doses) - 1):
+        rise = math.log(costs[i + 1]) - math.log(costs[i])
+        slopes.append(rise / (math.log(doses[i + 1]) - math.log(doses[i])))
+    assert len(doses) == 4 and slopes == pytest.approx([2, 2, 2])
+    for panel in axes[:4]:
+        labels = [container.get_label() for container in panel.containers]
+        assert len(labels) == len(result["summary"])
+        assert len({line.get_linestyle() for line, *_ in panel.containers}) >= 2
+    one = [row for row in result["rows"] if row["dose"] == 1.0]
+    figure([{**result, "summary": dose_response.summary(one, 1)}], tmp_path / "steering.png")
+    assert write.call_count == 2
 
 
 @pytest.mark.slow
-def test_the_whole_study_tiny(place, tmp_path, monkeypatch, capsys):
-    here, text = Path(__file__).resolve().parents[1], tmp_path / "text.txt"
+def test_the_whole_study_at_tiny_size(place, monkeypatch, capsys):
+    text = place / "text.txt"
     text.write_text("the code of a token is sparse.\nthe rate of the code falls.\n" * 600)
     for script in ("steer.py", "interpret.py"):
-        os.symlink(here / script, tmp_path / script)
-    monkeypatch.setenv("CRATE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        study_steering, "SAE", ("--k", 8, "--steps", 5, "--batch", 64, "--tokens", 512)
-    )
-    monkeypatch.setattr(study_steering, "MEASURE", ("--neurons", 2, "--tokens", 64))
-    monkeypatch.setattr(sys, "argv", ["study_steering", "1"])
+        (place / script).symlink_to(ROOT / script)
+    monkeypatch.setenv("CRATE_CACHE", str(place / "cache"))
+    sae = ("--k", 8, "--steps", 5, "--batch", 64, "--tokens", 512)
+    monkeypatch.setattr(study, "SAE", sae)
+    monkeypatch.setattr(study, "MEASURE", ("--neurons", 2, "--tokens", 64))
     for kind in tables.NAMES:
-        make(tmp_path / "out" / "study" / f"{kind}-1" / "last", text, kind)
-    study_steering.main()
-    found = json.loads((tmp_path / "results" / "steering.json").read_text())
+        save_checkpoint(place / "out" / "study" / f"{kind}-1" / "last", text, kind)
+    run_study(monkeypatch, "1")
+    found = json.loads((place / "results" / "steering.json").read_text())
     for kind, result in found["models"].items():
-        assert all(r["kl"] == 0 == r["loss"] for r in result["inserted"] if r["kind"] != "feature")
+        for row in result["inserted"]:
+            assert row["kind"] == "feature" or row["kl"] == 0 == row["loss"]
         assert math.isfinite(result["summary"]["neuron"]["doses"]["4"]["effect"]["mean"])
-        assert any(r["kl"] > 0 for r in result["inserted"]) == (kind == "gpt2")
-        assert all(r["null"] < r["correlation"] for r in result["attribution"] if r["layer"] == 1)
+        assert any(row["kl"] > 0 for row in result["inserted"]) == (kind == "gpt2")
+        for row in result["attribution"]:
+            assert row["layer"] != 1 or row["null"] < row["correlation"]
     assert "gpt2 2L, feature+error" in capsys.readouterr().out

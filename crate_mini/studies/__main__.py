@@ -1,0 +1,43 @@
+"""Make the numbers of results/ again: `python -m crate_mini.studies NAME`.
+
+    default     CRATE, crate+ and the GPT-2 twin, three seeds each; gzip and trigrams
+    deps        do docstrings of more packages make a better model in the same time?
+    speed       tokens per second of train.py, next to a bare training loop
+    neurons     how well does what fires a neuron predict it? every model, every control
+    judges      a language model explains those neurons and simulates them
+    concepts    do classifiers rely on the concepts found in them?
+    steering    dose and response of steering the models of `default`
+    bench       kernels against eager and compiled PyTorch
+    gpu         everything that needs a GPU: tests, kernels, training steps
+    tables      the README's tables, from results/ alone
+
+Parts that have finished are kept: call a study again to go on where it stopped.
+"""
+
+import sys
+
+from crate_mini.console import terminal
+
+COMMANDS = {
+    "default": "crate_mini.studies.train_default:DEFAULT",
+    "deps": "crate_mini.studies.train_default:DEPS",
+    "speed": "crate_mini.studies.train_default:SPEED",
+    "neurons": "crate_mini.studies.neurons",
+    "judges": "crate_mini.studies.judges",
+    "concepts": "crate_mini.studies.concepts",
+    "steering": "crate_mini.studies.steering",
+    "bench": "crate_mini.studies.bench",
+    "gpu": "crate_mini.studies.gpu",
+    "tables": "crate_mini.studies.tables",
+}
+
+
+def main():
+    words = sys.argv[1:]
+    if words[1:2] == ["table"]:  # `neurons table` is short for `neurons --table`
+        words[1] = "--table"
+    return terminal.dispatch("-m crate_mini.studies", __doc__, COMMANDS, words)
+
+
+if __name__ == "__main__":
+    terminal.run(main)
