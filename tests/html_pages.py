@@ -1,0 +1,82 @@
+"""Pages as a parser and as a browser see them; several folders test pages."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+VOID = {"meta", "img", "br", "input", "hr", "link"}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+
+
+class ParsedPage(HTMLParser):
+    """Tags and attributes of a page (bytes), its scripts and styles, and the data of its script.
+
+    Raises AssertionError for elements that do not nest.
+    """
+
+    def __init__(self, content):
+        super().__init__()
+        self.open = []
+        self.tags = []
+        self.attributes = []
+        self.scripts = []
+        self.styles = []
+        self.feed(content.decode())
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+        self.data = json.loads(self.scripts[0])
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+        if tag == "style":
+            self.styles.append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += text
+        if self.open and self.open[-1] == "style":
+            self.styles[-1] += text
+
+
+def without_policy(content):
+    """A page (bytes) without its content security policy."""
+    return re.sub(rb'<meta http-equiv="Content-Security-Policy"[^>]*>\n', b"", content)
+
+
+def dom(path, profile, fragment=""):
+    """The document in headless chromium after the page's script ran; profile: a folder for it."""
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--virtual-time-budget=2000",
+        "--disable-background-networking",
+        f"--user-data-dir={profile}",
+        "--dump-dom",
+        f"file://{path}{fragment}",
+    ]
+    home = {**os.environ, "HOME": str(profile)}
+    process = subprocess.run(command, env=home, capture_output=True, encoding="utf-8", timeout=120)
+    assert "</html>" in process.stdout, process.stderr[-2000:]
+    return process.stdout
