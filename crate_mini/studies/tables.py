@@ -106,7 +106,8 @@ def versions(study):
         if direction != "forward":
             continue
         ms = medians(row)
-        text = f"{ms['fused']:.3g} ({ms['eager'] / ms['fused']:.2f}x)"
+        time = f"{ms['fused']:.3g}" if ms["fused"] < 1000 else f"{ms['fused']:,.0f}"
+        text = f"{time} ({ms['eager'] / ms['fused']:.2f}x)"
         cells.setdefault(dtype, {})[version] = text
     names = max(cells.values(), key=len)
     rows = [[dtype, *(by.get(name, "") for name in names)] for dtype, by in cells.items()]
