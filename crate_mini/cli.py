@@ -11,6 +11,7 @@ take settings, and how their errors are printed: console/terminal.py.
 
 import argparse
 import difflib
+import math
 import types
 import typing
 from dataclasses import field, fields
@@ -63,9 +64,9 @@ def check(settings, as_flags=True):
         for item in value if takes_several(f) else [value]:
             if problem := _problem(f, item):
                 name = f"{flag_name(f.name)} " if as_flags else f"{f.name}="
-                default = "" if f.default is None or f.metadata["choices"] else f" {f.default}"
-                advice = f"leave it out for the default{default}"
-                raise UserError(f"{name}{item!r} {problem}; {advice}.")
+                has_plain_default = f.default is not None and not f.metadata["choices"]
+                default = f" for the default {f.default}" if has_plain_default else ""
+                raise UserError(f"{name}{item!r} {problem}; leave it out{default}.")
 
 
 def _problem(f, value):
@@ -88,6 +89,8 @@ def _problem(f, value):
 
 def _out_of_bounds(value, low, high, above, below):
     """The same for a number outside its bounds; NaN compares false, so it is outside."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "is not a finite number"
     if above is None and below is None:
         return None if low <= value <= high else f"must lie in {low} to {high}"
     lower = f"at least {low}" if above is None else f"above {above}"

@@ -21,13 +21,14 @@ OUT_OF_MEMORY = "out of memory|an.t allocate|not enough memory|Storage size calc
 class Parser(argparse.ArgumentParser):
     """argparse that fails in one sentence, suggests the nearest flag, and takes --a_b for --a-b."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, prog, **kwargs):
         layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(allow_abbrev=False, formatter_class=layout, **kwargs)
+        kwargs = dict(allow_abbrev=False, formatter_class=layout, **kwargs)
+        super().__init__(prog=f"python {prog}", **kwargs)
 
     def error(self, message):
         message = f"{message[0].lower()}{message[1:]}"
-        raise UserError(f"{message}; see `python {self.prog} --help`.")
+        raise UserError(f"{message}; see `{self.prog} --help`.")
 
     def parse_args(self, args=None, namespace=None):
         """As argparse's; raises UserError for anything it does not accept."""
@@ -42,8 +43,7 @@ class Parser(argparse.ArgumentParser):
             known = [flag for action in self._actions for flag in action.option_strings]
             suggestion = nearest(unknown[0].split("=")[0], known)
             raise UserError(
-                f"unknown argument {unknown[0]!r}{suggestion}; "
-                f"`python {self.prog} --help` lists all."
+                f"unknown argument {unknown[0]!r}{suggestion}; `{self.prog} --help` lists all."
             )
         return parsed
 

@@ -234,7 +234,7 @@ def _summary_line(source: str, meta: dict) -> str:
     """Size and identity of a finished corpus."""
     parts = meta["parts"]
     n_documents = sum(part["documents"] for part in parts)
-    line = f"{source}: {total(parts, 'bytes'):,} bytes of text in {n_documents:,} documents"
+    line = f"{source}: {total(parts, 'bytes'):,} bytes of text, documents: {n_documents:,}"
     for key, value in meta["source"].items():
         if isinstance(value, str):
             line += f", {key} {value}"
@@ -263,7 +263,7 @@ def _split_rule(source: str, files: list, val_fraction: float, log) -> dict:
         if len(sizes) == FEW:
             return {"rule": "document hash"}
         log(
-            f"{source}: only {len(sizes)} documents; "
+            f"{source}: too few documents ({len(sizes)}); "
             f"validation is the last {val_fraction:.0%} of the text"
         )
     return {"rule": "cut", "at": round(sum(sizes) * (1 - val_fraction))}

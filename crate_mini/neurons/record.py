@@ -286,9 +286,9 @@ def _check_windows(counts, documents):
         if not counts["windows"][part]:
             source = corpus.meta["source"]["name"]
             raise UserError(
-                f"the {split} split of {source} ({corpus.n_tokens[split]:,} tokens) gives "
-                f"{counts['documents'][part]} documents to the part {part!r}, none of which has "
-                f"{WINDOW} tokens; give more text with --data, or more --tokens."
+                f"the {split} split of {source} ({corpus.n_tokens[split]:,} tokens) leaves part "
+                f"{part!r} without a document of {WINDOW} tokens; give more text with --data, or "
+                "more --tokens."
             )
 
 

@@ -71,7 +71,7 @@ def test_few_documents_are_cut_at_the_end_instead(tmp_path, count, fraction):
     total = sum(corpus.n_bytes.values())
     assert abs(corpus.n_bytes["val"] - fraction * total) < 12
     assert train[-1][-1] in " 0123456789"
-    assert f"only {count} documents" in lines[1]
+    assert f"too few documents ({count})" in lines[1]
     assert corpus.meta["split"]["rule"] == "cut"
 
 
