@@ -93,9 +93,15 @@ def start_script(words, cwd=None, env=None, *, stdin=False, fresh=False, full_ex
             text=True,
             cwd=cwd,
             env=env,
+            preexec_fn=heed_ctrl_c if os.name == "posix" else None,
         )
     request = {"words": words, "cwd": cwd, "env": {**env, **ONE_THREAD}, "full_exit": full_exit}
     return Child(request, stdin)
+
+
+def heed_ctrl_c():
+    """Heed SIGINT, which background jobs of a shell, and so their children, ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Child:
