@@ -461,7 +461,7 @@ def test_what_cannot_be_recorded_is_said_in_one_sentence(tmp_path, monkeypatch):
     out = tmp_path / "none"
     short = Ids(np.tile([*range(60), BYTES.eot], 50))
     for bad in (short, Ids(np.arange(50)), Ids(np.zeros(1, int)), Ids(np.zeros(0, int))):
-        with pytest.raises(UserError, match="none of which has 64 tokens"):
+        with pytest.raises(UserError, match="without a document of 64 tokens"):
             make_record(out, corpus=bad)
     narrow = LM(replace(world()[0].config, block_size=32)).eval()
     with pytest.raises(UserError, match="context of 32 tokens is shorter"):

@@ -83,7 +83,7 @@ def test_the_command_writes_results_a_figure_and_an_overview(ckpt, run_sae, caps
         ("--k 257", "must lie"),
         ("--k 2.5", "is not a list of numbers"),
         ("--k many", "is not a list of numbers"),
-        ("--lr nan", "--lr nan must be above 0"),
+        ("--lr nan", "--lr nan is not a finite number"),
         ("--steps 0", "--steps 0"),
         ("--expansion -3", "--expansion"),
         ("--batch 9999999", "--batch"),

@@ -210,7 +210,7 @@ def test_ctrl_c_leaves_a_prompt_and_ctrl_d_the_conversation(ckpt, monkeypatch):
         (("--prompt", "x" * 33), "33 tokens, the model reads 32"),
         (("--tokens", "0"), "--tokens 0 must lie in 1 to 999999"),
         (("--temperature", "-1"), "must lie in 0 to 999999"),
-        (("--temperature", "nan"), "must lie in 0 to 999999"),
+        (("--temperature", "nan"), "is not a finite number"),
         (("--seed", "-1"), "must lie in 0 to"),
         (("--device", "tpu"), "not available"),
         (("--sae", "none.json"), "cannot be read"),
