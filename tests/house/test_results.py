@@ -26,7 +26,10 @@ def test_tables_are_those_of_the_files(name):
         assert part in REPORT or " ".join(part.split()) in WORDS
 
 
-@pytest.mark.parametrize("name", ["default", "speed", "bench", "versions", "neurons", "steering"])
+@pytest.mark.parametrize(
+    "name",
+    ["default", "deps", "speed", "bench", "versions", "neurons", "steering", "concepts", "words"],
+)
 def test_the_report_names_the_commit_of_each_table(name):
     assert f"commit {result(name)['machine']['commit'][:12]}" in WORDS
 
