@@ -26,6 +26,7 @@ from crate_mini.lab import Lab
 from crate_mini.steering import choose
 from crate_mini.steering.choose import MOST
 from crate_mini.steering.next_token import next_token
+from crate_mini.training import checkpoint
 
 COMMANDS = {"demo": "crate_mini.steering.demo", "measure": "crate_mini.steering.measure"}
 FIXED = ("sae", "data", "device", "prompt")  # settings that cannot be changed at the prompt
@@ -64,10 +65,8 @@ class Steer:
         None, "steer features of this autoencoder (a file of interpret.py sae) instead"
     )
     keep_error: bool = setting(False, "with --sae: add back what its reconstruction misses")
-    data: str | None = setting(
-        None, "text to observe maxima on", shown="the checkpoint's held-out text"
-    )
-    device: str = setting("auto", "auto | cpu | cuda | cuda:N")
+    data: str | None = checkpoint.data_setting("observe maxima on")
+    device: str = checkpoint.device_setting()
 
 
 def run(settings, ckpt):

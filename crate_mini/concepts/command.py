@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from crate_mini.cli import setting
 from crate_mini.concepts import pipeline, report, survey
 from crate_mini.console import terminal
+from crate_mini.training import checkpoint
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Settings:
     answers: str = setting(
         "", "only count people's answers to the packet, in these files, separated by commas"
     )
-    device: str = setting("auto", "auto | cpu | cuda | cuda:N")
+    device: str = checkpoint.device_setting()
     out: str | None = setting(
         None, "folder of the results", shown="`concepts` next to the checkpoint"
     )

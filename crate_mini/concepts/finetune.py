@@ -53,7 +53,7 @@ class Settings:
     )
     weight_decay: float = setting(0.01, "weight decay of AdamW", below=10)
     seed: int = setting(1337, "seed of the choice of texts, their split, the head and the order")
-    device: str = setting("auto", "auto | cpu | cuda | cuda:N")
+    device: str = checkpoint.device_setting()
     out: str = setting("out/classifier", "folder of the run; the classifier goes to `last` in it")
     overwrite: bool = setting(False, "replace the run that --out already holds")
 

@@ -10,7 +10,6 @@ eraser-movie, jigsaw, ag_news    these names only print where to download the fi
 import csv
 import gzip
 import hashlib
-import json
 import lzma
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,7 +19,7 @@ import numpy as np
 
 from crate_mini import UserError, cli
 from crate_mini.concepts.types import SPLITS
-from crate_mini.data.formats import reading
+from crate_mini.data.formats import json_rows, reading
 
 TEXT = ("text", "comment_text", "review", "sentence", "content")
 LABEL = ("label", "toxic", "classification", "sentiment", "class")
@@ -193,13 +192,7 @@ def _file(path):
 
 
 def _jsonl(file, path):
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError(f"{path} line {number} is not JSON: {line[:40]!r}.") from None
+    for number, row in json_rows(file, path):
         yield _pair(row if isinstance(row, dict) else {}, path, number)
 
 

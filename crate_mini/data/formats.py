@@ -12,7 +12,7 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -79,14 +79,23 @@ def _running_text(path: Path, position: Position) -> Iterator[str]:
 
 def _jsonl(path: Path, position: Position) -> Iterator[str]:
     """The field "text" of each line; blank lines are skipped."""
-    for number, line in enumerate(pieces(_text(path, position), "\n"), 1):
+    for number, row in json_rows(pieces(_text(path, position), "\n"), path):
+        yield field(row, f"{path} line {number}")
+
+
+def json_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[int, object]]:
+    """(line number from 1, value) of each line of JSON that is not blank.
+
+    Raises UserError, naming `path` and the number, for a line that is not JSON.
+    """
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            value = json.loads(line)
         except (ValueError, RecursionError):
             raise UserError(f"{path} line {number} is not JSON: {line[:40]!r}.") from None
-        yield field(row, f"{path} line {number}")
+        yield number, value
 
 
 def _parquet(path: Path, position: Position) -> Iterator[str]:

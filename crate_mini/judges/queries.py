@@ -16,7 +16,8 @@ logprobs" (of the next token), "prompt logprobs" (of slots).
 
 import math
 
-LEVELS = [str(n) for n in range(11)]
+from crate_mini.neurons.metrics import LEVELS
+
 SURE = 0.01  # the probability of "1" from which "10" is looked for behind it
 LOWEST = -99  # a log-probability for "practically never"
 

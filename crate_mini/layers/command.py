@@ -21,20 +21,16 @@ class Settings:
     The untrained model is measured for comparison.
     """
 
-    data: str | None = setting(None, "text to measure on", shown="the corpus of the checkpoint")
-    tokenizer: str | None = setting(None, "tokenizer of that text", shown="the checkpoint's")
-    val_fraction: float | None = setting(
-        None, "share of its documents that is held out", high=1, shown="as in training"
-    )
+    data: str | None = checkpoint.data_setting("measure on")
+    tokenizer: str | None = checkpoint.tokenizer_setting()
+    val_fraction: float | None = checkpoint.val_fraction_setting()
     tokens: int = setting(
         65536, "held-out tokens to measure on, in whole windows of the model's context", low=1
     )
     batch: int = setting(8, "windows in one forward pass", low=1)
     seed: int | None = setting(None, "seed of the untrained model", shown="the checkpoint's")
-    device: str = setting("auto", "auto | cpu | cuda | cuda:N")
-    out: str | None = setting(
-        None, "folder of the results", shown="`interpret` next to the checkpoint"
-    )
+    device: str = checkpoint.device_setting()
+    out: str | None = checkpoint.results_folder_setting()
 
 
 def run(settings, ckpt):

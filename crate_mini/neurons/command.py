@@ -53,15 +53,11 @@ class Settings:
     dedup: bool = setting(
         True, "take each top window from a different document (the paper does not)"
     )
-    data: str | None = setting(None, "text to score on", shown="the checkpoint's")
-    tokenizer: str | None = setting(None, "tokenizer of that text", shown="the checkpoint's")
-    val_fraction: float | None = setting(
-        None, "share of its documents that is held out", high=1, shown="as in training"
-    )
-    device: str = setting("auto", "auto | cpu | cuda | cuda:N")
-    out: str | None = setting(
-        None, "folder of the results", shown="`interpret` next to the checkpoint"
-    )
+    data: str | None = checkpoint.data_setting("score on")
+    tokenizer: str | None = checkpoint.tokenizer_setting()
+    val_fraction: float | None = checkpoint.val_fraction_setting()
+    device: str = checkpoint.device_setting()
+    out: str | None = checkpoint.results_folder_setting()
 
 
 def run(settings, ckpt):

@@ -27,9 +27,7 @@ class Settings:
         None, "also write the neurons to this .jsonl file, in Neuronpedia's JSON shape"
     )
     answers: str | None = setting(None, "only score this file of answers, saved by human.html")
-    out: str | None = setting(
-        None, "folder of the results", shown="`interpret` next to the checkpoint"
-    )
+    out: str | None = checkpoint.results_folder_setting()
 
 
 def run(settings, ckpt):

@@ -35,17 +35,11 @@ class Settings:
     lr: float = setting(2e-3, "peak learning rate", above=0)
     tokens: int = setting(65536, "held-out tokens to measure on", low=1)
     seed: int = setting(1337, "seed of weights, windows, shuffling and resampling")
-    data: str | None = setting(
-        None, "text to train and measure on", shown="the corpus of the checkpoint"
-    )
-    tokenizer: str | None = setting(None, "tokenizer of that text", shown="the checkpoint's")
-    val_fraction: float | None = setting(
-        None, "share of its documents that is held out", high=1, shown="as in training"
-    )
-    device: str = setting("auto", "auto | cpu | cuda | cuda:N")
-    out: str | None = setting(
-        None, "folder of the results", shown="`interpret` next to the checkpoint"
-    )
+    data: str | None = checkpoint.data_setting("train and measure on")
+    tokenizer: str | None = checkpoint.tokenizer_setting()
+    val_fraction: float | None = checkpoint.val_fraction_setting()
+    device: str = checkpoint.device_setting()
+    out: str | None = checkpoint.results_folder_setting()
 
 
 def run(settings, ckpt):

@@ -11,6 +11,7 @@ from crate_mini.lab import Lab
 from crate_mini.plots.markdown import markdown
 from crate_mini.steering.choose import MOST
 from crate_mini.steering.next_token import next_token
+from crate_mini.training import checkpoint
 
 SHOWN = 3  # next tokens in a cell
 
@@ -24,10 +25,8 @@ class Settings:
     value: str = setting("4x", "as for steer.py: 4x is four times the neuron's observed maximum")
     prompts: str = setting("1 2 3 4 5|The name of the|If the|import", "prompts, separated by |")
     seed: int = setting(1337, "seed that draws the neurons")
-    data: str | None = setting(
-        None, "text to observe maxima on", shown="the checkpoint's held-out text"
-    )
-    device: str = setting("auto", "auto | cpu | cuda | cuda:N")
+    data: str | None = checkpoint.data_setting("observe maxima on")
+    device: str = checkpoint.device_setting()
 
 
 def run(settings, ckpt):

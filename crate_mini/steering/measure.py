@@ -12,6 +12,7 @@ from crate_mini.sae import autoencoder
 from crate_mini.steering import dose_response, tables
 from crate_mini.steering.choose import MOST
 from crate_mini.steering.figure import figure
+from crate_mini.training import checkpoint
 
 LARGEST_DOSE = 1e6
 
@@ -33,11 +34,9 @@ class Settings:
         None, "also draw these steering.json of other models (separated by commas)"
     )
     seed: int = setting(1337, "seed of neurons, windows, random directions and bootstrap")
-    data: str | None = setting(None, "text to measure on", shown="the checkpoint's held-out text")
-    device: str = setting("auto", "auto | cpu | cuda | cuda:N")
-    out: str | None = setting(
-        None, "folder of the results", shown="`interpret` next to the checkpoint"
-    )
+    data: str | None = checkpoint.data_setting("measure on")
+    device: str = checkpoint.device_setting()
+    out: str | None = checkpoint.results_folder_setting()
 
 
 def run(settings, ckpt):

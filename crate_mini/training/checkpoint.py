@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from crate_mini import UserError, __version__, atomic_write, cli
+from crate_mini.cli import setting
 from crate_mini.data.batches import open_corpus
 from crate_mini.data.tokenizer import load_tokenizer
 from crate_mini.model import LM, Config
@@ -108,6 +109,29 @@ def load_resume(path):
 
 
 # ---- models with their tokenizer and text --------------------------------------------------------
+
+
+def device_setting():
+    """The setting `device` of a command that opens a checkpoint; so for the four below."""
+    return setting("auto", "auto | cpu | cuda | cuda:N")
+
+
+def data_setting(purpose):
+    """purpose: what the command does with the text, like "measure on"."""
+    return setting(None, f"text to {purpose}", shown="the checkpoint's held-out text")
+
+
+def tokenizer_setting():
+    return setting(None, "tokenizer of that text", shown="the checkpoint's")
+
+
+def val_fraction_setting():
+    help = "share of its documents that is held out"
+    return setting(None, help, high=1, shown="as in training")
+
+
+def results_folder_setting():
+    return setting(None, "folder of the results", shown="`interpret` next to the checkpoint")
 
 
 def open_model(ckpt, device="auto", tokenizer=None):

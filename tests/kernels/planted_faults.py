@@ -124,8 +124,8 @@ CPU_FAULTS = {
     ),
     "the naive gradient forgets the residual's": Fault(
         "ista_naive.cpp",
-        "-= gr[i] * a[j]",
-        "-= PLANTED ? 0 : gr[i] * a[j]",
+        "- gr[i] * before[j]",
+        "- (PLANTED ? 0 : gr[i] * before[j])",
         "ista_backward",
         "naive",
     ),
