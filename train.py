@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from crate_mini import UserError, model, results
+from crate_mini import UserError, model
 from crate_mini.console import terminal
 from crate_mini.data import batches
 from crate_mini.data.tokenizer import load_tokenizer
@@ -57,7 +57,7 @@ class Trainer:
         s.dtype = str(self.dtype).removeprefix("torch.")  # a resume keeps this choice
         compiled, mode_reason = device.choose_compile(self.device, s.compile)
         device.check_memory(config, min(self.share, s.micro_batch), self.device, self.dtype)
-        self.machine = results.machine(self.device)  # once, so that no save waits for git
+        self.machine = device.machine(self.device)  # once, so that no save waits for git
         self.tokenizer = load_tokenizer(s.tokenizer)
         self.corpus = self.open_corpus(meta, resumed=state is not None)
 

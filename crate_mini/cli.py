@@ -5,11 +5,10 @@
         "What the command does: the description of its --help."
         steps: int = setting(1000, "optimizer steps", low=1)
 
-`check` compares an instance with the declarations, `add_flags` turns them into flags. Commands that
-take settings, and how their errors are printed: console/terminal.py.
+`check` compares an instance with the declarations. Flags, commands that take settings, and how
+their errors are printed: console/terminal.py.
 """
 
-import argparse
 import difflib
 import math
 import types
@@ -106,42 +105,6 @@ def one_of(words):
     if len(words) == 1:
         return words[0]
     return f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-def add_flags(parser, settings, title="settings", shown=()):
-    """One flag for each field of a dataclass of settings; absent from the result unless given.
-
-    shown: {field: words for its default}, instead of the field's own.
-    """
-    group = parser.add_argument_group(title)
-    for f in fields(settings):
-        text = help_text(f, dict(shown).get(f.name)).replace("%", "%%")
-        common = dict(dest=f.name, default=argparse.SUPPRESS, help=text)
-        if f.type is bool:
-            action = argparse.BooleanOptionalAction
-            group.add_argument(flag_name(f.name), action=action, **common)
-        else:
-            kind = kind_of(f)
-            group.add_argument(
-                flag_name(f.name),
-                type=kind,
-                metavar=kind.__name__.upper(),
-                nargs="+" if takes_several(f) else None,
-                **common,
-            )
-
-
-def help_text(f, shown=None):
-    """Help of one setting: its meaning, its choices, its default."""
-    facts, text = f.metadata, f.metadata["help"]
-    if facts.get("choices"):
-        text = f"{' | '.join(facts['choices'])}: {text}"
-    default = next((d for d in (shown, facts.get("shown")) if d is not None), f.default)
-    if default is None or default == "":
-        return text
-    if isinstance(default, tuple):
-        default = " ".join(map(str, default))
-    return f"{text} (default {default})"
 
 
 def nearest(word, known, similarity=0.6):

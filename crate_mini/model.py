@@ -71,12 +71,30 @@ class Config:
         "rank of the query correction q = u + (u A) B, 0 for none: scores u u^T are symmetric, so "
         "without it a head cannot bind a key to another token's value",
     )
+    key_shift: bool = setting(
+        False,
+        "mix each key with the key before it: a head then finds what followed tokens like this "
+        "one, where symmetric scores u u^T find only tokens like this one",
+    )
+    top_k: int = setting(
+        0, "keep only this many codes per token, the largest; 0: all that pass the threshold"
+    )
+    debias: bool = setting(
+        False, "let the threshold of the last ISTA step select codes, but not shrink them"
+    )
     l1: float = setting(0.0, "weight of an L1 penalty on the codes in the training loss")
 
     def __post_init__(self):
         check(self, as_flags=False)
         if self.learned_lam and self.lam == 0:
             raise UserError(f"lam={self.lam} must be above 0 to be learned; try {Config.lam}.")
+        if self.debias and self.learned_lam:
+            raise UserError(
+                "debias=True leaves the threshold without a gradient, so learned_lam=True has no "
+                "effect; use one of them."
+            )
+        if self.top_k > self.n_code:
+            raise UserError(f"top_k={self.top_k} exceeds the {self.n_code} codes of a token.")
         if self.n_embd % self.n_head:
             divisors = [k for k in range(1, self.n_head + 1) if self.n_embd % k == 0]
             raise UserError(
@@ -101,7 +119,13 @@ KINDS = {
     "crate": dict(attention="mssa", sparsifier="ista", residual=False),
     "gpt2": dict(attention="mhsa", sparsifier="mlp", residual=True, bias=False),
     "crate+": dict(
-        attention="mssa", sparsifier="ista", residual=True, separate_decoder=True, query_rank=32
+        attention="mssa",
+        sparsifier="ista",
+        residual=True,
+        separate_decoder=True,
+        ista_steps=1,
+        query_rank=32,
+        key_shift=True,
     ),
 }
 
@@ -130,6 +154,18 @@ def attend(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
+def shift_keys(k, gate):
+    """Each key mixed with the key before it: k_s + sigmoid(gate) (k_{s-1} - k_s), and k_{-1} = 0.
+
+    k (B, K, S, p); gate (d,), learned. Where a score compares the query's token with s - 1 and then
+    reads s, the head returns what followed tokens like this one. Known as smeared keys (Elhage et
+    al. 2021) and token shift (RWKV); a departure from CRATE, which derives no such step.
+    """
+    before = F.pad(k, (0, 0, 1, -1))
+    share = gate.sigmoid().unflatten(0, (k.shape[1], 1, -1)).to(k.dtype)  # (K, 1, p)
+    return k + share * (before - k)
+
+
 class MSSA(nn.Module):
     """Multi-head subspace self-attention: a gradient step that compresses z towards the U_k.
 
@@ -150,6 +186,7 @@ class MSSA(nn.Module):
         self.query = None
         if rank:
             self.query = nn.ParameterList([torch.empty(d, rank), torch.empty(rank, d)])
+        self.key_gate = nn.Parameter(torch.zeros(d)) if config.key_shift else None
 
     def forward(self, z):
         # (B, T, K, p)
@@ -162,7 +199,8 @@ class MSSA(nn.Module):
         u = u.transpose(1, 2)
         if self.cache:
             (u,) = self.cache.extend(self, u)
-        y = attend(q, u, u)
+        k = u if self.key_gate is None else shift_keys(u, self.key_gate)
+        y = attend(q, k, u)
         return self.out(y.transpose(1, 2).flatten(-2))  # (B, T, d)
 
 
@@ -178,14 +216,32 @@ class MHSA(nn.Module):
         self.norm = nn.LayerNorm(d, bias=config.bias)
         self.qkv = nn.Linear(d, 3 * d, bias=config.bias)
         self.out = nn.Linear(d, d, bias=config.bias)
+        self.key_gate = nn.Parameter(torch.zeros(d)) if config.key_shift else None
 
     def forward(self, z):
         qkv = self.qkv(self.norm(z)).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, K, p)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, K, T, p) each
         if self.cache:
             k, v = self.cache.extend(self, k, v)
+        if self.key_gate is not None:
+            k = shift_keys(k, self.key_gate)
         y = attend(q, k, v)
         return self.out(y.transpose(1, 2).flatten(-2))  # (B, T, d)
+
+
+class TopK(nn.Module):
+    """The k largest codes of each token (reference.top_k); all of them if k is 0.
+
+    While training, `training_k` may be larger: train.py lowers it step by step.
+    """
+
+    def __init__(self, k):
+        super().__init__()
+        self.k = self.training_k = k
+
+    def forward(self, a):
+        k = self.training_k if self.training else self.k
+        return ops.top_k(a, k) if 0 < k < a.shape[-1] else a
 
 
 class ISTA(nn.Module):
@@ -207,6 +263,8 @@ class ISTA(nn.Module):
         self.log_lam = None
         if config.learned_lam:
             self.log_lam = nn.Parameter(torch.full((h,), math.log(config.lam)))
+        self.debias = config.debias
+        self.top_k = TopK(config.top_k)
         self.code = nn.Identity()
 
     def threshold(self):
@@ -214,12 +272,17 @@ class ISTA(nn.Module):
         return self.lam if self.log_lam is None else self.log_lam.exp()
 
     def forward(self, z):
-        D = self.D
+        D, lam = self.D, self.threshold()
+        decoder = D if self.decoder is None else self.decoder
         x = self.norm(z)
-        y, a = ops.ista(x, D, self.eta, self.threshold(), self.steps, self.decoder)
+        if self.debias or self.top_k.k:
+            a = ops.ista_codes(x, D, self.eta, lam, self.steps, self.debias)
+            a = self.code(self.top_k(a))
+            return a @ decoder.T, a
+        y, a = ops.ista(x, D, self.eta, lam, self.steps, self.decoder)
         hooked = self.code(a)
         if hooked is not a:  # if no hook changed the codes, y keeps its bits
-            y = y + (hooked - a) @ (D if self.decoder is None else self.decoder).T
+            y = y + (hooked - a) @ decoder.T
         return y, hooked
 
 
@@ -233,12 +296,13 @@ class MLP(nn.Module):
         self.fc = nn.Linear(d, h, bias=config.bias)
         self.proj = nn.Linear(h, d, bias=config.bias)
         self.gelu = config.activation == "gelu"
+        self.top_k = TopK(config.top_k)
         self.code = nn.Identity()
 
     def forward(self, z):
         x = self.fc(self.norm(z))
         a = F.gelu(x, approximate="tanh") if self.gelu else F.relu(x)
-        a = self.code(a)
+        a = self.code(self.top_k(a))
         return self.proj(a), a
 
 
@@ -291,7 +355,7 @@ class LM(nn.Module):
                 w.uniform_(-bound, bound)
             elif name.endswith(writers):
                 w.normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer))
-            elif w.dim() > 1:  # LayerNorm weights stay 1, log_lam stays log(lam)
+            elif w.dim() > 1:  # LayerNorm weights stay 1, log_lam log(lam), key_gate 0
                 w.normal_(0, 0.02)
         if self.config.unit_norm:
             for block in self.blocks:

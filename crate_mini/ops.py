@@ -185,6 +185,24 @@ def ista(x, D, eta, lam, steps, decoder=None):
     return torch.ops.crate_kernels.ista(x, D, decoder, lams, eta, lam, steps, needs_grad)[:2]
 
 
+def ista_codes(x, D, eta, lam, steps, debias=False):
+    """The codes a (..., h) of `ista` alone, for a model that makes them sparser before decoding.
+
+    debias: undo the shrinkage of the last step. Always in PyTorch: what the kernels win is less
+    than the y that nobody needs costs.
+    """
+    _check("ista_codes", x=x, D=D)
+    if isinstance(lam, Tensor):
+        lam = lam.to(_compute_dtype(x))
+    a = reference.ista_codes(x, D, eta, lam, steps)
+    return reference.debias(a, eta, lam) if debias else a
+
+
+def top_k(a, k):
+    """a (..., h) with all but the k largest codes of each token 0; in PyTorch."""
+    return reference.top_k(a, k)
+
+
 @torch.no_grad()
 def ista_decode(x, D, eta, lam, steps, decoder=None):
     """`ista` of a few rows without gradient: products that read codes skip those that are zero."""

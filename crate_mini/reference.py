@@ -23,7 +23,7 @@ EPS2 = 0.01  # eps^2, the squared quantisation error in the rates; 0.01 in the r
 def coding_rate(Z, eps2=EPS2):
     """R(Z) = 1/2 logdet(I + d / (N eps^2) Z^T Z), in nats.
 
-    The nats that Z (.., N, d) takes as a whole, coded with squared error eps^2. Returns (..).
+    The nats per token of Z (.., N, d), coded as a whole up to squared error eps^2. Returns (..).
     """
     return compression_rate(Z[..., None, :], eps2)
 
@@ -31,7 +31,7 @@ def coding_rate(Z, eps2=EPS2):
 def compression_rate(u, eps2=EPS2):
     """R^c(Z | U) = sum_k 1/2 logdet(I + p / (N eps^2) u_k^T u_k), in nats.
 
-    The nats that Z takes once its subspaces are known; u (.., N, K, p) holds the projections
+    The nats per token once the subspaces are known; u (.., N, K, p) holds the projections
     u_k = Z U_k. Returns (..).
     """
     u = u.transpose(-3, -2)  # (.., K, N, p)
@@ -81,8 +81,9 @@ def compression_step(Z, U, kappa, eps2=EPS2):
 def mssa(Z, U, scale=1.0, causal=True):
     """MSSA(Z) = sum_k softmax(scale u_k u_k^T) u_k U_k^T, u_k = Z U_k: the operator of the paper.
 
-    Z (N, d), U (K, d, p); returns (N, d). A language model masks later tokens (causal), scales by
-    1 / sqrt(p), and replaces the outer U_k with a free output map.
+    Z (N, d), U (K, d, p); returns (N, d). The derived step is (1 - c) Z + c MSSA(Z); the deployed
+    one, Z + MSSA(Z), is twice that with c = 1/2. A language model masks later tokens (causal),
+    scales by 1 / sqrt(p), and replaces the outer U_k with a free output map.
     """
     u = torch.einsum("nd,kdp->knp", Z, U)
     scores = scale * u @ u.mT
@@ -121,6 +122,22 @@ def ista_codes(x, D, eta, lam, steps):
     for _ in range(steps - 1):
         a = ista_step(a, x - a @ D.T, D, eta, lam)
     return a
+
+
+def top_k(a, k):
+    """The k largest codes of each token, the others 0: a projection onto {a : |a|_0 <= k}.
+
+    a (.., h) >= 0. Applied to a gradient step it is the proximal map of that constraint, where the
+    threshold of `ista_step` is that of lam |a|_1. Of equal codes at the edge only as many stay as
+    fit, so never more than k do.
+    """
+    values, indices = a.topk(k, sorted=False)
+    return torch.zeros_like(a).scatter(-1, indices, values)
+
+
+def debias(a, eta, lam):
+    """Codes without the shrinkage of the last step: eta lam is added to those that it left."""
+    return torch.where(a == 0, a, a + eta * lam)
 
 
 # ---- the ops of model.py -------------------------------------------------------------------------

@@ -1,15 +1,10 @@
 """Result files: JSON that says how it was made, written atomically, read back with clear errors."""
 
 import json
-import os
-import platform
 import shlex
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
-
-import torch
 
 from crate_mini import UserError, atomic_write, cli
 
@@ -64,47 +59,6 @@ def folder(checkpoint, out=None):
 def command(*script):
     """The running command, as it can be typed again; script: its name, or -m and the module."""
     return shlex.join(["python", *script, *sys.argv[1:]])
-
-
-def header(script, checkpoint, meta, model, **facts):
-    """The entries that every result about a checkpoint begins with: command, machine, checkpoint.
-
-    meta: as checkpoint.load returned it with the model. facts: further entries, such as the seed.
-    """
-    return {
-        "schema": 1,
-        "command": command(script),
-        **facts,
-        "machine": machine(model.tokens.weight.device),
-        "checkpoint": {
-            "path": str(checkpoint),
-            "sha256": meta.get("sha256"),
-            "config": meta["config"],
-            "training": meta["training"],
-        },
-    }
-
-
-def machine(device=None):
-    """The machine and code that made a result: device, threads, versions, commit; JSON-able."""
-    on_gpu = device is not None and device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "commit": commit(),
-    }
-
-
-def processor():
-    """The CPU's name and its number of visible cores."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def commit():

@@ -20,7 +20,7 @@ from crate_mini.concepts.types import SPLITS
 from crate_mini.console import terminal
 from crate_mini.data.tokenizer import load_tokenizer
 from crate_mini.training import checkpoint, run_log
-from crate_mini.training.device import choose_device, choose_dtype
+from crate_mini.training.device import choose_device, choose_dtype, machine
 
 CLIP = 1.0  # largest norm of the gradient
 
@@ -94,7 +94,7 @@ def finetune(settings, log=print):
         "test": test,
         "start": {"path": settings.init, "sha256": start},
         "command": results.command("train.py"),
-        "machine": results.machine(device),
+        "machine": machine(device),
     }
     folder = Path(settings.out, "last")
     save(folder, model, meta, facts)

@@ -191,6 +191,8 @@ def cloud(result, target, codes=4, width=23):
     The size of a word goes with the root of its count. The colour is the class that most of the
     code's training words come from.
     """
+    from matplotlib.patches import Patch
+
     methods = result["methods"]
     figure, panels = grid(len(methods) * codes, codes, (3.2, 1.7))
     for axes in panels:
@@ -200,6 +202,8 @@ def cloud(result, target, codes=4, width=23):
         for axes, code in zip(row, method["codes"]):
             axes.set_title(f"{name}, code {code['code']}", fontsize=8, parse_math=False)
             draw_words(axes, code, width)
+    patches = [Patch(color=color(i)) for i in range(len(result["classes"]))]
+    figure.legend(patches, result["classes"], loc="outside lower center", ncols=6, frameon=False)
     return write(figure, target, dpi=110)
 
 

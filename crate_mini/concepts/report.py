@@ -5,9 +5,9 @@
 
 import numpy as np
 
-from crate_mini import results
 from crate_mini.concepts import codebook_checks, concept_words, faithfulness
 from crate_mini.concepts.types import SPLITS
+from crate_mini.training import checkpoint
 
 CONTEXT = 12  # words shown on each side of a marked one
 EXAMPLES = 3  # texts shown with a code
@@ -34,7 +34,7 @@ def collect(run):
     if "ward" not in run.methods:
         not_run["ward"] = "not run: not asked for or no scikit-learn"
     return {
-        **results.header("interpret.py", run.ckpt, run.meta, run.model.lm),
+        **checkpoint.result_header("interpret.py", run.ckpt, run.meta, run.model.lm),
         "seed": run.seeds[0],
         "seeds": run.seeds,
         "layers": run.layers,

@@ -1,4 +1,4 @@
-"""Scripts at a terminal: commands, errors in one sentence, the progress line, aligned tables."""
+"""Scripts at a terminal: flags, commands, errors in one sentence, progress, aligned tables."""
 
 import argparse
 import importlib
@@ -8,11 +8,11 @@ import re
 import sys
 import time
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from inspect import cleandoc
 
 from crate_mini import UserError
-from crate_mini.cli import add_flags, check, flag_name, nearest, one_of
+from crate_mini.cli import check, flag_name, kind_of, nearest, one_of, takes_several
 
 SMALLER_RUNS = "like train.py's --micro-batch 1 or interpret.py's --n 100"
 OUT_OF_MEMORY = "out of memory|an.t allocate|not enough memory|Storage size calculation overflowed"
@@ -46,6 +46,42 @@ class Parser(argparse.ArgumentParser):
                 f"unknown argument {unknown[0]!r}{suggestion}; `{self.prog} --help` lists all."
             )
         return parsed
+
+
+def add_flags(parser, settings, title="settings", shown=()):
+    """One flag for each field of a dataclass of settings; absent from the result unless given.
+
+    shown: {field: words for its default}, instead of the field's own.
+    """
+    group = parser.add_argument_group(title)
+    for f in fields(settings):
+        text = help_text(f, dict(shown).get(f.name)).replace("%", "%%")
+        common = dict(dest=f.name, default=argparse.SUPPRESS, help=text)
+        if f.type is bool:
+            action = argparse.BooleanOptionalAction
+            group.add_argument(flag_name(f.name), action=action, **common)
+        else:
+            kind = kind_of(f)
+            group.add_argument(
+                flag_name(f.name),
+                type=kind,
+                metavar=kind.__name__.upper(),
+                nargs="+" if takes_several(f) else None,
+                **common,
+            )
+
+
+def help_text(f, shown=None):
+    """Help of one setting: its meaning, its choices, its default."""
+    facts, text = f.metadata, f.metadata["help"]
+    if facts.get("choices"):
+        text = f"{' | '.join(facts['choices'])}: {text}"
+    default = next((d for d in (shown, facts.get("shown")) if d is not None), f.default)
+    if default is None or default == "":
+        return text
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    return f"{text} (default {default})"
 
 
 def number_list(text, flag, kind, example):

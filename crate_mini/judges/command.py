@@ -18,6 +18,7 @@ from crate_mini.judges.pipeline import judge_label, metric_names
 from crate_mini.neurons import excerpts, protocols, record_files, score_files, summary
 from crate_mini.neurons.protocols import DEAD
 from crate_mini.training import checkpoint
+from crate_mini.training.device import machine
 
 SCRIPT = "interpret.py"
 STYLES = ("auto", "chat", "text")
@@ -114,7 +115,7 @@ def run(settings, ckpt):
         "schema": 1,
         "command": results.command(SCRIPT),
         "record": record.header,
-        "machine": results.machine(),
+        "machine": machine(),
         "llm": llm,
     }
     path = results.write_json(folder / "llm.json", {**facts, **scores})

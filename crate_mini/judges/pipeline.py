@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crate_mini import UserError, results
+from crate_mini import UserError
 from crate_mini.console import terminal
 from crate_mini.judges import explanation, probe, prompt_files, simulation
 from crate_mini.judges.answer_cache import AnswerCache, BudgetSpent, answer_key, token_estimate
@@ -18,6 +18,7 @@ from crate_mini.judges.language_model import LanguageModel
 from crate_mini.judges.queries import NoAnswer
 from crate_mini.judges.simulation import MODES
 from crate_mini.neurons import protocols
+from crate_mini.training.device import machine
 
 PROMPTS = ("explain", "puzzles", *(mode.prompt for mode in MODES.values()))
 ENOUGH = 40  # simulations after which too many failures end the run
@@ -80,7 +81,7 @@ def run(selected, decode, settings, folder, log=print):
         threads.shutdown(cancel_futures=True)
         if settings.record and cache.used:
             about = {name: result[name] for name in ("explainer", "simulator", "prompts")}
-            cache.record(settings.record, {**about, "machine": results.machine()})
+            cache.record(settings.record, {**about, "machine": machine()})
     result["total"] = cache.total()
     return result
 

@@ -47,7 +47,7 @@ def run(settings, ckpt):
     windows = choose_windows(settings, corpus, config.block_size)
     folder = results.folder(ckpt, settings.out)
     folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
-    result = results.header(
+    result = checkpoint.result_header(
         SCRIPT,
         ckpt,
         meta,

@@ -11,27 +11,28 @@ model saw.
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from crate_mini import UserError, results
+from crate_mini import UserError
 from crate_mini.console import terminal
 from crate_mini.data.tokenizer import load_tokenizer
 from crate_mini.intervene import hook_codes
-from crate_mini.model import KINDS
+from crate_mini.model import KINDS, Config
 from crate_mini.neurons import record_files
 from crate_mini.neurons.accumulate import BINS, Shared, TokenStats, TopWindows, half
 from crate_mini.neurons.documents import PARTS, WINDOW, FitScoreSplit
 from crate_mini.training.checkpoint import untrained
-from crate_mini.training.device import choose_dtype, total_memory
+from crate_mini.training.device import choose_dtype, machine, total_memory
 
 UNIFORM = {"fit": 128, "score": 256}  # windows drawn uniformly, the same for all neurons
 TOP = 36  # windows with the highest peaks, of each neuron in each part
 BIGRAM_BYTES = 1 << 28  # of the sums by bigram, all sites together
 BATCH_TOKENS = 1 << 13
+SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")  # fields of Config
 BATCH_FLOATS = 1 << 24  # activations of the widest site in a batch
 
 
@@ -110,11 +111,17 @@ def untrained_control(model, meta, seed=0):
 
 
 def kind_of(config):
-    """crate, gpt2 or crate+ for a Config that differs from this preset in size alone; or other."""
-    for kind, fields in KINDS.items():
-        if all(getattr(config, name) == value for name, value in fields.items()):
-            return kind
-    return "other"
+    """The nearest preset and what differs from it, size aside, like "crate, top_k=16"."""
+    named = []
+    for kind, changes in KINDS.items():
+        preset = Config(**changes)
+        words = [kind]
+        for f in fields(Config):
+            value = getattr(config, f.name)
+            if f.name not in SIZES and value != getattr(preset, f.name):
+                words.append(f"{f.name}={value}")
+        named.append(words)
+    return ", ".join(min(named, key=len))
 
 
 def record(
@@ -160,7 +167,7 @@ def record(
     header = {
         "schema": record_files.SCHEMA,
         "command": command,
-        "machine": results.machine(device),
+        "machine": machine(device),
         "seed": seed,
         "checkpoint": _checkpoint(model, meta, path),
         "corpus": corpus.meta,

@@ -27,7 +27,7 @@ from crate_mini.neurons.record import sites
 from crate_mini.neurons.simulators import excerpt_table
 from crate_mini.neurons.trie import Trie
 from crate_mini.neurons.workspace import Workspace
-from crate_mini.training.device import choose_device
+from crate_mini.training.device import choose_device, machine
 
 MARGIN = 0.05  # in r, by which the true explanation must win
 EXPRESSES = 0.9  # r from which a simulator is said to express an explanation
@@ -56,7 +56,7 @@ def run(settings):
     result = {
         "schema": 1,
         "command": results.command("interpret.py"),
-        "machine": results.machine(choose_device("cpu")),
+        "machine": machine(choose_device("cpu")),
         **outcome,
     }
     path = results.write_json(folder / "selftest.json", result)

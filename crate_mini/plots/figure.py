@@ -41,7 +41,8 @@ def shared_legend(figure, panels):
     for axes in panels:
         for line, label in zip(*axes.get_legend_handles_labels()):
             lines[label] = line
-    fitting = int(figure.get_figwidth() // 2)  # a label takes about two inches
+    inches = 0.7 + 0.08 * max(map(len, lines), default=0)  # of the widest label
+    fitting = int(figure.get_figwidth() // inches)
     columns = max(1, min(len(lines), fitting))
     figure.legend(lines.values(), lines, frameon=False, loc="outside lower center", ncols=columns)
 

@@ -58,7 +58,7 @@ def run(settings, ckpt):
     batches = train.code_batches(model, corpus, layer, settings.batch, settings.seed)
     resampled = train.fit(saes, batches, settings.steps, settings.lr, settings.seed)
     measured = evaluate(model, corpus, layer, saes, settings.tokens)
-    facts = results.header(
+    facts = checkpoint.result_header(
         SCRIPT,
         ckpt,
         meta,

@@ -7,7 +7,7 @@ import itertools
 import math
 
 from crate_mini.console.terminal import aligned
-from crate_mini.plots.figure import AMBER, BLUE, GREEN, GREY, RED, grid, write
+from crate_mini.plots.figure import AMBER, BLUE, GREEN, GREY, RED, grid, shared_legend, write
 
 HEAD = [
     "SAE",
@@ -65,8 +65,10 @@ def draw(saes, target):
         dashed(left, l0, mean, colour, f"{name}, of the loss of the mean code")
         solid(right, l0, variance, colour, f"{name}, variance about the mean")
         dashed(right, l0, cosine, colour, f"{name}, cosine")
-    finish(left, "share of the loss recovered")
-    finish(right, "share of the codes explained")
+    l0 = [sae["held_out"]["L0"] for sae in saes]
+    finish(left, "share of the loss recovered", l0)
+    finish(right, "share of the codes explained", l0)
+    shared_legend(figure, [left, right])
     figure.suptitle(
         f"sparse autoencoders on the {saes[0]['h']} codes of layer {saes[0]['layer']}, "
         f"{saes[0]['tokens']:,} held-out tokens"
@@ -99,14 +101,15 @@ def gaps(values):
     return [math.nan if value is None else value for value in values]
 
 
-def finish(axes, title):
-    """Title, legend, a logarithmic axis of L0, and a line at 1, the best value."""
+def finish(axes, title, l0):
+    """Title, a line at 1, the best value, and the axis of L0, logarithmic if it spans much."""
     from matplotlib.ticker import LogLocator
 
-    axes.set(xscale="log", xlabel="features per token (L0)")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
+    axes.set_xlabel("features per token (L0)")
+    if max(l0) > 5 * min(l0) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
     axes.set_title(title, fontsize=10)
     axes.axhline(1, color="black", linewidth=0.6)
-    axes.legend(frameon=False, fontsize=7, loc="lower right")

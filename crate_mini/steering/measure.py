@@ -60,7 +60,7 @@ def run(settings, ckpt):
         top=settings.top,
         seed=settings.seed,
     )
-    result = results.header(
+    result = checkpoint.result_header(
         "steer.py",
         ckpt,
         lab.meta,

@@ -8,9 +8,10 @@ from crate_mini.steering.dose_response import AT_KL
 
 
 def name(result):
-    """The kind of model and its number of layers, like crate 3L."""
+    """The kind of model and its number of layers, like "crate 3L" or "crate 3L, top_k=16"."""
     config = Config(**result["checkpoint"]["config"])
-    return f"{kind_of(config)} {config.n_layer}L"
+    kind, comma, changes = kind_of(config).partition(",")
+    return f"{kind} {config.n_layer}L{comma}{changes}"
 
 
 def cell(interval):

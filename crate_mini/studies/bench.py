@@ -18,7 +18,7 @@ from crate_mini import ops, results
 from crate_mini.cli import setting
 from crate_mini.console.terminal import Command
 from crate_mini.studies import benchmarks
-from crate_mini.training.device import choose_device, keep_memory
+from crate_mini.training.device import choose_device, keep_memory, machine
 
 DTYPES = ("bfloat16", "float32")
 OPS = ("ista", "mssa", "decode", "step")
@@ -92,7 +92,7 @@ def run(settings):
         table = {
             "command": results.command("-m", "crate_mini.studies"),
             "backend": backend,
-            "machine": results.machine(device),
+            "machine": machine(device),
             "rows": rows,
         }
         results.write_json(settings.json, table)

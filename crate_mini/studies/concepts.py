@@ -21,6 +21,7 @@ from crate_mini.console.terminal import Command
 from crate_mini.plots.markdown import markdown
 from crate_mini.studies.runner import Runner, absolute
 from crate_mini.studies.tables import NAMES
+from crate_mini.training.device import machine
 
 MODELS = ("crate", "gpt2")
 SIZE = ("--preset", "3L", "--n-embd", 256, "--block-size", 128)
@@ -143,7 +144,7 @@ def write(runs, names):
         "least": list(LEAST.values()),
         "note": "one language model and one classifier of each kind; seeds are of discovery, "
         "partners, directions and folds",
-        "machine": results.machine(torch.device("cpu")),
+        "machine": machine(torch.device("cpu")),
         "runs": runs,
     }
     results.write_json(result_file(), rounded(result))

@@ -18,7 +18,7 @@ from crate_mini import UserError, fused, model, ops, results
 from crate_mini.cli import setting
 from crate_mini.console.terminal import Command
 from crate_mini.studies import benchmarks
-from crate_mini.training.device import choose_device, flops_per_token
+from crate_mini.training.device import choose_device, flops_per_token, machine
 
 TOKENS, WIDTHS = (8192, 65536), (128, 768, 1600)  # N and d; h = 4 d
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-m", "gpu")
@@ -367,12 +367,12 @@ def run(settings):
         if not settings.json:
             raise UserError(f"--only {settings.only} needs --json, a file for its rows.")
         return measure(settings.only, settings.json)
-    machine = results.machine(choose_device("auto"))
+    this_machine = machine(choose_device("auto"))
     if settings.commit:
-        machine["commit"] = settings.commit
-    path = Path(settings.json) if settings.json else default_path(stages, machine)
+        this_machine["commit"] = settings.commit
+    path = Path(settings.json) if settings.json else default_path(stages, this_machine)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return run_stages(stages, path, machine)
+    return run_stages(stages, path, this_machine)
 
 
 def default_path(stages, machine):

@@ -17,6 +17,7 @@ from crate_mini.neurons import summary
 from crate_mini.plots.markdown import markdown
 from crate_mini.studies.runner import Runner, neurons_run
 from crate_mini.studies.tables import NAMES
+from crate_mini.training.device import machine
 
 PRESET = "3L"
 SEED = 1337
@@ -66,7 +67,7 @@ def run(settings):
     result = {
         "schema": 1,
         "command": "python -m crate_mini.studies judges SIMULATOR EXPLAINER",
-        "machine": results.machine(),
+        "machine": machine(),
         "runs": others + runs,
     }
     results.write_json(path, result)

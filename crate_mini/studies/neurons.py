@@ -21,6 +21,7 @@ from crate_mini.neurons.score_files import read_rows
 from crate_mini.plots.markdown import markdown
 from crate_mini.studies.runner import Runner, absolute, neurons_run
 from crate_mini.studies.tables import NAMES, add_counts, mean_density, runs_of
+from crate_mini.training.device import machine
 
 MATCHED = 0.01  # share of tokens on which a neuron fires at most, in the second scoring
 SCORINGS = {"interpret": "as it is", f"matched/density-{MATCHED:g}": "matched"}  # by folder
@@ -116,7 +117,7 @@ class Study:
             "steps": self.steps,
             "tokens": self.tokens,
             "match_density": MATCHED,
-            "machine": results.machine(torch.device("cpu")),
+            "machine": machine(torch.device("cpu")),
             "runs": runs,
             "sae": autoencoders,
             "differences": self.differences(),

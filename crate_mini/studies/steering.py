@@ -20,6 +20,7 @@ from crate_mini.steering.figure import figure
 from crate_mini.steering.tables import readme
 from crate_mini.studies.runner import Runner, default_run
 from crate_mini.studies.tables import NAMES
+from crate_mini.training.device import machine
 
 # 0.26 M tokens, 4 features a code, 32 of them at a time
 SAE = ("--k", 32, "--steps", 500, "--batch", 512)
@@ -69,7 +70,7 @@ def run(settings):
         "schema": 1,
         "seeds": settings.seeds,
         "command": results.command("-m", "crate_mini.studies"),
-        "machine": results.machine(torch.device("cpu")),
+        "machine": machine(torch.device("cpu")),
         "models": models,
         "sae": saes,
     }

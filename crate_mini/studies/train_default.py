@@ -74,7 +74,7 @@ def run_default(settings):
     study = {
         "command": "python -m crate_mini.studies default",
         "seeds": SEEDS,
-        "machine": results.machine(CPU),
+        "machine": device.machine(CPU),
         "baselines_bits_per_byte": baselines(),
         "runs": runs,
     }
@@ -203,7 +203,7 @@ def run_deps(settings):
         "command": "python -m crate_mini.studies deps",
         "seeds": [seed],
         "bits_per_byte_of_pydocs": bits,
-        "machine": results.machine(CPU),
+        "machine": device.machine(CPU),
         "tokens": runs[0]["tokens"],
     }
     results.write_json(results.ROOT / "results" / "deps.json", study)
@@ -257,7 +257,7 @@ def run_speed(settings):
         "command": "python -m crate_mini.studies speed TEXT RANKS",
         "seeds": [TrainSettings.seed],
         "text": Path(settings.text).name,
-        "machine": results.machine(CPU),
+        "machine": device.machine(CPU),
         "rows": rows,
         "loop": {"train.py": ours, "bare": bare, "ratio": round(ratio, 3)},
     }

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 
-from crate_mini import UserError, __version__, atomic_write, cli
+from crate_mini import UserError, __version__, atomic_write, cli, results
 from crate_mini.cli import setting
 from crate_mini.data.batches import open_corpus
 from crate_mini.data.tokenizer import load_tokenizer
 from crate_mini.model import LM, Config
-from crate_mini.training.device import choose_device
+from crate_mini.training.device import choose_device, machine
 
 FORMAT = 1
 # Tokenizer.hash of GPT-2's ranks, which the released models were trained with.
@@ -188,6 +188,25 @@ def untrained(config, seed):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return LM(config).eval()
+
+
+def result_header(script, checkpoint, meta, model, **facts):
+    """The entries that every result about a checkpoint begins with: command, machine, checkpoint.
+
+    meta: as checkpoint.load returned it with the model. facts: further entries, such as the seed.
+    """
+    return {
+        "schema": 1,
+        "command": results.command(script),
+        **facts,
+        "machine": machine(model.tokens.weight.device),
+        "checkpoint": {
+            "path": str(checkpoint),
+            "sha256": meta.get("sha256"),
+            "config": meta["config"],
+            "training": meta["training"],
+        },
+    }
 
 
 # ---- files ---------------------------------------------------------------------------------------

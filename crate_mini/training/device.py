@@ -5,6 +5,7 @@ Nothing is guessed: a GPU missing from the table of peaks gets no MFU, and a CPU
 
 import importlib.util
 import os
+import platform
 import re
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from crate_mini import UserError
+from crate_mini import UserError, results
 from crate_mini.model import LM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -212,3 +213,25 @@ def check_memory(config, rows, device, dtype):
         f"{activations / 2**30:,.0f} for activations, and {device} has {available / 2**30:,.0f}; "
         f"lower {flags}."
     )
+
+
+def machine(device=None):
+    """The machine and code that made a result: device, threads, versions, commit; JSON-able."""
+    on_gpu = device is not None and device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "commit": results.commit(),
+    }
+
+
+def processor():
+    """The CPU's name and its number of visible cores."""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"

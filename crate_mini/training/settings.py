@@ -29,7 +29,15 @@ MODEL_DEFAULTS = {
     "vocab_size": "the tokenizer's ids, rounded up to a multiple of 64",
     "block_size": "256 for 1L 2L 3L, 1024 for S B",
 }
-ISTA_FIELDS = ("ista_steps", "eta", "lam", "separate_decoder", "learned_lam", "unit_norm")
+ISTA_FIELDS = (
+    "ista_steps",
+    "eta",
+    "lam",
+    "separate_decoder",
+    "learned_lam",
+    "unit_norm",
+    "debias",
+)
 
 
 @dataclass
@@ -40,7 +48,7 @@ class Settings:
     """
 
     model: str = setting(
-        "crate", "gpt2 is the twin, crate+ turns on three variants", choices=tuple(KINDS)
+        "crate", "crate is the paper's, crate+ our best, gpt2 the twin", choices=tuple(KINDS)
     )
     preset: str = setting("3L", "a model size from the paper", choices=tuple(SIZES))
     data: str = setting(
@@ -169,8 +177,8 @@ def read_flags(argv):
     parser = terminal.Parser(prog="train.py", description=DESCRIPTION)
     parser.add_argument("--config", help="a JSON file of settings by name; flags override it")
     parser.add_argument("--resume", metavar="FOLDER", help="continue the run in this folder")
-    cli.add_flags(parser, Settings, "training")
-    cli.add_flags(parser, Config, "model", MODEL_DEFAULTS)
+    terminal.add_flags(parser, Settings, "training")
+    terminal.add_flags(parser, Config, "model", MODEL_DEFAULTS)
     given = vars(parser.parse_args(argv))
     config_file = given.pop("config")
     folder = given.pop("resume")

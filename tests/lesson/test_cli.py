@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crate_mini import UserError
-from crate_mini.cli import add_flags, check, flag_name, nearest, one_of, setting
+from crate_mini.cli import check, flag_name, nearest, one_of, setting
+from crate_mini.console.terminal import add_flags
 
 
 @dataclass

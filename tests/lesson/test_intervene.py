@@ -6,19 +6,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import H, T, V, tiny
+from tiny_models import VARIANTS, H, T, V, tiny
 
-from crate_mini import UserError, model, ops
+from crate_mini import UserError, ops
 from crate_mini.generate import generate
 from crate_mini.intervene import OPS, Intervention, hook_codes, steer
 from crate_mini.sae.autoencoder import SAE
 from crate_mini.steering.next_token import direct_effect, next_token, stream
 
-KINDS = pytest.mark.parametrize("kind", model.KINDS)
+KINDS = pytest.mark.parametrize("kind", VARIANTS)
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "auto"])
 
 
-@pytest.fixture(params=model.KINDS)
+@pytest.fixture(params=VARIANTS)
 def lm(request):
     return tiny(request.param)
 

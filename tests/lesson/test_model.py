@@ -29,11 +29,25 @@ def attention_inputs(config, w, x):
     d = config.n_embd
     if config.attention == "mhsa":
         qkv = [linear(t, w("attention.qkv.weight"), w("attention.qkv.bias")) for t in x]
-        return [[t[i * d : (i + 1) * d] for t in qkv] for i in range(3)]
-    u = [w("attention.U").T @ t for t in x]
-    A, B = w("attention.query.0"), w("attention.query.1")
-    q = u if A is None else [t + B.T @ (A.T @ t) for t in u]
-    return q, u, u
+        q, k, v = ([t[i * d : (i + 1) * d] for t in qkv] for i in range(3))
+    else:
+        k = v = [w("attention.U").T @ t for t in x]
+        A, B = w("attention.query.0"), w("attention.query.1")
+        q = k if A is None else [t + B.T @ (A.T @ t) for t in k]
+    gate = w("attention.key_gate")
+    if gate is not None:
+        share = 1 / (1 + (-gate).exp())
+        earlier = [torch.zeros_like(k[0]), *k[:-1]]
+        k = [(1 - share) * now + share * before for now, before in zip(k, earlier)]
+    return q, k, v
+
+
+def largest(a, k):
+    """a with all but its k largest entries 0; all of it if k is 0."""
+    if not k:
+        return a
+    kept = sorted(range(len(a)), key=a.tolist().__getitem__)[-k:]
+    return torch.stack([a[i] if i in kept else 0 * a[i] for i in range(len(a))])
 
 
 def transcribed_attention(config, w, z):
@@ -64,14 +78,18 @@ def transcribed_sparsifier(config, w, z):
         lam = config.lam if log_lam is None else log_lam.exp()
         a = torch.zeros(config.n_code, dtype=z.dtype)
         for _ in range(config.ista_steps):  # A_t = S(A_{t-1} - eta D^T (D A_{t-1} - x))
-            a = (a - config.eta * (W @ (W.T @ a - x)) - config.eta * lam).clamp(min=0)
-        return (W.T if decoder is None else decoder) @ a
+            moved = a - config.eta * (W @ (W.T @ a - x))
+            a = (moved - config.eta * lam).clamp(min=0)
+        if config.debias:
+            a = torch.where(moved > config.eta * lam, moved, 0)
+        return (W.T if decoder is None else decoder) @ largest(a, config.top_k)
     a = linear(x, w("sparsifier.fc.weight"), w("sparsifier.fc.bias"))
     if config.activation == "gelu":
         cubic = math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)
         a = 0.5 * a * (1 + cubic.tanh())
     else:
         a = a.clamp(min=0)
+    a = largest(a, config.top_k)
     return linear(a, w("sparsifier.proj.weight"), w("sparsifier.proj.bias"))
 
 
@@ -101,6 +119,12 @@ VARIANTS = {
         ista_steps=3, learned_lam=True, expansion=2, eta=0.05
     ),
     "mlp with gelu and biases": dict(model.KINDS["gpt2"], bias=True, activation="gelu"),
+    "crate, key shift": dict(key_shift=True),
+    "gpt2, key shift": dict(model.KINDS["gpt2"], key_shift=True),
+    "crate, top-k": dict(top_k=5),
+    "crate, debiased, top-k": dict(debias=True, top_k=5),
+    "crate, debiased": dict(debias=True, lam=0.9),
+    "gpt2, top-k": dict(model.KINDS["gpt2"], top_k=3),
     "mhsa + ista": dict(attention="mhsa", bias=False),
     "mssa + mlp": dict(sparsifier="mlp", bias=False),
 }
@@ -157,7 +181,7 @@ def test_initial_weights_are_the_released_ones():
     wide = dict(vocab_size=512, block_size=256, n_layer=2)
     for kind in model.KINDS:
         for name, w in model.LM(model.preset("2L", kind, **wide)).named_parameters():
-            if name.endswith(("bias", "query.1")):
+            if name.endswith(("bias", "query.1", "key_gate")):
                 assert not w.any(), name
             elif "norm" in name:
                 assert (w == 1).all(), name
@@ -172,7 +196,7 @@ def test_initial_weights_are_the_released_ones():
                 assert w.abs().max() > 3 * w.std()  # a normal has tails, a uniform has none
 
 
-@pytest.mark.parametrize("kind, block", [("crate", 18), ("gpt2", 12), ("crate+", 18)])
+@pytest.mark.parametrize("kind, block", [("crate", 18), ("gpt2", 12), ("crate+", 10)])
 def test_flops_count_the_products_that_run(kind, block):
     """Against the documented products per layer, and PyTorch's count of a forward pass."""
     from torch.utils.flop_counter import FlopCounterMode
