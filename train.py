@@ -69,7 +69,11 @@ class Trainer:
         self.optimizer = self.make_optimizer()
         if state:
             self.restore(state)
-        self.forward = self.processes.wrap(torch.compile(self.lm) if compiled else self.lm)
+        forward = self.lm
+        if compiled:
+            forward = torch.compile(self.lm)
+            torch._dynamo.config.recompile_limit = 32  # top-k compiles anew when it keeps fewer
+        self.forward = self.processes.wrap(forward)
         self.introduce("torch.compile" if compiled else "eager", mode_reason, dtype_reason)
 
     # ---- training --------------------------------------------------------------------------------
@@ -114,6 +118,7 @@ class Trainer:
         """One optimizer step on the global batch; returns loss, gradient norm and learning rate."""
         s = self.s
         lr = s.lr_at(self.step)
+        self.anneal_top_k()
         x, y = self.batch()  # (share, T) token ids; y is one token ahead
         self.lm.train()
         totals = torch.zeros(2, device=self.device)  # loss; nonzero if a signal was caught
@@ -135,6 +140,12 @@ class Trainer:
         self.step += 1
         self.update(loss, norm, lr)
         return loss, norm, lr
+
+    def anneal_top_k(self):
+        """Set the codes that this step keeps per token; validation always keeps --top-k."""
+        kept = self.s.top_k_at(self.step, self.config.top_k, self.config.n_code)
+        for block in self.lm.blocks:
+            block.sparsifier.top_k.training_k = kept
 
     def batch(self):
         """This process's rows of the global batch of self.step: (x, y), on its device."""

@@ -75,6 +75,11 @@ class Settings:
     warmup: int = setting(
         250, "steps of linear warm-up; CRATE needs many, because eta |D|^2 starts near 2"
     )
+    top_k_anneal: float = setting(
+        0.5,
+        "share of the run in which the codes kept per token halve step by step down to --top-k",
+        high=1,
+    )
     weight_decay: float = setting(
         0.1, "weight decay of AdamW, on tensors of two or more dimensions"
     )
@@ -124,6 +129,16 @@ class Settings:
             return self.lr * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.train_steps - 1 - self.warmup)
         return low + 0.5 * (self.lr - low) * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def top_k_at(self, step, top_k, n_code):
+        """Codes kept per token at a training step, 0 for all: n_code at first, then half, ..."""
+        if top_k == 0:
+            return 0
+        halvings = math.ceil(math.log2(n_code / top_k))
+        end = self.top_k_anneal * self.train_steps
+        if step >= end:
+            return top_k
+        return n_code >> int(halvings * step / end)
 
 
 # ---- from the command line to a run --------------------------------------------------------------
@@ -208,6 +223,10 @@ def new_model(s, changes):
         raise UserError(
             f"--vocab-size {config.vocab_size} is below the {n_ids} ids of --tokenizer "
             f"{s.tokenizer}; leave it out, it follows the tokenizer."
+        )
+    if s.top_k_anneal != Settings.top_k_anneal and not config.top_k:
+        raise UserError(
+            f"--top-k-anneal {s.top_k_anneal} has no effect without --top-k; leave it out."
         )
     for name, reason in unused(config).items():
         default = getattr(Config, name)

@@ -5,6 +5,7 @@ of the compression rate, and an attention layer is the paper's operator. The sec
 whatever computes the ops, so no reference is needed to see a law broken.
 """
 
+import itertools
 import math
 
 import pytest
@@ -184,3 +185,53 @@ def test_the_future_changes_nothing(backend, seed, position):
     torch.testing.assert_close(logits[:, seen], logits_changed[:, seen])
     later = slice(position + 1, None)
     assert position == 12 or not torch.equal(logits[:, later], logits_changed[:, later])
+
+
+# ---- sparse codes --------------------------------------------------------------------------------
+
+
+@fuzz
+@given(seed=SEEDS, n=st.integers(1, 5), h=st.integers(1, 20), data=st.data())
+def test_top_k_keeps_the_largest_and_never_more_even_where_codes_are_equal(seed, n, h, data):
+    k = data.draw(st.integers(1, h))
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randint(4, (n, h), generator=generator).double()  # many equal codes
+    kept = reference.top_k(a, k)
+    assert ((kept == a) | (kept == 0)).all()
+    torch.testing.assert_close(kept.sort(-1).values, zeros_but_last(a.sort(-1).values, k))
+
+
+def zeros_but_last(a, k):
+    """a (n, h) with all but the last k columns 0."""
+    return a * (torch.arange(a.shape[-1]) >= a.shape[-1] - k)
+
+
+@fuzz
+@given(seed=SEEDS, k=st.integers(1, 6))
+def test_top_k_of_a_debiased_step_is_the_proximal_map_of_the_l0_constraint(seed, k):
+    """No a >= 0 with at most k nonzero codes is closer to the gradient step than the result."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(5, generator=generator, dtype=torch.float64)
+    D = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    moved = 0.3 * (x @ D)  # one gradient step from zero
+    codes = reference.debias(reference.ista_codes(x, D, 0.3, 0.0, 1), 0.3, 0.0)
+    best = min(
+        (moved - moved.clamp(min=0) * torch.tensor(mask)).norm()
+        for mask in itertools.product([0, 1], repeat=6)
+        if sum(mask) <= k
+    )
+    torch.testing.assert_close((moved - reference.top_k(codes, k)).norm(), best)
+
+
+@fuzz
+@given(seed=SEEDS, lam=st.floats(0, 2))
+def test_debiased_codes_have_the_support_of_the_threshold_and_the_value_of_the_step(seed, lam):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    D = torch.randn(4, 9, generator=generator, dtype=torch.float64)
+    step = 0.1 * (x @ D)
+    expected = torch.where(step > 0.1 * lam, step, 0)
+    codes = reference.debias(reference.ista_codes(x, D, 0.1, lam, 1), 0.1, lam)
+    torch.testing.assert_close(codes, expected)
+    nan = torch.tensor([math.nan, 0.0, 1.0])
+    assert reference.debias(nan, 0.1, lam).isnan().tolist() == [True, False, False]

@@ -125,6 +125,36 @@ def test_learning_rate_warms_up_and_falls_to_its_floor():
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
 
 
+def test_top_k_halves_the_codes_kept_and_ends_at_its_value():
+    s = Settings(train_steps=100, top_k_anneal=0.5)
+    kept = [s.top_k_at(i, 12, 100) for i in range(100)]
+    assert kept[:50] == 13 * [100] + 12 * [50] + 13 * [25] + 12 * [12]
+    assert set(kept[50:]) == {12}
+    assert {s.top_k_at(i, 0, 100) for i in range(100)} == {0}
+    assert Settings(top_k_anneal=0.0).top_k_at(0, 12, 100) == 12
+
+
+@pytest.mark.parametrize("kind", ["crate", "gpt2"])
+def test_training_anneals_top_k_and_validation_does_not(kind, text, tmp_path):
+    """Density is measured at validations, which run the model as it will be used."""
+    words = tiny(text, tmp_path / "run", 8, model=kind, top_k=4, top_k_anneal=0.5)
+    s, config, _ = train.parse([*words, "--log-sparsity"])
+    trainer = train.Trainer(s, config)
+    one_step, kept = trainer.one_step, []
+
+    def recorded():
+        outcome = one_step()
+        kept.append([block.sparsifier.top_k.training_k for block in trainer.lm.blocks])
+        return outcome
+
+    trainer.one_step = recorded
+    trainer.train()
+    assert kept == [[64], [32], [16], [8], [4], [4], [4], [4]]
+    densities = [float(row["density"]) for row in rows(tmp_path / "run") if row["density"]]
+    assert len(densities) == 2
+    assert all(0 < density <= 4 / 64 for density in densities)
+
+
 @pytest.mark.parametrize(
     "change", [dict(kind="crate"), dict(kind="gpt2"), dict(kind="gpt2", activation="gelu")]
 )

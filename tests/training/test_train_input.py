@@ -148,6 +148,9 @@ BAD = {  # flags -> what the one sentence must name
         ["--model", "gpt2", "--eta", "0.2"],
         "--eta 0.2 has no effect with --sparsifier mlp",
     ),
+    "anneal of no top-k": (["--top-k-anneal", "0.3"], "--top-k-anneal 0.3 has no effect"),
+    "debias of MLP": (["--model", "gpt2", "--debias"], "--debias has no effect"),
+    "top-k of all": (["--top-k", "600"], "--top-k 600 exceeds the 64 codes"),
     "switch of MLP": (["--model", "gpt2", "--unit-norm"], "--unit-norm has no effect"),
     "MLP of ISTA": (
         ["--activation", "gelu"],

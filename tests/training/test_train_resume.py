@@ -25,9 +25,10 @@ own_place = tiny_runs.own_place
 text = tiny_runs.text
 
 
+@pytest.mark.parametrize("top_k", [0, 5])
 @pytest.mark.parametrize("kind", ["crate", "gpt2", "crate+"])
-def test_resume_is_bitwise_equal_to_an_uninterrupted_run(kind, text, tmp_path):
-    changes = dict(model=kind, micro_batch=3)
+def test_resume_is_bitwise_equal_to_an_uninterrupted_run(kind, top_k, text, tmp_path):
+    changes = dict(model=kind, micro_batch=3, top_k=top_k)
     if kind != "gpt2":
         changes["query_rank"] = 3
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
