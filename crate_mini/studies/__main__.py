@@ -1,12 +1,12 @@
 """Make the numbers of results/ again: `python -m crate_mini.studies NAME`.
 
-    default     CRATE, crate+ and the GPT-2 twin, three seeds each; gzip and trigrams
+    models      CRATE, crate+, the GPT-2 twin and every variant; gzip and trigrams
     deps        do docstrings of more packages make a better model in the same time?
     speed       tokens per second of train.py, next to a bare training loop
     neurons     how well does what fires a neuron predict it? every model, every control
     judges      a language model explains those neurons and simulates them
     concepts    do classifiers rely on the concepts found in them?
-    steering    dose and response of steering the models of `default`
+    steering    dose and response of steering the models of `models`
     bench       kernels against eager and compiled PyTorch
     gpu         everything that needs a GPU: tests, kernels, training steps
     tables      the README's tables, from results/ alone
@@ -19,9 +19,9 @@ import sys
 from crate_mini.console import terminal
 
 COMMANDS = {
-    "default": "crate_mini.studies.train_default:DEFAULT",
-    "deps": "crate_mini.studies.train_default:DEPS",
-    "speed": "crate_mini.studies.train_default:SPEED",
+    "models": "crate_mini.studies.models",
+    "deps": "crate_mini.studies.training:DEPS",
+    "speed": "crate_mini.studies.training:SPEED",
     "neurons": "crate_mini.studies.neurons",
     "judges": "crate_mini.studies.judges",
     "concepts": "crate_mini.studies.concepts",

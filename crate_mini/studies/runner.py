@@ -23,6 +23,7 @@ imports no other study: what two of them need is here, in tables.py or in a chap
 hangs on results.ROOT, read when it is used, so that a test can move a study to another folder.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -77,16 +78,24 @@ class Runner:
         return record
 
 
-def run_script(words, log):
+def run_script(words, log, threads=None):
     """Run `python WORDS` at the root of the checkout, its output to the file `log`.
 
-    Returns the seconds it took. Raises UserError with the last line of its output if it fails.
+    threads: for PyTorch, all cores if None. Returns the seconds it took. Raises UserError with the
+    last line of its output if it fails.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    env = dict(os.environ)
+    if threads:
+        env["OMP_NUM_THREADS"] = str(threads)
     start = time.monotonic()
     with open(log, "w") as file:
         process = subprocess.run(
-            [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, cwd=results.ROOT
+            [sys.executable, *words],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=results.ROOT,
+            env=env,
         )
     if process.returncode:
         lines = log.read_text(errors="replace").split("\n")

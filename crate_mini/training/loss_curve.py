@@ -4,7 +4,7 @@ import csv
 import statistics
 from pathlib import Path
 
-from crate_mini.plots.figure import BLUE, GREEN, LIGHT, RED, grid, write
+from crate_mini.plots.figure import AMBER, BLUE, GREEN, GREY, LIGHT, RED, grid, write
 
 
 def read_log(path):
@@ -44,18 +44,21 @@ def smooth(losses):
     return means
 
 
-def loss_curves(logs, target):
-    """Draw the validation curves of several models, one line per seed; returns the path.
+def validation_curves(curves, target):
+    """Draw validation curves of several models, one line per seed; returns the path.
 
-    logs: {name: [path of a log.csv for each seed]}.
+    curves: {name: [[(tokens, loss), ...] for each seed]}. The mean loss at the end stands next to
+    each name.
     """
     figure, axes = _panel("validation loss, one line per seed")
     style = dict(markersize=3, linewidth=1.2, alpha=0.8)
-    for (name, paths), color in zip(logs.items(), (BLUE, GREEN, RED)):
-        for i, path in enumerate(paths):
-            _, validation = read_log(path)
-            label = name if i == 0 else None
-            axes.plot(*zip(*validation), "o-", color=color, label=label, **style)
+    for (name, seeds), color in zip(curves.items(), (BLUE, GREEN, AMBER, RED, GREY)):
+        last = statistics.mean(curve[-1][1] for curve in seeds)
+        for i, curve in enumerate(seeds):
+            label = f"{name}: {last:.2f}" if i == 0 else None
+            millions = [tokens / 1e6 for tokens, _ in curve]
+            losses = [loss for _, loss in curve]
+            axes.plot(millions, losses, "o-", color=color, label=label, **style)
     axes.legend(frameon=False)
     return write(figure, target)
 

@@ -1,11 +1,10 @@
-"""Three studies of training: default, deps and speed, to the files of these names in results/.
+"""Two studies of training: deps and speed, to the files of these names in results/.
 
 Every run is `train.py` itself in a process of its own, so that what is measured is what a user
 gets. A finished run is kept until the commit changes.
 """
 
 import csv
-import gzip
 import itertools
 import json
 import math
@@ -25,22 +24,13 @@ from crate_mini.data.batches import open_corpus
 from crate_mini.data.tokenizer import load_tokenizer
 from crate_mini.model import LM, preset
 from crate_mini.studies import tables
-from crate_mini.studies.runner import Runner, absolute, default_run, run_script
-from crate_mini.training import checkpoint, device, loss_curve
+from crate_mini.studies.baselines import quiet
+from crate_mini.studies.runner import Runner, absolute, run_script
+from crate_mini.training import checkpoint, device
 from crate_mini.training.settings import Settings as TrainSettings
 
-MODELS = tuple(tables.NAMES)
-SEEDS = (1337, 1338, 1339)
+SEED = 1337
 CPU = torch.device("cpu")
-
-
-@dataclass
-class Default:
-    """Train CRATE, crate+ and the GPT-2 twin with three seeds each, as `train.py` does by default.
-
-    gzip and trigram models of the same text are the baselines. Writes results/default.json and
-    default.png.
-    """
 
 
 @dataclass
@@ -63,148 +53,25 @@ class Speed:
     ranks: str | None = setting(None, "a tokenizer of 50,304 ids for it, like gpt2.tiktoken")
 
 
-# ---- default -------------------------------------------------------------------------------------
-
-
-def run_default(settings):
-    """Train the models, write results/default.json and .png, print the table."""
-    runner = Runner("default", len(SEEDS) * len(MODELS), this_commit=True)
-    grid = itertools.product(SEEDS, MODELS)
-    runs = [train(runner, default_run(kind, seed), kind, seed) for seed, kind in grid]
-    study = {
-        "command": "python -m crate_mini.studies default",
-        "seeds": SEEDS,
-        "machine": device.machine(CPU),
-        "baselines_bits_per_byte": baselines(),
-        "runs": runs,
-    }
-    path = results.write_json(results.ROOT / "results" / "default.json", study)
-    logs = {}
-    for kind, name in tables.NAMES.items():
-        logs[name] = [default_run(kind, seed) / "log.csv" for seed in SEEDS]
-    loss_curve.loss_curves(logs, path.with_suffix(".png"))
-    print(f"\n{tables.default(study)}")
-
-
-def train(runner, folder, kind, seed, *flags):
-    """Train a model, unless it was at this commit; returns what default.json keeps of the run."""
-    flags = ["--model", kind, "--seed", seed, "--log-sparsity", *flags]
-    record = runner.part(folder, "train.py", "--overwrite", *flags)
-    meta = results.read_json(folder / "last" / "config.json")["training"]
-    with open(folder / "log.csv", newline="") as file:
-        last = list(csv.DictReader(file))[-1]
-    output = folder.with_name(f"{folder.name}.log").read_text()
-    sample = output.partition("\nsample    ")[2].partition("\nresult ")[0]
-    backend = next(line for line in output.splitlines() if line.startswith("backend"))
-    return {
-        "model": kind,
-        "seed": seed,
-        "minutes": round(record["seconds"] / 60, 2),
-        "val_loss": meta["val_loss"],
-        "bits_per_byte": meta["bits_per_byte"],
-        "density": meta["density"],
-        "tokens": int(last["tokens"]),
-        "tokens_per_s": int(last["tokens_per_s"]),
-        "backend": backend.split()[1],
-        "machine": meta["machine"],
-        "sample": sample.strip(),
-    }
-
-
-def baselines(source="pydocs", spec="pydocs:4095"):
-    """Bits per byte of the held-out text by gzip -9, and by trigrams of the training text."""
-    tokenizer = load_tokenizer(spec)
-    corpus = open_corpus(source, tokenizer, log=quiet)
-    ids = {split: all_ids(corpus, split) for split in ("train", "val")}
-    text, letters = {}, {}
-    for split, row in ids.items():
-        words = (tokenizer.token_bytes(int(i)) for i in row if i != tokenizer.eot)
-        text[split] = b"".join(words)
-        letters[split] = np.frombuffer(text[split], np.uint8)
-    by_byte = trigram_bits(letters["train"], letters["val"], 256)
-    by_token = trigram_bits(ids["train"], ids["val"], tokenizer.vocab_size)
-    return {
-        "gzip -9": 8 * len(gzip.compress(text["val"], 9)) / len(text["val"]),
-        "trigram of bytes (Kneser-Ney)": by_byte,
-        "trigram of the same tokens (Kneser-Ney)": by_token
-        * (len(ids["val"]) / corpus.n_bytes["val"]),
-    }
-
-
-def quiet(*words):
-    """Print nothing: the `log` of what need not be seen."""
-
-
-def all_ids(corpus, split):
-    """The ids of a split as one array."""
-    blocks = list(corpus.blocks(split, 64, 1024))
-    first = blocks[0][0].flatten()[:1]
-    return torch.cat([first, *(y.flatten() for _, y in blocks)]).numpy()
-
-
-def trigram_bits(train, held, vocab, discount=0.75):
-    """Bits per token of `held` under an interpolated Kneser-Ney trigram model of `train`.
-
-    Both are arrays of ids below `vocab`. Chen & Goodman 1998, one discount D:
-    p(w | uv) = (c(uvw) - D)+ / c(uv) + D n(uv) / c(uv) p(w | v), where lower orders count distinct
-    left neighbours instead of occurrences and the last falls back to 1 / V.
-    """
-    seen = [np.unique(ngrams(train, n, vocab), return_counts=True) for n in (1, 2, 3)]
-    probability = np.full(len(held), 1.0 / vocab)
-    for n in (1, 2, 3):
-        if n == 3:
-            keys, counts = seen[2]
-        else:  # how many different tokens were seen before this n-gram
-            keys, counts = np.unique(seen[n][0] % vocab**n, return_counts=True)
-        contexts, first = np.unique(keys // vocab, return_index=True)
-        totals = np.add.reduceat(counts, first)
-        followers = np.diff([*first, len(keys)])  # different tokens seen after a context
-        padded = np.concatenate([np.zeros(n - 1, np.int64), held])
-        wanted = ngrams(padded, n, vocab)
-        row, known = find(keys, wanted)
-        count = np.where(known, counts[row], 0)
-        row, known = find(contexts, wanted // vocab)
-        mass = np.maximum(count - discount, 0) + discount * followers[row] * probability
-        probability = np.where(known, mass / totals[row], probability)
-    return float(-np.log2(probability).mean())
-
-
-def ngrams(ids, n, vocab):
-    """Each n ids in a row as one number, its digits in base `vocab`; int64."""
-    length = len(ids) - n + 1
-    keys = np.zeros(length, np.int64)
-    for i in range(n):
-        keys = keys * vocab + ids[i : i + length]
-    return keys
-
-
-def find(keys, wanted):
-    """(row in the sorted keys, whether it is there) of each wanted key."""
-    rows = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return rows, keys[rows] == wanted
-
-
 # ---- deps ----------------------------------------------------------------------------------------
 
 
 def run_deps(settings):
     """Train on both corpora, write results/deps.json, print the bits per byte."""
-    seed = SEEDS[0]
     runner = Runner("deps", 2, this_commit=True)
-    sources = {  # a run of `default` is used again
-        "pydocs": (default_run("crate", seed), ()),
-        "pydocs+deps": (default_run("crate", seed).with_name("deps"), ("--data", "pydocs+deps")),
-    }
-    runs, bits = [], {}
-    for source, (folder, flags) in sources.items():
-        runs.append(train(runner, folder, "crate", seed, *flags))
+    bits = {}
+    for source in ("pydocs", "pydocs+deps"):
+        folder = results.ROOT / "out" / "deps" / source
+        runner.part(folder, "train.py", "--overwrite", "--seed", SEED, "--data", source)
         bits[source] = held_out_bits(folder / "last", "pydocs")
+    with open(folder / "log.csv", newline="") as file:
+        tokens = int(list(csv.DictReader(file))[-1]["tokens"])
     study = {
         "command": "python -m crate_mini.studies deps",
-        "seeds": [seed],
+        "seeds": [SEED],
         "bits_per_byte_of_pydocs": bits,
         "machine": device.machine(CPU),
-        "tokens": runs[0]["tokens"],
+        "tokens": tokens,
     }
     results.write_json(results.ROOT / "results" / "deps.json", study)
     print(f"\n{json.dumps(bits)}")
@@ -314,6 +181,5 @@ def bare_loop(steps=12):
     return round(4096 / statistics.median(seconds[2:]))
 
 
-DEFAULT = Command(Default, run_default, checkpoint=False)
 DEPS = Command(Deps, run_deps, checkpoint=False)
 SPEED = Command(Speed, run_speed, checkpoint=False, positional=("text", "ranks"))
