@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from crate_mini import UserError, results
 from crate_mini.cli import setting
 from crate_mini.console import terminal
-from crate_mini.layers import figure
-from crate_mini.layers.measure import bounds, measure_layers
+from crate_mini.layers import figure, verdict
+from crate_mini.layers.measure import LASSO_TOKENS, bounds, measure_layers
 from crate_mini.reference import EPS2
 from crate_mini.training import checkpoint
 
@@ -18,7 +18,7 @@ DEFAULT_SEED = 1337  # train.py's, for checkpoints that do not name theirs
 class Settings:
     """Measure, layer by layer, whether a model compresses and sparsifies as CRATE's theory says.
 
-    The untrained model is measured for comparison.
+    The untrained model is measured for comparison. Ends with a verdict in words.
     """
 
     data: str | None = checkpoint.data_setting("measure on")
@@ -26,6 +26,11 @@ class Settings:
     val_fraction: float | None = checkpoint.val_fraction_setting()
     tokens: int = setting(
         65536, "held-out tokens to measure on, in whole windows of the model's context", low=1
+    )
+    lasso_tokens: int = setting(
+        LASSO_TOKENS,
+        "of these, tokens whose codes are compared with the best possible ones (ISTA only)",
+        low=1,
     )
     batch: int = setting(8, "windows in one forward pass", low=1)
     seed: int | None = setting(None, "seed of the untrained model", shown="the checkpoint's")
@@ -63,8 +68,9 @@ def run(settings, ckpt):
         },
     )
     untrained = checkpoint.untrained(config, seed).to(model.tokens.weight.device)
-    result["trained"] = measure_layers(model, windows, "trained")
-    result["untrained"] = measure_layers(untrained, windows, "untrained")
+    for name, network in (("trained", model), ("untrained", untrained)):
+        result[name] = measure_layers(network, windows, name, settings.lasso_tokens)
+    result["verdict"] = verdict.judge(result)
     path = results.write_json(folder / "layers.json", result)
     picture = figure.draw(result, folder / "layers.png")
     curves = {}
@@ -72,6 +78,7 @@ def run(settings, ckpt):
         curves[name] = [layer["l0"] for layer in result[name]]
     sparsity = figure.l0_by_layer(curves, folder / "l0.png")
     print(f"\n{figure.table(result)}\n\nfiles     {path}, {picture}, {sparsity}")
+    print(f"\n{verdict.text(result['verdict'])}")
 
 
 def choose_windows(settings, corpus, T):

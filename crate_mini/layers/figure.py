@@ -3,6 +3,7 @@
 import itertools
 
 from crate_mini.console.terminal import aligned
+from crate_mini.layers import verdict
 from crate_mini.plots.figure import (
     AMBER,
     BLUE,
@@ -32,8 +33,9 @@ NOTES = {  # title of a column: its meaning
     "10-90 %": "10th and 90th percentile of the density over neurons",
     "dead": "neurons never above 0 on this text",
     "objective": "lam |a|_1 + 1/2 |LN(z) - D a|^2, per coordinate: at a = 0, after each ISTA step",
+    "optimum": "the lowest possible objective, and the density of its codes",
     "error": "|LN(z) - D a|^2 / |LN(z)|^2, the share that the final codes miss",
-    "eta|D|^2": "up to 1 a step is sure to lower the objective, above 2 it may diverge",
+    "eta|D|^2": "below 2 no ISTA step can raise the objective, above it steps may diverge",
     "coherence": "largest |cos| of two atoms (columns of D; of the output map in an MLP)",
     "frame": "|D D^T - (h/d) I|_F of unit atoms: 0 if they cover all directions evenly",
 }
@@ -84,6 +86,8 @@ def cells(layer):
     }
     if layer["lasso"]:
         texts["objective"] = " > ".join(f"{value:.3f}" for value in layer["lasso"])
+        best = layer["optimum"]["best"]
+        texts["optimum"] = f"{best['objective']:.3f} at {best['density']:.2f}"
         texts["error"] = f"{layer['reconstruction_error']:.3f}"
         texts["eta|D|^2"] = f"{dictionary['eta_norm2']:.2f}"
     return texts
@@ -97,41 +101,60 @@ def _before_and_after(layer, basis):
 # ---- layers.png ----------------------------------------------------------------------------------
 
 
+PANEL = (3.7, 3.1)  # width and height in inches
+LINE = 0.17  # height of a line of the headline in inches
+CHARACTERS = 13.5  # of the headline in an inch
+BEST = "best codes (lasso optimum)"
+
+
 def draw(result, target):
-    """Draw rates, density, objective and dictionary by layer, trained and untrained.
+    """Draw rates, density, objective and dictionary by layer, with the verdict above them.
 
     result: the content of layers.json. Returns the path of the PNG.
     """
     maps = "U" if result["trained"][0]["projection"] == "U" else "value maps"
+    is_ista = bool(result["trained"][0]["lasso"])
     drawings = [
         (_rates, "U", f"coding rate R^c(Z|{maps})"),
         (_rates, "orthonormal U", f"R^c, {maps} orthonormal in each head"),
         (_rates, "whole", "R(Z), the whole stream"),
         (_densities,),
     ]
-    if result["trained"][0]["lasso"]:
+    if is_ista:
         drawings += [(_objective,), (_errors,), (_steps,)]
     drawings += [(_coherence,)]
-    figure, panels = grid(len(drawings), 3 if len(drawings) < 6 else 4, (3.7, 3.1))
+    figure, panels = grid(len(drawings), 3 if len(drawings) < 6 else 4, PANEL)
     for axes, (draw_panel, *arguments) in zip(panels, drawings):
         draw_panel(axes, result, *arguments)
-    config = result["checkpoint"]["config"]
-    residual = " + residual" if config["residual"] else ""
-    figure.suptitle(
-        f"{config['attention']} + {config['sparsifier']}{residual}, "
-        f"{config['n_layer']} layers, d = {config['n_embd']}; "
-        f"{result['tokens']:,} held-out tokens"
-    )
-    _add_legend(figure, panels)
+    _add_headline(figure, result)
+    _add_legend(figure, panels, is_ista)
     return write(figure, target)
 
 
-def _add_legend(figure, panels):
+def _add_headline(figure, result):
+    """What was measured, and the verdict in words; the figure grows by the height of the text."""
+    config = result["checkpoint"]["config"]
+    residual = " + residual" if config["residual"] else ""
+    title = (
+        f"{config['attention']} + {config['sparsifier']}{residual}, "
+        f"{config['n_layer']} layers, d = {config['n_embd']}; "
+        f"{result['tokens']:,} held-out tokens: {result['verdict']['question']}"
+    )
+    width, height = figure.get_size_inches()
+    lines = verdict.headline(result["verdict"], int(CHARACTERS * width))
+    figure.set_size_inches(width, height + LINE * (2 + lines.count("\n")))
+    left = dict(x=0.01, ha="left", linespacing=1.3)
+    figure.suptitle(f"{title}\n\n{lines}", fontsize=9.5, **left)
+
+
+def _add_legend(figure, panels, is_ista):
     """A legend of colours and markers, from empty lines."""
     for name, (color, style) in MODELS.items():
         panels[0].plot([], [], style, color=color, label=name)
     for name, face in (("attention input", "white"), ("after attention", BLUE)):
         panels[0].plot([], [], "o", color=BLUE, markerfacecolor=face, label=name)
+    if is_ista:
+        panels[0].plot([], [], "D", color=BLUE, markerfacecolor="white", label=BEST)
     shared_legend(figure, panels)
 
 
@@ -166,20 +189,32 @@ def _densities(axes, result):
             if layer["dead"]:
                 place = dict(ha="center", va="bottom", size=7)
                 axes.annotate(f"{layer['dead']} dead", (x, deciles[8]), color=color, **place)
+            if layer["optimum"]:
+                _mark_best(axes, x, layer["optimum"]["best"]["density"], color)
     axes.set_ylim(0, 1)
     _label(axes, result, "share of tokens", "density of the neurons\nmean; middle 40 % and 80 %")
 
 
+def _mark_best(axes, x, y, color, alpha=1):
+    """A diamond for the best possible codes."""
+    look = dict(color=color, markerfacecolor="white", markersize=5, alpha=alpha, zorder=3)
+    axes.plot(x, y, "D", **look)
+
+
 def _objective(axes, result):
-    """The lasso objective by ISTA step; paler lines are deeper layers."""
+    """The lasso objective by ISTA step, then the lowest possible; paler lines are deeper layers."""
+    n_steps = len(result["trained"][0]["lasso"]) - 1
     for model, (color, style) in MODELS.items():
         for layer in result[model]:
             alpha = 1 - 0.7 * layer["layer"] / len(result[model])
-            look = dict(color=color, markersize=4, linewidth=1.2, alpha=alpha)
-            axes.plot(layer["lasso"], style, **look)
-    steps = range(len(result["trained"][0]["lasso"]))
-    axes.set(xticks=steps, xlabel="ISTA steps", ylabel="per coordinate")
-    axes.set_title("lasso objective\npaler: deeper layers", fontsize=9)
+            look = dict(color=color, linewidth=1.2, alpha=alpha)
+            lowest = layer["optimum"]["best"]["objective"]
+            axes.plot(layer["lasso"], style, markersize=4, **look)
+            axes.plot([n_steps, n_steps + 1], [layer["lasso"][-1], lowest], ":", **look)
+            _mark_best(axes, n_steps + 1, lowest, color, alpha)
+    axes.set(xlabel="ISTA steps", ylabel="per coordinate")
+    axes.set_xticks(range(n_steps + 2), [*range(n_steps + 1), "optimum"])
+    axes.set_title("lasso objective: by step, and lowest\npaler: deeper layers", fontsize=9)
     axes.set_ylim(bottom=0)
 
 
@@ -193,18 +228,12 @@ def _errors(axes, result):
 
 
 def _steps(axes, result):
-    """eta |D|^2 by layer, with the limits of descent and divergence."""
+    """eta |D|^2 by layer, with the limit of descent."""
     sizes = _of_dictionary(result, "eta_norm2")
-    _by_layer(axes, result, sizes, "eta |D|^2", "size of the ISTA step")
+    title = f"size of the ISTA step\nbelow {verdict.LIMIT} none can raise the objective"
+    _by_layer(axes, result, sizes, "eta |D|^2", title)
     axes.set_ylim(0, 1.1 * max(2.1, *itertools.chain(*sizes.values())))
-    for limit, style, text, va in (
-        (2, "-", "may diverge above", "bottom"),
-        (1, ":", "sure to descend below", "top"),
-    ):
-        axes.axhline(limit, color=RED, linewidth=1, linestyle=style)
-        coordinates = ("axes fraction", "data")
-        look = dict(color=RED, fontsize=7, ha="right", va=va)
-        axes.annotate(text, (1, limit), xycoords=coordinates, **look)
+    axes.axhline(verdict.LIMIT, color=RED, linewidth=1)
 
 
 def _coherence(axes, result):

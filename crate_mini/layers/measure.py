@@ -2,7 +2,8 @@
 
 CRATE's theory says that a block first pulls the stream Z towards subspaces U (attention: the coding
 rate R^c(Z|U) falls), then codes it sparsely on a dictionary D (ISTA: the lasso objective falls).
-The training loss asks for neither, so both must be measured. Sources: CRATE (NeurIPS 2023) for the
+The training loss asks for neither, so both must be measured; verdict.py puts the numbers into
+words. Sources: CRATE (NeurIPS 2023) for the
 coding rate and the layer-wise measurement, CRATE-LM (arXiv 2410.16443) for the model. Letters as in
 model.py. Hooks read the stream, so it does not matter which kernels run.
 """
@@ -17,10 +18,12 @@ import torch.nn.functional as F
 from crate_mini import UserError, reference
 from crate_mini.console import terminal
 from crate_mini.intervene import hook_codes
+from crate_mini.layers import optimum
 from crate_mini.model import ISTA, MSSA
 
 # Of LN(Z^l), as in the released code, and of LN(Z^{l+1/2}).
 BEFORE, AFTER = "attention input", "after attention"
+LASSO_TOKENS = 512  # of the measured tokens, those whose codes are compared with the best ones
 
 
 # ---- coding rate ---------------------------------------------------------------------------------
@@ -31,7 +34,7 @@ def unit_rate(u):
 
     The released measurement scales in this way. Computed in float64. K = 1, p = d gives R(Z).
     """
-    return reference.compression_rate(F.normalize(u.double(), dim=-1))
+    return reference.compression_rate(F.normalize(u.cpu().double(), dim=-1))
 
 
 def bounds(N, K, p):
@@ -50,7 +53,7 @@ def bases(attention):
     """
     d = attention.out.weight.shape[0]
     U = attention.U if isinstance(attention, MSSA) else attention.qkv.weight[2 * d :].T
-    U = U.detach().double().cpu().unflatten(1, (attention.n_head, -1))
+    U = U.detach().cpu().double().unflatten(1, (attention.n_head, -1))
     Q = torch.linalg.qr(U.transpose(0, 1)).Q.transpose(0, 1)
     return {"U": U, "orthonormal U": Q, "whole": torch.eye(d, dtype=U.dtype)[:, None]}
 
@@ -63,14 +66,14 @@ def dictionary(sparsifier):
 
     Returns a JSON-able dict:
     norm2: |D|_2^2.
-    eta_norm2: eta |D|_2^2. Steps are sure to lower the objective up to 1 and may diverge above 2;
-        None without ISTA.
+    eta_norm2: eta |D|_2^2. Below 2 no step can raise the objective, above 2 steps may diverge; None
+        without ISTA.
     coherence, mean_cosine: largest and mean |cos| of two atoms.
     welch: the least coherence that h atoms in d dimensions can have.
     frame_distance, frame_distance_unit: |D D^T - (h/d) I|_F, of D and of D with unit atoms.
     """
     is_ista = isinstance(sparsifier, ISTA)
-    D = (sparsifier.D if is_ista else sparsifier.proj.weight).detach().double().cpu()
+    D = (sparsifier.D if is_ista else sparsifier.proj.weight).detach().cpu().double()
     d, h = D.shape
     unit = F.normalize(D, dim=0)
     norm2 = torch.linalg.matrix_norm(D, 2).item() ** 2
@@ -97,9 +100,13 @@ def _frame_distance(D):
 
 
 class Probe:
-    """Measures one block in the passes made while it is `attached`; `report` gives the numbers."""
+    """Measures one block in the passes made while it is `attached`; `report` gives the numbers.
 
-    def __init__(self, number, block):
+    chosen: numbers of the tokens, counted over all passes, whose codes `find_optimum` compares with
+    the best possible ones.
+    """
+
+    def __init__(self, number, block, chosen):
         self.number = number
         self.block = block
         self.bases = bases(block.attention)
@@ -108,8 +115,13 @@ class Probe:
         self.active = 0  # (h,): tokens on which each code was above 0
         self.l0 = []  # codes above 0 of each token
         self.objective = 0  # (steps + 1,): sums over tokens
-        self.residual_energy = 0  # sum |LN(z) - D a|^2 of the last codes
+        self.residual_energy = 0  # sum |LN(z) - D a|^2 of the codes in use
         self.input_energy = 0  # sum |LN(z)|^2
+        self.chosen = chosen
+        self.seen = 0  # tokens
+        self.x = None  # LN(z) (n, d) of the pass that is under way
+        self.kept = []  # (LN(z), codes) of the chosen tokens
+        self.optimum = None
 
     @contextmanager
     def attached(self, model):
@@ -138,37 +150,51 @@ class Probe:
 
     def add_rates(self, site, z):
         """Add the rates of each window of z (B, T, d), after the attention's LayerNorm."""
-        if not z.isfinite().all():
-            raise UserError(
-                f"the stream in layer {self.number} is not finite, so the weights are useless; "
-                "take an earlier checkpoint."
-            )
-        x = self.block.attention.norm(z).double().cpu()
+        must_be_finite(z, f"the stream in layer {self.number}")
+        x = self.block.attention.norm(z).cpu().double()
         for name, U in self.bases.items():
             u = torch.einsum("btd,dkp->btkp", x, U)
             self.rates[site][name] += unit_rate(u).tolist()
 
     def add_lasso(self, ista, z):
         """Add the objective at a = 0 and after each ISTA step on z (B, T, d), over all tokens."""
-        x = ista.norm(z)
-        D = ista.D
-        lam = ista.threshold()
-        a = x.new_zeros(*x.shape[:-1], D.shape[1])
-        residual = x
+        x, D, lam = lasso_problem(ista, z)
+        a = x.new_zeros(len(x), D.shape[1])
         objectives = [reference.lasso(x, a, D, lam)]
         for _ in range(ista.steps):
-            a = reference.ista_step(a, residual, D, ista.eta, lam)
-            residual = x - a @ D.T
+            a = reference.ista_step(a, x - a @ D.T, D, ista.eta, lam)
             objectives.append(reference.lasso(x, a, D, lam))
-        self.objective += torch.stack(objectives).flatten(1).cpu().double().sum(1)
-        self.residual_energy += residual.square().sum(-1).cpu().double().sum()
-        self.input_energy += x.square().sum(-1).cpu().double().sum()
+        objectives = torch.stack(objectives)
+        must_be_finite(objectives, f"the lasso objective in layer {self.number}")
+        self.objective += objectives.cpu().double().sum(1)
+        self.x = x
 
     def add_codes(self, codes):
-        """Count the codes (B, T, h) above 0, by neuron and by token."""
-        active = (codes > 0).flatten(0, -2)
+        """Count the codes (B, T, h) above 0, by neuron and by token; keep the chosen tokens."""
+        codes = codes.flatten(0, -2)
+        active = codes > 0
         self.active += active.sum(0).cpu()
         self.l0.append(active.sum(-1).cpu())
+        if isinstance(self.block.sparsifier, ISTA):
+            self.add_residual(codes.to(self.x.dtype))
+        self.seen += len(codes)
+
+    def add_residual(self, codes):
+        """Add what the codes (n, h) in use, after top-k and all other changes, miss of x."""
+        residual = self.x - codes @ self.block.sparsifier.D.T.to(codes.dtype)
+        self.residual_energy += residual.square().sum(-1).cpu().double().sum()
+        self.input_energy += self.x.square().sum(-1).cpu().double().sum()
+        rows = self.chosen - self.seen
+        rows = rows[(rows >= 0) & (rows < len(codes))].to(codes.device)
+        self.kept.append((self.x[rows], codes[rows]))
+
+    def find_optimum(self):
+        """Compare the codes of the chosen tokens with the best possible ones, if this is ISTA."""
+        ista = self.block.sparsifier
+        if isinstance(ista, ISTA):
+            x, codes = (torch.cat(tensors) for tensors in zip(*self.kept))
+            D, lam = lasso_weights(ista, x.dtype)
+            self.optimum = optimum.compare(x, codes, D, ista.eta, lam)
 
     def report(self):
         """All numbers of this layer, JSON-able; None for those that its kind of block lacks."""
@@ -184,6 +210,8 @@ class Probe:
             "layer": self.number,
             "projection": "U" if isinstance(attention, MSSA) else "value",
             "rate": {site: _mean_and_std(rates) for site, rates in self.rates.items()},
+            "windows": len(self.rates[BEFORE]["U"]),
+            "windows_compressed": _windows_that_fall(self.rates),
             "neurons": len(density),
             "density": density.mean().item(),
             "density_deciles": deciles.tolist(),
@@ -192,8 +220,32 @@ class Probe:
             "l0": {"mean": l0.mean().item(), "std": l0.std(correction=0).item()},
             "lasso": objective,
             "reconstruction_error": error,
+            "optimum": self.optimum,
             "dictionary": dictionary(sparsifier),
         }
+
+
+def must_be_finite(values, name):
+    """Raise UserError if a tensor of a measured model holds NaN or infinity."""
+    if not values.isfinite().all():
+        raise UserError(
+            f"{name} is not finite, so the weights are useless; take an earlier checkpoint."
+        )
+
+
+def lasso_problem(ista, z):
+    """(x (n, d), D, lam) of the lasso that an ISTA block lowers on z (.., d); float32 at least."""
+    x = ista.norm(z).flatten(0, -2)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x, *lasso_weights(ista, x.dtype)
+
+
+def lasso_weights(ista, dtype):
+    """(D (d, h), lam float or (h,)) of an ISTA block in a dtype."""
+    lam = ista.threshold()
+    if isinstance(lam, torch.Tensor):
+        lam = lam.to(dtype)
+    return ista.D.to(dtype), lam
 
 
 def _mean_and_std(rates):
@@ -204,19 +256,35 @@ def _mean_and_std(rates):
     return summary
 
 
+def _windows_that_fall(rates):
+    """{name of the basis: windows in which attention lowered the rate}."""
+    counts = {}
+    for name, before in rates[BEFORE].items():
+        falls = [low < high for low, high in zip(rates[AFTER][name], before)]
+        counts[name] = sum(falls)
+    return counts
+
+
 # ---- all layers ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def measure_layers(model, windows, name="model"):
+def measure_layers(model, windows, name="model", lasso_tokens=LASSO_TOKENS):
     """[Probe.report() of each layer] of a model in eval mode, over batches of ids (B, T).
 
-    name: for the progress line. Raises UserError if the stream is not finite somewhere.
+    name: for the progress line. lasso_tokens: how many tokens, drawn at random but always the same
+    ones, get the best possible codes. Raises UserError if the stream is not finite somewhere.
     """
-    probes = [Probe(number, block) for number, block in enumerate(model.blocks)]
+    total = sum(ids.numel() for ids in windows)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    chosen = order[:lasso_tokens].sort().values
+    probes = [Probe(number, block, chosen) for number, block in enumerate(model.blocks)]
     with ExitStack() as hooks:
         for probe in probes:
             hooks.enter_context(probe.attached(model))
         for ids in terminal.track(windows, name):
-            model.trunk(ids.to(model.tokens.weight.device))
+            stream, _ = model.trunk(ids.to(model.tokens.weight.device))
+            must_be_finite(stream, "the stream after the last layer")
+    for probe in terminal.track(probes, "best codes"):
+        probe.find_optimum()
     return [probe.report() for probe in probes]

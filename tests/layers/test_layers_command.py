@@ -98,6 +98,7 @@ def test_the_command_works_for_every_kind_of_model(kind, text, tmp_path, call):
     for name in ("layers.png", "l0.png"):
         assert (tmp_path / "interpret" / name).read_bytes().startswith(b"\x89PNG")
     check_table(out, model.Config(**result["checkpoint"]["config"]))
+    check_verdict(out, result)
 
 
 def check_layer(layer, result):
@@ -107,6 +108,7 @@ def check_layer(layer, result):
     assert (layer["projection"] == "U") == (config.attention == "mssa")
     assert (layer["lasso"] is not None) == is_ista
     assert (layer["reconstruction_error"] is not None) == is_ista
+    assert (layer["optimum"] is not None) == is_ista
     assert not is_ista or len(layer["lasso"]) == config.ista_steps + 1
     assert len(layer["density_by_neuron"]) == layer["neurons"] == config.n_code
     for basis in ("U", "orthonormal U", "whole"):
@@ -124,6 +126,49 @@ def check_table(out, config):
     assert ("the value projection stands in" in out) == (config.attention == "mhsa")
     for title in titles - {"layer"}:
         assert f"\n{title:<12}" in out, title
+
+
+def check_verdict(out, result):
+    """The output ends with the verdict of layers.json, and its numbers are those of the layers."""
+    judgement = result["verdict"]
+    printed = " ".join(out.split())
+    assert printed.endswith(judgement["overall"])
+    assert judgement["overall"].startswith(("Yes", "No", "Only in part"))
+    for layer, numbers in zip(judgement["layers"], result["trained"], strict=True):
+        assert layer["layer"] == numbers["layer"]
+        before, after = (rates["U"]["mean"] for rates in numbers["rate"].values())
+        assert (layer["attention"]["before"], layer["attention"]["after"]) == (before, after)
+        for name in judgement["theory"]:
+            assert layer[name]["sentence"] in printed
+        if numbers["lasso"]:
+            assert layer["ISTA steps"]["objectives"] == numbers["lasso"]
+            assert layer["optimum"]["best"] == numbers["optimum"]["best"]
+            assert layer["step size"]["eta_norm2"] == numbers["dictionary"]["eta_norm2"]
+
+
+def test_the_figure_shows_the_verdict_and_the_numbers_of_the_file(
+    text, tmp_path, call, monkeypatch
+):
+    drawings = []
+
+    def keep(drawing, target):
+        drawings.append(drawing)
+        return target
+
+    monkeypatch.setattr(figure, "write", keep)
+    code, _, _ = call("layers", save(tmp_path, text), "--tokens", 64, "--lasso-tokens", 20)
+    assert not code
+    result = read(tmp_path / "interpret")
+    shown = " ".join(drawings[0].get_suptitle().split())
+    assert result["verdict"]["overall"] in shown
+    for layer in result["verdict"]["layers"]:
+        assert f"layer {layer['layer']}: {layer['brief']}" in shown
+    (panel,) = [axes for axes in drawings[0].axes if axes.get_title().startswith("lasso objective")]
+    lines = [list(line.get_ydata()) for line in panel.lines]
+    for layer in result["trained"] + result["untrained"]:
+        assert layer["optimum"]["tokens"] == 20
+        assert layer["lasso"] in lines
+        assert [layer["optimum"]["best"]["objective"]] in lines
 
 
 def test_equal_commands_give_equal_numbers_and_the_seed_counts(text, tmp_path, call, no_pictures):
@@ -166,6 +211,7 @@ def saved(tmp_path_factory, text):
         (["--tokens", "15"], "16"),
         (["--batch", "0"], "--batch 0"),
         (["--seed", "-1"], "--seed -1"),
+        (["--lasso-tokens", "0"], "--lasso-tokens 0"),
         (["--tokens", "many"], "many"),
         (["--token", "9"], "mean --token"),
         (["--val-fraction", "7"], "--val-fraction 7"),

@@ -12,6 +12,8 @@ KINDS = {  # name: what makes a model of this kind from the paper's
     "mssa-mlp": {"sparsifier": "mlp", "residual": True},
     "mhsa-ista": {"attention": "mhsa"},
     "gelu": {**model.KINDS["gpt2"], "bias": True, "activation": "gelu"},
+    "top-k": {"top_k": 3, "debias": True},
+    "twin, top-k": {**model.KINDS["gpt2"], "top_k": 3},
     "variants": {"unit_norm": True, "learned_lam": True, "ista_steps": 3, "expansion": 1},
 }
 V = 64  # vocabulary
