@@ -159,7 +159,8 @@ def shift_keys(k, gate):
 
     k (B, K, S, p); gate (d,), learned. Where a score compares the query's token with s - 1 and then
     reads s, the head returns what followed tokens like this one. Known as smeared keys (Elhage et
-    al. 2021) and token shift (RWKV); a departure from CRATE, which derives no such step.
+    al. 2021) and token shift (RWKV); a departure from CRATE. Its linear part is a step down the
+    coding rate of pairs of neighbours: see course/idea.md, section 6.
     """
     before = F.pad(k, (0, 0, 1, -1))
     share = gate.sigmoid().unflatten(0, (k.shape[1], 1, -1)).to(k.dtype)  # (K, 1, p)
@@ -280,9 +281,12 @@ class ISTA(nn.Module):
             a = self.code(self.top_k(a))
             return a @ decoder.T, a
         y, a = ops.ista(x, D, self.eta, lam, self.steps, self.decoder)
-        hooked = self.code(a)
-        if hooked is not a:  # if no hook changed the codes, y keeps its bits
-            y = y + (hooked - a) @ decoder.T
+        if not (self.code._forward_hooks or self.code._forward_pre_hooks):
+            return y, a
+        codes = a.clone()  # a hook may write in place, or ask for the gradient of the codes
+        hooked = self.code(codes)
+        if hooked is not codes or hooked.requires_grad or not torch.equal(hooked, a):
+            y = y + (hooked - a) @ decoder.T  # if nothing changed, y keeps its bits
         return y, hooked
 
 

@@ -81,6 +81,60 @@ def test_no_change_is_the_identity_bitwise(lm, backend):
             assert torch.equal(run(lm, ids, change), plain)
 
 
+def in_place(module, inputs, codes):
+    codes[..., 5] = 3.0
+
+
+def in_place_and_returned(module, inputs, codes):
+    codes[..., 5] = 3.0
+    return codes
+
+
+def before_the_module(module, inputs):
+    inputs[0][..., 5] = 3.0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_foreign_hooks_may_write_in_place(lm, mode):
+    """As users of other libraries do; the result is that of steering."""
+    ids = random_ids()
+    steered = run(lm, ids, Intervention(0, 5, "set", 3.0))
+    code = lm.blocks[0].sparsifier.code
+    handles = [
+        (code.register_forward_hook, in_place),
+        (code.register_forward_hook, in_place_and_returned),
+        (code.register_forward_pre_hook, before_the_module),
+    ]
+    for register, hook in handles:
+        handle = register(hook)
+        with mode():
+            torch.testing.assert_close(lm(ids), steered)
+        handle.remove()
+
+
+def test_hooks_see_the_gradient_of_the_codes(lm):
+    """It is what a small change of one code does to the loss."""
+    ids, kept = random_ids(), []
+    lm = lm.double()
+
+    def keep(module, inputs, codes):
+        codes.retain_grad()
+        kept.append(codes)
+
+    handle = lm.blocks[1].sparsifier.code.register_forward_hook(keep)
+    lm(ids, ids).backward()
+    handle.remove()
+    neuron, codes = live_neuron(lm, 1, ids)
+    row, column = (codes[..., neuron] == codes[..., neuron].max()).nonzero()[0].tolist()
+    losses = []
+    for step in (1e-4, -1e-4):
+        change = Intervention(1, neuron, "add", step, at(row, column, len(ids)))
+        with torch.no_grad(), steer(lm, [change]):
+            losses.append(lm(ids, ids).item())
+    slope = (losses[0] - losses[1]) / 2e-4
+    assert kept[0].grad[row, column, neuron].item() == pytest.approx(slope, rel=1e-4)
+
+
 def test_set_on_all_positions_is_set_on_each(lm):
     ids = random_ids(3)
     neuron, _ = live_neuron(lm, 0, ids)
