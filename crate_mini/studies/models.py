@@ -18,10 +18,10 @@ from crate_mini import UserError, results
 from crate_mini.cli import one_of, setting
 from crate_mini.console import terminal
 from crate_mini.model import Config
-from crate_mini.studies import grid, models_report
+from crate_mini.studies import grid, models_report, variants
 from crate_mini.studies.baselines import baselines
 from crate_mini.studies.runner import absolute, run_script
-from crate_mini.training.device import flops_per_token
+from crate_mini.training import device
 
 NO_RESULT = ("out", "overwrite", "device", "data", "tokenizer")  # settings that a hash leaves out
 
@@ -195,11 +195,10 @@ def entry(run, seconds, threads):
     curve = [[int(r["tokens"]), float(r["val_loss"])] for r in rows if r["val_loss"]]
     output = run.folder.with_name(f"{run.folder.name}.log").read_text(errors="replace")
     sample = output.partition("\nsample    ")[2].partition("\nresult ")[0]
-    flops = flops_per_token(config)
     if run.row.variant:
-        from crate_mini.studies.variants import extra_products
-
-        flops += 6 * extra_products(run.row.variant, config)
+        flops = variants.flops_per_token(run.row.variant, config)
+    else:
+        flops = device.flops_per_token(config)
     return {
         "name": run.row.name,
         "group": run.group,

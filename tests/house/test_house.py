@@ -26,6 +26,7 @@ SHELF = {
 FLOORS = {  # a chapter imports only chapters of lower floors, and the top shelf
     "console": 0,
     "plots": 0,
+    "course": 0,
     "data": 1,
     "training": 2,
     "layers": 3,

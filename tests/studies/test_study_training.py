@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from crate_mini import UserError, results
-from crate_mini.studies import runner, tables, train_default
+from crate_mini.studies import baselines, runner, tables, training
 
 
 def naive_trigram_bits(train, held, V, D):
@@ -46,7 +46,7 @@ def test_the_trigram_model_equals_its_definition():
     draw = random.Random(0)
     train = [draw.choice([1, 1, 2, 3, 5]) for _ in range(400)]
     held = [draw.randrange(7) for _ in range(60)]
-    bits = train_default.trigram_bits(np.array(train), np.array(held), 7)
+    bits = baselines.trigram_bits(np.array(train), np.array(held), 7)
     assert bits == pytest.approx(naive_trigram_bits(train, held, 7, 0.75), rel=1e-9)
 
 
@@ -55,7 +55,7 @@ def test_the_trigram_model_is_a_distribution():
     train = np.array([draw.choice([1, 1, 2, 3, 5]) for _ in range(400)])
 
     def probability(*ids):
-        return 2 ** (-train_default.trigram_bits(train, np.array(ids), 7) * len(ids))
+        return 2 ** (-baselines.trigram_bits(train, np.array(ids), 7) * len(ids))
 
     after = [probability(1, 2, w) for w in range(7)]
     assert sum(after) == pytest.approx(probability(1, 2), rel=1e-9)
@@ -64,66 +64,35 @@ def test_the_trigram_model_is_a_distribution():
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def trained(tmp_path, monkeypatch):
-    """A checkout in tmp_path whose train.py does nothing; [words of each call]."""
+def test_deps_trains_on_both_corpora_and_judges_both_on_pydocs(tmp_path, monkeypatch, capsys):
     calls = []
 
     def run_script(words, log):
         calls.append(words)
         folder = tmp_path / words[words.index("--out") + 1]
-        (folder / "last").mkdir(parents=True, exist_ok=True)
-        seed = int(words[words.index("--seed") + 1])
-        training = {"val_loss": float(seed), "bits_per_byte": 1.5, "density": 0.4}
-        meta = {"training": {**training, "machine": {"device": "a machine"}}}
-        (folder / "last" / "config.json").write_text(json.dumps(meta))
-        rows = "step,tokens,loss,val_loss,tokens_per_s\n0,10,5,5,100\n1,20,4,4,200\n"
-        (folder / "log.csv").write_text(rows)
-        log.write_text("backend   fused (AVX2)\n\nsample    a\n b \nresult    files\n")
+        folder.mkdir(parents=True)
+        (folder / "log.csv").write_text("step,tokens\n1,20\n")
         return 90.0
 
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(runner, "run_script", run_script)
-    monkeypatch.setattr(train_default, "baselines", mock.Mock(return_value={"gzip -9": 2.0}))
-    return calls
-
-
-def test_default_trains_each_model_once_for_each_seed(trained, tmp_path, capsys, monkeypatch):
-    train_default.run_default(train_default.Default())
-    study = json.loads((tmp_path / "results" / "default.json").read_text())
-    assert len(trained) == 9 == len(study["runs"])
-    assert study["command"] == "python -m crate_mini.studies default"
-    first = study["runs"][0]
-    assert first["backend"] == "fused" and first["sample"] == "a\n b"
-    assert first["minutes"] == 1.5 and first["tokens_per_s"] == 200 and first["tokens"] == 20
-    assert "| CRATE (paper) | 3 | 1338.000 | 2.000 |" in capsys.readouterr().out
-    assert (tmp_path / "results" / "default.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(train_default, "held_out_bits", mock.Mock(return_value=1.0))
-    train_default.run_deps(train_default.Deps())
-    assert len(trained) == 10  # the run on pydocs is that of `default`
-    assert "--data" in trained[-1] and "pydocs+deps" in trained[-1]
-    monkeypatch.setattr(results, "commit", mock.Mock(return_value="another"))
-    train_default.run_default(train_default.Default())
-    assert len(trained) == 19  # at another commit all runs again
+    judged = mock.Mock(side_effect=[1.5, 2.0])
+    monkeypatch.setattr(training, "held_out_bits", judged)
+    training.run_deps(training.Deps())
+    assert [words[words.index("--data") + 1] for words in calls] == ["pydocs", "pydocs+deps"]
+    assert [call.args[1] for call in judged.call_args_list] == ["pydocs", "pydocs"]
+    study = json.loads((tmp_path / "results" / "deps.json").read_text())
+    assert study["bits_per_byte_of_pydocs"] == {"pydocs": 1.5, "pydocs+deps": 2.0}
+    assert study["tokens"] == 20
+    assert "2.0" in capsys.readouterr().out
 
 
 def test_speed_needs_a_text_and_ranks():
     with pytest.raises(UserError, match="give a text and the ranks of a tokenizer"):
-        train_default.run_speed(train_default.Speed("text"))
+        training.run_speed(training.Speed("text"))
 
 
 # ---- tables --------------------------------------------------------------------------------------
-
-
-def test_default_table_has_a_row_for_each_model_and_baseline():
-    runs = []
-    for kind, seed in itertools.product(train_default.MODELS, (0, 1)):
-        run = {"model": kind, "seed": seed, "minutes": 3.0, "val_loss": 3 + seed / 10}
-        runs.append({**run, "bits_per_byte": 1.5, "density": 0.4, "tokens_per_s": 9000})
-    baselines = {"gzip -9": 2.0, "trigram": 1.8}
-    text = tables.default({"runs": runs, "baselines_bits_per_byte": baselines})
-    assert "| crate+ | 2 | 3.050 | 0.100 | 1.500 | 0.40 | 9,000 | 3.0 |" in text
-    assert text.endswith("| trigram | | | | 1.800 | | | |")
 
 
 def test_speed_table_has_every_cell():

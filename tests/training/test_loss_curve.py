@@ -1,6 +1,6 @@
 """Loss curves, drawn from log.csv alone."""
 
-from crate_mini.training.loss_curve import loss_curve, loss_curves, read_log, smooth
+from crate_mini.training.loss_curve import loss_curve, read_log, smooth, validation_curves
 
 LOG = "step,tokens,loss,val_loss\n1,1000000,5.0,\n2,2000000,4.0,4.5\n3,3000000,3.0,\n"
 
@@ -12,7 +12,8 @@ def test_a_log_gives_two_curves(tmp_path):
     assert training == [(1.0, 5.0), (2.0, 4.0), (3.0, 3.0)] and validation == [(2.0, 4.5)]
     assert loss_curve(path, "a $title").read_bytes().startswith(b"\x89PNG")
     target = tmp_path / "curves.png"
-    assert loss_curves({"CRATE": [path, path]}, target) == target and target.exists()
+    curves = {"CRATE": [[(1e6, 5.0), (2e6, 4.0)], [(1e6, 5.0), (2e6, 4.2)]]}
+    assert validation_curves(curves, target) == target and target.exists()
 
 
 def test_smoothing_keeps_short_runs_and_averages_long_ones():
