@@ -1,6 +1,7 @@
 """Make the numbers of results/ again: `python -m crate_mini.studies NAME`.
 
     models      CRATE, crate+, the GPT-2 twin and every variant; gzip and trigrams
+    theory      does each of them do what the theory says, layer by layer?
     deps        do docstrings of more packages make a better model in the same time?
     speed       tokens per second of train.py, next to a bare training loop
     neurons     how well does what fires a neuron predict it? every model, every control
@@ -20,6 +21,7 @@ from crate_mini.console import terminal
 
 COMMANDS = {
     "models": "crate_mini.studies.models",
+    "theory": "crate_mini.studies.theory",
     "deps": "crate_mini.studies.training:DEPS",
     "speed": "crate_mini.studies.training:SPEED",
     "neurons": "crate_mini.studies.neurons",

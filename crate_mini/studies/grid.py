@@ -188,6 +188,8 @@ QUESTIONS = (
     Row("crate-lam.5", "--lam 0.5", 4.70, "does the threshold matter?"),
     Row("crate-eta.05", "--eta 0.05", 4.68, "does the step size matter?"),
     Row("crate-eta.2", "--eta 0.2", 4.70, "does the step size matter?"),
+    Row("crate-unit", "--unit-norm --eta 1.0", 4.70, "a step size that is stable by construction"),
+    Row("crate-learned", "--learned-lam", 4.66, "a threshold for each neuron"),
     Row("crate-h1", "--expansion 1", 4.80, "is overcompleteness worth it?"),
     Row("crate-h2", "--expansion 2", 4.72, "is overcompleteness worth it?"),
     Row("crate-h8", "--expansion 8", 4.66, "is overcompleteness worth it?"),

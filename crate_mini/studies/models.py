@@ -20,7 +20,7 @@ from crate_mini.console import terminal
 from crate_mini.model import Config
 from crate_mini.studies import grid, models_report, variants
 from crate_mini.studies.baselines import baselines
-from crate_mini.studies.runner import absolute, run_script
+from crate_mini.studies.runner import absolute, run_script, trained_model
 from crate_mini.training import device
 
 NO_RESULT = ("out", "overwrite", "device", "data", "tokenizer")  # settings that a hash leaves out
@@ -64,9 +64,8 @@ class Run:
     @property
     def folder(self):
         """Where it trains."""
-        place = results.ROOT / "out" / "study"
-        name = f"{self.row.name}-{self.seed}"
-        return place / name if self.text == "pydocs" else place / self.text / name
+        folder = trained_model(self.row.name, self.seed)
+        return folder if self.text == "pydocs" else folder.parent / self.text / folder.name
 
 
 class Store:

@@ -123,9 +123,9 @@ def absolute(word):
     return f"{Path(name).resolve()}{colon}{rest}" if Path(name).exists() else word
 
 
-def default_run(kind, seed):
-    """The folder in which the study `default` trains a model."""
-    return results.ROOT / "out" / "study" / f"{kind}-{seed}"
+def trained_model(name, seed):
+    """The folder in which the study `models` trains a row of its grid on the default text."""
+    return results.ROOT / "out" / "study" / f"{name}-{seed}"
 
 
 def neurons_run(preset, kind, seed):

@@ -1,6 +1,6 @@
 """What does steering a neuron do, and what does it cost? -> results/steering.json, steering.png.
 
-The checkpoints are those that the study `default` left in out/study: CRATE, crate+ and the GPT-2
+The checkpoints are those that the study `models` left in out/study: CRATE, crate+ and the GPT-2
 twin, three seeds each. The layers of the first twin get sparse autoencoders. Then neurons of all
 models, features of the autoencoders and random directions are steered by the same doses on the same
 text.
@@ -18,7 +18,7 @@ from crate_mini.console.terminal import Command
 from crate_mini.steering import dose_response
 from crate_mini.steering.figure import figure
 from crate_mini.steering.tables import readme
-from crate_mini.studies.runner import Runner, default_run
+from crate_mini.studies.runner import Runner, trained_model
 from crate_mini.studies.tables import NAMES
 from crate_mini.training.device import machine
 
@@ -32,7 +32,7 @@ TWIN = "gpt2"  # the model that gets autoencoders, with the first seed
 class Settings:
     """Dose and response of steering neurons, features and random directions in all models.
 
-    Needs the models of `python -m crate_mini.studies default`. Writes results/steering.json and
+    Needs the models of `python -m crate_mini.studies models`. Writes results/steering.json and
     steering.png.
     """
 
@@ -45,12 +45,12 @@ def run(settings):
     Raises UserError for a model that is missing, and when a part fails.
     """
     grid = list(itertools.product(settings.seeds, NAMES))
-    checkpoints = {(kind, seed): default_run(kind, seed) / "last" for seed, kind in grid}
+    checkpoints = {(kind, seed): trained_model(kind, seed) / "last" for seed, kind in grid}
     for checkpoint in checkpoints.values():
         if not checkpoint.exists():
             raise UserError(
                 f"{checkpoint.relative_to(results.ROOT)} is missing; "
-                "`python -m crate_mini.studies default` trains it."
+                "`python -m crate_mini.studies models` trains it."
             )
     first = settings.seeds[0]
     config = results.read_json(checkpoints[TWIN, first] / "config.json")["config"]
