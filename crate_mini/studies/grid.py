@@ -204,6 +204,13 @@ QUESTIONS = (
     Row("gpt2-lr2", "--model gpt2 --lr 6e-3", 4.37, "the same small budget for each"),
 )
 
+# At equal cost: per layer the twin has 12 d^2 weights and products, crate+ 10.5 d^2.
+EQUAL = (
+    Row("crate+-h5", "--model crate+ --expansion 5", 4.24, "as many products as the twin"),
+    Row("gpt2-h3", "--model gpt2 --expansion 3", 4.43, "as few products as crate+"),
+    Row("crate-h2-1step", "--expansion 2 --ista-steps 1", 4.76, "half of the twin's products"),
+)
+
 WIDER = "--n-layer 6 --n-embd 256 --n-head 8 --lr 1.5e-3"
 SIZES = (
     Row("crate-6L", WIDER, 4.55, "the gap at eight times the size"),
@@ -227,6 +234,7 @@ GRID = {
     "levers": LEVERS,
     "sparse": SPARSE,
     "questions": QUESTIONS,
+    "equal": EQUAL,
     "sizes": SIZES,
     "large": LARGE,
 }
