@@ -133,6 +133,7 @@ VARIANTS = {
         learned_lam=True,
         unit_norm=True,
         query_rank=4,
+        key_shift=True,
         bias=False,
         ista_steps=3,
     ),

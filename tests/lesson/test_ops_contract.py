@@ -179,10 +179,18 @@ def test_opcheck():
         torch.library.opcheck(op.default, arguments)
 
 
-def test_compile_takes_a_whole_block_as_one_graph():
+@pytest.mark.parametrize(
+    "backend, changes",
+    [
+        ("inductor", dict(query_rank=2, key_shift=True)),
+        ("aot_eager", dict(top_k=9, debias=True)),
+        ("aot_eager", dict(attention="mhsa", sparsifier="mlp", key_shift=True, top_k=9)),
+    ],
+)
+def test_compile_takes_a_whole_block_as_one_graph(backend, changes):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = Config(vocab_size=8, block_size=16, n_layer=1, n_head=2, n_embd=16, query_rank=2)
+        config = Config(vocab_size=8, block_size=16, n_layer=1, n_head=2, n_embd=16, **changes)
         block = Block(config)
         z = torch.randn(2, 16, 16)
         for w in block.parameters():
@@ -196,7 +204,7 @@ def test_compile_takes_a_whole_block_as_one_graph():
         return [out, codes, *(w.grad for w in block.parameters())]
 
     try:
-        results = run(torch.compile(block, fullgraph=True))
+        results = run(torch.compile(block, fullgraph=True, backend=backend))
     except RuntimeError as error:
         if "omp.h" not in str(error):  # clang without OpenMP builds our kernels, not Inductor's
             raise
