@@ -89,6 +89,8 @@ class Store:
         """Put a run in the place of an earlier one of its key, in the grid's order, and save."""
         key = entry["name"], entry["text"], entry["seed"]
         with self.lock:
+            if self.path.exists():  # another process may have added runs
+                self.content = results.read_json(self.path)
             runs = self.content["runs"]
             others = [r for r in runs if (r["name"], r["text"], r["seed"]) != key]
             self.content["runs"] = sorted([*others, entry], key=place_in_grid)
