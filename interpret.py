@@ -6,6 +6,7 @@
     selftest   planted neurons: which simulators and metrics can be trusted? (takes no CKPT)
     llm        a language model explains neurons and simulates them from its explanations
     concepts   discrete concepts across layers of a classifier (CLVQ-VAE): does it rely on them?
+    playground the model in one page: type, see neurons fire, steer (takes one or two CKPT)
     report     pages and figures from the results of `neurons`; evaluates survey answers
 
 Results go to the folder `interpret` next to the checkpoint.
@@ -20,6 +21,7 @@ COMMANDS = {
     "selftest": "crate_mini.neurons.selftest",
     "llm": "crate_mini.judges.command",
     "concepts": "crate_mini.concepts.command",
+    "playground": "crate_mini.playground.command",
     "report": "crate_mini.neurons.report",
 }
 

@@ -12,51 +12,61 @@ each takes its rows of the same global batch, so their number changes a run's sp
 result. `--task classify` fine-tunes a classifier on labelled texts (concepts/finetune.py).
 """
 
-import math
-import os
-import shlex
-import shutil
-import signal
-import sys
-import time
-from contextlib import nullcontext, suppress
-from dataclasses import asdict
-from pathlib import Path
+from crate_mini.console import interruptible_imports
 
-import torch
+with interruptible_imports(__name__):
+    import math
+    import shlex
+    import signal
+    import sys
+    import time
+    from contextlib import ExitStack, nullcontext
+    from dataclasses import asdict
+    from pathlib import Path
 
-from crate_mini import UserError, model
-from crate_mini.console import terminal
-from crate_mini.data import batches
-from crate_mini.data.tokenizer import load_tokenizer
-from crate_mini.generate import generate
-from crate_mini.training import checkpoint, device, run_log
-from crate_mini.training.processes import Processes, disconnect, rank_and_world
-from crate_mini.training.settings import parse, split_task
+    import torch
+
+    from crate_mini import UserError, model
+    from crate_mini.console import terminal
+    from crate_mini.data import batches
+    from crate_mini.data.tokenizer import load_tokenizer
+    from crate_mini.generate import generate
+    from crate_mini.training import checkpoint, device, run_log
+    from crate_mini.training.processes import Processes, disconnect, keep_process, rank_and_world
+    from crate_mini.training.settings import parse, split_task
 
 
 class Trainer:
     """One training run: build it, then call `train()`.
 
-    weights, meta, state: as in settings.parse's `start`; None for a new model.
+    weights, meta, state: as in settings.parse's `start`; None for a new model. command: the words
+    after "python" that started the run.
     """
 
-    def __init__(self, s, config, weights=None, meta=None, state=None):
+    def __init__(self, s, config, weights=None, meta=None, state=None, command=None):
         self.s, self.config = s, config
+        self.command = shlex.join(["python", *(command or sys.argv)])
         self.step = 0  # steps done
+        self.tokens = 0  # tokens trained on
         self.best = math.inf  # lowest validation loss
+        self.improved = False  # whether that is of the present step
         self.skipped = 0  # steps whose loss or gradient was not finite
-        self.caught = 0  # the signal that this process has received, or 0
+        self.seen_log = None  # of a resumed run: the fingerprint of its log.csv
+        self.undo = ExitStack()  # undone when the run ends
         self.stopping = 0  # the signal on which all processes stop, or 0
         device.keep_memory()
         self.processes = Processes(s.device)
         self.device = self.processes.device
+        first = self.processes.is_first
+        self.stop = terminal.StopRequest("finishing this step, then saving" if first else "")
         self.share = self.processes.share(s.batch_size)
         self.processes.connect()
         self.dtype, dtype_reason = self.processes.agree(device.choose_dtype(self.device, s.dtype))
         s.dtype = str(self.dtype).removeprefix("torch.")  # a resume keeps this choice
         compiled, mode_reason = device.choose_compile(self.device, s.compile)
         device.check_memory(config, min(self.share, s.micro_batch), self.device, self.dtype)
+        if state is None and not s.overwrite:
+            run_log.refuse_occupied(s.out)
         self.machine = device.machine(self.device)  # once, so that no save waits for git
         self.tokenizer = load_tokenizer(s.tokenizer)
         self.corpus = self.open_corpus(meta, resumed=state is not None)
@@ -68,11 +78,12 @@ class Trainer:
         self.lm.to(self.device)
         self.optimizer = self.make_optimizer()
         if state:
-            self.restore(state)
+            self.restore(state, meta["training"])
         forward = self.lm
         if compiled:
             forward = torch.compile(self.lm)
-            torch._dynamo.config.recompile_limit = 32  # top-k compiles anew when it keeps fewer
+            # Top-k compiles again when it keeps fewer codes.
+            self.undo.enter_context(torch._dynamo.config.patch(recompile_limit=32))
         self.forward = self.processes.wrap(forward)
         self.introduce("torch.compile" if compiled else "eager", mode_reason, dtype_reason)
 
@@ -80,35 +91,41 @@ class Trainer:
 
     def train(self):
         """Train from self.step to the last step; returns the exit code."""
-        s = self.s
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
-        if self.step == 0 and self.processes.is_first:  # --overwrite replaces these
-            for name in ("last", "best"):
-                shutil.rmtree(Path(s.out, name), ignore_errors=True)
-        log = run_log.Log(self)
-        while self.step < s.train_steps:
-            loss, norm, lr = self.one_step()
-            is_last = self.step == s.train_steps
-            validation = {}
-            if is_last or self.is_due(s.eval_every):
-                validation = self.validate(s.eval_tokens)
-            log.row(loss, norm, lr, validation)
-            if validation and validation["val_loss"] < self.best:
-                self.best = validation["val_loss"]
+        with self.stop:
+            run_log.make_room(self)
+            self.log = run_log.Log(self)
+            while self.step < self.s.train_steps:
+                loss, norm, lr = self.one_step()
+                self.keep(loss, norm, lr)
+                if self.stopping and self.step < self.s.train_steps:
+                    resume = terminal.flag_words("--resume", self.s.out)
+                    self.say(
+                        f"\nstopped after step {self.step} and saved; continue with\n"
+                        f"  {terminal.typable('python', 'train.py', *resume)}"
+                    )
+                    self.processes.wait()  # one that leaves early would bring the others down
+                    return 128 + self.stopping
+            self.finish()
+            self.processes.wait()
+            return 0
+
+    def keep(self, loss, norm, lr):
+        """Log the step that was just done; validate and save, if that is due."""
+        is_last = self.step == self.s.train_steps
+        validation = {}
+        if is_last or self.is_due(self.s.eval_every):
+            validation = self.validate(self.s.eval_tokens)
+        self.improved = bool(validation) and validation["val_loss"] < self.best
+        if self.improved:
+            self.best = validation["val_loss"]
+        try:
+            self.log.row(loss, norm, lr, validation)
+            if self.improved:
                 self.save("best", resume=False)
-            if validation or self.stopping or self.is_due(s.save_every):
+            if validation or self.stopping or self.is_due(self.s.save_every):
                 self.save("last")
-            if self.stopping and not is_last:
-                self.say(
-                    f"\nstopped after step {self.step} and saved; continue with\n"
-                    f"  python train.py --resume {shlex.quote(s.out)}"
-                )
-                self.processes.wait()  # one that leaves early would bring the others down
-                return 128 + self.stopping
-        self.finish()
-        self.processes.wait()
-        return 0
+        except UserError as error:
+            raise run_log.rescued(self, error) from None
 
     def is_due(self, every):
         """Whether something that happens every `every` steps (0: never) is due now."""
@@ -131,13 +148,14 @@ class Trainer:
             loss.backward()
             totals[0] += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.lm.parameters(), s.clip or math.inf)
-        totals[1] = self.caught  # read once: a signal may come at any time
+        totals[1] = self.stop.caught  # read once: a signal may come at any time
         self.processes.add(totals)
         totals[0] /= self.processes.world
         loss, norm = totals[0].item(), norm.item()
         if totals[1]:
-            self.stopping = self.caught or signal.SIGTERM
+            self.stopping = self.stop.caught or signal.SIGTERM
         self.step += 1
+        self.tokens += s.batch_size * self.config.block_size
         self.update(loss, norm, lr)
         return loss, norm, lr
 
@@ -175,14 +193,6 @@ class Trainer:
         """Autocast of matrix products to the chosen dtype; no effect in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def on_signal(self, number, frame):
-        """Finish the step and save; a second Ctrl-C acts at once."""
-        self.caught = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if self.processes.is_first:
-            with suppress(OSError):  # print is not safe in a signal handler
-                os.write(1, b"\nfinishing this step, then saving; Ctrl-C again stops at once\n")
-
     @torch.no_grad()
     def validate(self, limit=None):
         """Scores on the first `limit` held-out tokens, or on all of them.
@@ -215,13 +225,20 @@ class Trainer:
 
     # ---- checkpoints and the end -----------------------------------------------------------------
 
-    def save(self, name, resume=True, **scores):
-        """Write the checkpoint out/NAME: weights, training facts and, if `resume`, the state."""
+    def save(self, name, resume=True, out=None, **scores):
+        """Write the checkpoint out/NAME: weights, training facts and, if `resume`, the state.
+
+        out: another folder than the run's.
+        """
         if not self.processes.is_first:
             return
+        if out is None:
+            self.log.check_folder()
         state = None
         if resume:
             state = {"step": self.step, "best": self.best, "skipped": self.skipped}
+            state["tokens"] = self.tokens
+            state["log"] = self.log.fingerprint()
             state["optimizer"] = self.optimizer.state_dict()
         training = {
             "settings": asdict(self.s),
@@ -229,30 +246,45 @@ class Trainer:
             "best_val_loss": self.best,
             "corpus": self.corpus.meta,
             "machine": self.machine,
-            "command": shlex.join(["python", *sys.argv]),
+            "command": self.command,
             **scores,
         }
-        try:
-            checkpoint.save(
-                Path(self.s.out, name),
-                self.lm,
-                resume=state,
-                training=training,
-                tokenizer={"spec": self.s.tokenizer, "hash": self.tokenizer.hash},
-            )
-        except UserError as error:  # such as a full disk
-            raise UserError(f"{error} {run_log.how_to_resume(self.s.out)}") from None
+        checkpoint.save(
+            Path(out or self.s.out, name),
+            self.lm,
+            resume=state,
+            training=training,
+            tokenizer={"spec": self.s.tokenizer, "hash": self.tokenizer.hash},
+        )
 
-    def restore(self, state):
-        """Restore the state that `save` wrote, except optimizer settings, which are this run's."""
+    def restore(self, state, facts):
+        """Restore the state that `save` wrote, except optimizer settings, which are this run's.
+
+        facts: the training facts it was saved with.
+        """
         self.step = state["step"]
         self.best = state["best"]
         self.skipped = state["skipped"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.tokens = state["tokens"]
+        self.seen_log = state.get("log")  # older checkpoints have none
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise UserError(
+                f"the optimizer's state in {self.s.out}/last does not fit the model; start a new "
+                f"run from its weights: --init {self.s.out}/last."
+            ) from None
         new_groups = self.make_optimizer().param_groups
         for group, new in zip(self.optimizer.param_groups, new_groups):
             for name in ("weight_decay", "betas", "fused"):
                 group[name] = new[name]
+        now = {"settings": asdict(self.s), "corpus": self.corpus.meta}
+        if run_log.measured(facts) != run_log.measured(now):
+            self.best = math.inf
+            self.say(
+                "note      validation is on other tokens than before, some of which may have been "
+                "trained on; `best` starts over"
+            )
 
     def finish(self):
         """Validate on the whole held-out split, save, draw loss.png, print the conclusion."""
@@ -264,14 +296,21 @@ class Trainer:
             raise UserError(
                 f"validation loss {scores['val_loss']} after the last step; try a lower --lr{hint}"
             )
-        self.save("last", **scores)
+        try:
+            self.save("last", **scores)
+        except UserError as error:
+            raise run_log.rescued(self, error, **scores) from None
         if not self.processes.is_first:
             return
         from crate_mini.training.loss_curve import loss_curve  # needed only here
 
         title = f"{s.init or s.model} {s.preset} on {s.data}"
         sample = self.sample(120)
-        figure = loss_curve(Path(s.out, "log.csv"), title)
+        figure = None
+        try:
+            figure = loss_curve(Path(s.out, "log.csv"), title)
+        except UserError as error:
+            self.say(f"note      loss.png is not drawn: {error}")
         self.say(run_log.conclusion(self, scores, sample, figure))
 
     def sample(self, n_tokens):
@@ -296,12 +335,18 @@ class Trainer:
         if not self.processes.is_first:
             self.processes.wait()
         corpus = batches.open_corpus(
-            s.data, self.tokenizer, val_fraction=s.val_fraction, log=self.say
+            s.data,
+            self.tokenizer,
+            val_fraction=s.val_fraction,
+            log=self.say,
+            text_field=s.text_field,
         )
         corpus.batch(s.seed, "train", 0, 1, self.config.block_size)  # raises if too short
         if self.processes.is_first:
             self.processes.wait()
-        if resumed and corpus.meta != meta["training"]["corpus"]:
+        before = meta["training"].get("corpus", {}) if resumed else corpus.meta
+        names = ("text_sha256", "tokens", "bytes")
+        if any(corpus.meta[name] != before.get(name) for name in names):
             self.say(
                 f"note      {s.data} differs from the text this run began with; "
                 "it continues with the new one"
@@ -355,14 +400,16 @@ def main(argv=None):
 
         return finetune.main(words)
     s, config, start = parse(words)
+    command = sys.argv if argv is None else ["train.py", *argv]
     rank, _ = rank_and_world()
     trainer = None
     try:
-        with run_log.claim(s.out) if rank == 0 else nullcontext():
-            trainer = Trainer(s, config, **start)
+        with keep_process(), run_log.claim(s.out) if rank == 0 else nullcontext():
+            trainer = Trainer(s, config, **start, command=command)
             return trainer.train()
     finally:
         if trainer:
+            trainer.undo.close()
             trainer.forward = None  # DistributedDataParallel holds the process group
         disconnect()
 

@@ -40,76 +40,118 @@ def count_rows(t):
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def require(condition, op, problem):
-    """Raise UserError unless the condition holds."""
-    if not condition:
-        raise UserError(f"{op}: {problem}.")
+def misfit(op, problem):
+    """The UserError for arguments that do not fit."""
+    return UserError(f"{op}: {problem}.")
 
 
 def check_same(op, name, t, dtype, device):
     """A tensor must have this dtype (None: any) and device. Torch lets None pass for a tensor."""
     if t is None and name in OPTIONAL:
         return
-    require(isinstance(t, torch.Tensor), op, f"{name} is {type(t).__name__}, not a tensor")
-    require(dtype in (None, t.dtype), op, f"{name} is {t.dtype}, expected {dtype}; convert it")
-    require(t.device == device, op, f"{name} is on {t.device}, expected {device}; move it")
+    if not isinstance(t, torch.Tensor):
+        raise misfit(op, f"{name} is {type(t).__name__}, not a tensor")
+    if t.layout != torch.strided:
+        raise misfit(op, f"{name} is {t.layout}, expected a dense tensor")
+    if dtype not in (None, t.dtype):
+        raise misfit(op, f"{name} is {t.dtype}, expected {dtype}; convert it")
+    if t.device != device:
+        raise misfit(op, f"{name} is on {t.device}, expected {device}; move it")
+
+
+def check_shape(op, name, t, like, sizes, letters):
+    """A tensor (None: absent) of floats must have the shape that these letters stand for.
+
+    letters: names in `sizes`, like "d h"; "..." stands for the leading dimensions of `like`.
+    """
+    if t is None:
+        return
+    shape = []
+    for letter in letters.split():
+        shape += like.shape[:-1] if letter == "..." else [sizes[letter]]
+    if list(t.shape) != shape:
+        expected = f"({', '.join(letters.split())}) = {tuple(shape)}"
+        raise misfit(op, f"{name} has shape {tuple(t.shape)}, expected {expected}")
+    if not t.is_floating_point():
+        raise misfit(op, f"{name} is {t.dtype}, expected floating-point numbers")
 
 
 def check_tensors(op, like, dtype, sizes, **tensors):
-    """Tensors, each with its shape in the letters of `sizes`, must have like's device and dtype.
+    """Tensors must have like's device, this dtype, and shapes (see check_shape).
 
-    tensors: name=(tensor or None, "d h"). The letter "..." stands for like's leading dimensions.
+    dtype None: any floats, on any device, as PyTorch takes them. tensors: name=(tensor, letters).
     """
     on_cpu = like.device.type == "cpu"
     runs = on_cpu or (like.is_cuda and like.dtype != torch.float64)
-    problem = f"{like.dtype} on {like.device} is not supported; use float32 or bfloat16"
-    require(runs and like.dtype in DTYPE_CODES, op, f"{problem}, or float64 on the CPU")
+    if dtype is not None and not (runs and like.dtype in DTYPE_CODES):
+        use = "use float32 or bfloat16, or float64 on the CPU"
+        raise misfit(op, f"{like.dtype} on {like.device} is not supported; {use}")
+    if not like.is_floating_point():
+        raise misfit(op, f"{like.dtype} is not supported; use float32 or bfloat16")
     for name, (t, letters) in tensors.items():
         check_same(op, name, t, dtype, like.device)
-        if t is None:
-            continue
-        letters = letters.split()
-        shape = []
-        for letter in letters:
-            shape += like.shape[:-1] if letter == "..." else [sizes[letter]]
-        problem = f"{name} has shape {tuple(t.shape)}, expected ({', '.join(letters)}) = "
-        require(list(t.shape) == shape, op, f"{problem}{tuple(shape)}")
-        problem = f"{name} has {t.numel()} elements, expected fewer than 2^31 on a GPU"
-        require(on_cpu or t.numel() < 2**31, op, f"{problem}; use fewer rows")
+        check_shape(op, name, t, like, sizes, letters)
+        if t is not None and not on_cpu and t.numel() >= 2**31:
+            problem = f"{name} has {t.numel()} elements, expected fewer than 2^31 on a GPU"
+            raise misfit(op, f"{problem}; use fewer rows")
 
 
-def check_setting(op, name, value, example):
-    """A float must be finite and not negative."""
-    valid = math.isfinite(value) and value >= 0
-    require(valid, op, f"{name}={value} must be finite and not negative, like {example}")
+def check_number(op, name, value, example, low=0.0):
+    """A number must be finite and, unless `low` says otherwise, not negative; ints of 64 bits."""
+    number = isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    if not number or not math.isfinite(value) or value < low:
+        sign = " and not negative" if low == 0 else ""
+        raise misfit(op, f"{name}={value} must be finite{sign}, like {example}")
 
 
-def check_ista(op, x, D, eta, lam, steps, lams=None, **tensors):
-    """Check what the ISTA ops share, and further tensors; returns (dtype, N, d, h, steps, eta)."""
-    shapes = f"got shapes {tuple(x.shape)} and {tuple(D.shape)}"
-    require(x.dim() > 0 and D.dim() == 2, op, f"expected x (..., d) and D (d, h), {shapes}")
-    require(math.isfinite(eta), op, f"eta={eta} must be finite, like 0.1")
-    check_setting(op, "lam", lam, 0.1)
-    require(1 <= steps <= 1000, op, f"steps={steps} must lie in 1 to 1000, like 2")
+def check_ista(op, x, D, eta, lam, steps, lams=None, kernels=True, **tensors):
+    """Check what the ISTA ops share, and further tensors; returns (dtype, N, d, h, steps, eta).
+
+    kernels: whether they will run; PyTorch takes more dtypes and devices.
+    """
+    if x.dim() == 0 or D.dim() != 2:
+        shapes = f"got shapes {tuple(x.shape)} and {tuple(D.shape)}"
+        raise misfit(op, f"expected x (..., d) and D (d, h), {shapes}")
+    check_number(op, "eta", eta, 0.1, low=-math.inf)
+    check_number(op, "lam", lam, 0.1)
+    if type(steps) is not int or not 1 <= steps <= 1000:
+        raise misfit(op, f"steps={steps} must lie in 1 to 1000, like 2")
     N = count_rows(x)
     d, h = x.shape[-1], D.shape[1]
     sizes = {"N": N, "d": d, "h": h, "steps-1": steps - 1}
-    check_tensors(op, x, x.dtype, sizes, D=(D, "d h"), **tensors)
-    check_tensors(op, x, acc_dtype(x.dtype), sizes, lam=(lams, "h"))
-    return DTYPE_CODES[x.dtype], N, d, h, steps, eta
+    check_tensors(op, x, x.dtype if kernels else None, sizes, D=(D, "d h"), **tensors)
+    check_tensors(op, x, acc_dtype(x.dtype) if kernels else None, sizes, lam=(lams, "h"))
+    return DTYPE_CODES.get(x.dtype), N, d, h, steps, eta
 
 
-def check_mssa(op, z, weight, bias, U, n_head, eps, **tensors):
-    """Check what the MSSA ops share, and further tensors; returns (zdtype, dtype, N, d, eps)."""
-    require(z.dim() > 0, op, "z must have at least one dimension, (..., d)")
+def check_rows(op, x):
+    """ista_decode is for few rows."""
+    if count_rows(x) >= 2**16:
+        raise misfit(op, f"{count_rows(x)} rows, expected fewer than 65536; use ista")
+
+
+def mssa_dtype(z, U):
+    """The dtype that U must have next to this z, and that u gets."""
+    return U.dtype if (z.dtype, U.dtype) == (torch.float32, torch.bfloat16) else z.dtype
+
+
+def check_mssa(op, z, weight, bias, U, n_head, eps, kernels=True, **tensors):
+    """Check what the MSSA ops share, and further tensors; returns (zdtype, dtype, N, d, eps).
+
+    kernels: as for check_ista.
+    """
+    if z.dim() == 0:
+        raise misfit(op, "z must have at least one dimension, (..., d)")
     d = z.shape[-1]
-    require(n_head >= 1 and d % n_head == 0, op, f"n_head={n_head} does not divide d={d}")
-    check_setting(op, "eps", eps, 1e-5)
-    dtype = U.dtype if (z.dtype, U.dtype) == (torch.float32, torch.bfloat16) else z.dtype
+    if type(n_head) is not int or n_head < 1 or d % n_head:
+        raise misfit(op, f"n_head={n_head} does not divide d={d}")
+    check_number(op, "eps", eps, 1e-5)
+    dtype = mssa_dtype(z, U)
     sizes = {"d": d, "K": n_head, "p": d // n_head}
-    check_tensors(op, z, dtype, sizes, U=(U, "d d"), **tensors)
-    check_tensors(op, z, acc_dtype(dtype), sizes, weight=(weight, "d"), bias=(bias, "d"))
-    return DTYPE_CODES[z.dtype], DTYPE_CODES[dtype], count_rows(z), d, eps
+    check_tensors(op, z, dtype if kernels else None, sizes, U=(U, "d d"), **tensors)
+    normed = acc_dtype(dtype) if kernels else None
+    check_tensors(op, z, normed, sizes, weight=(weight, "d"), bias=(bias, "d"))
+    return DTYPE_CODES.get(z.dtype), DTYPE_CODES.get(dtype), count_rows(z), d, eps
 
 
 # ---- calling C -----------------------------------------------------------------------------------
@@ -128,8 +170,9 @@ def launch(kernel, scalars, inputs, outputs):
     if outputs[0].device.type == "cpu":
         getattr(_C, f"{kernel}_cpu")(*scalars, *addresses, torch.get_num_threads())
         return
-    rebuild = "`pip install -e .` with nvcc on the PATH builds them"
-    require(_C.build_info()["cuda"], kernel, f"this build has no CUDA kernels; {rebuild}")
+    if not _C.build_info()["cuda"]:
+        rebuild = "`pip install -e .` with nvcc on the PATH builds them"
+        raise misfit(kernel, f"this build has no CUDA kernels; {rebuild}")
     with torch.cuda.device(outputs[0].device):
         size = getattr(_C, f"{kernel.split('_')[0]}_workspace_cuda")(*scalars[:4])
         workspace = outputs[0].new_empty(size, dtype=torch.uint8)
@@ -214,10 +257,10 @@ def ista_gradient(ctx, gy, ga, *_):
 
 def ista_decode(x, D, atoms, decoder_atoms, lams, eta, lam, steps):
     """(y, a) of a few rows; atoms and decoder_atoms (h, d) are D and the decoder transposed."""
-    op, rows = "ista_decode", count_rows(x)
+    op = "ista_decode"
     transposed = dict(atoms=(atoms, "h d"), decoder_atoms=(decoder_atoms, "h d"))
     scalars = check_ista(op, x, D, eta, lam, steps, lams, **transposed)
-    require(rows < 2**16, op, f"{rows} rows, expected fewer than 65536; use ista")
+    check_rows(op, x)
     results = decode_results(x, D, atoms, decoder_atoms, lams, eta, lam, steps)
     launch(op, (*scalars, lam), (x, D, atoms, decoder_atoms, lams), results)
     return results

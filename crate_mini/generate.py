@@ -59,9 +59,10 @@ def generate(model, ids, n_new, temperature=1.0, top_k=None, generator=None, use
 
     temperature: 0 takes the most likely token. top_k: sample from this many most likely tokens.
     generator: a torch.Generator for the samples. Beyond block_size the window slides, which changes
-    every position, so the cache is rebuilt for each token. Raises UserError if the logits, or the
-    logits divided by the temperature, are not finite.
+    every position, so the cache is rebuilt for each token. Raises UserError for settings that make
+    no sense, and if the logits, or the logits divided by the temperature, are not finite.
     """
+    _check(ids.shape[1], n_new, temperature, top_k)
     with kv_cache(model, ids.shape[1]) as cache:
         for _ in range(n_new):
             slid = ids.shape[1] - model.config.block_size
@@ -71,13 +72,28 @@ def generate(model, ids, n_new, temperature=1.0, top_k=None, generator=None, use
             x, _ = model.trunk(ids[:, cache.slid + cache.length :])
             logits = F.linear(x[:, -1], model.tokens.weight).float()
             if not (logits / (temperature or 1)).isfinite().all():
+                cause = "raise the temperature"
+                if not logits.isfinite().all():
+                    cause = "change the model less; if it is unchanged, take an earlier checkpoint"
                 raise UserError(
-                    f"logits at temperature {temperature} are not finite numbers; raise the "
-                    "temperature, or change the model less."
+                    f"logits at temperature {temperature} are not finite numbers; {cause}."
                 )
             new = draw(logits, temperature, top_k, generator)
             ids = torch.cat((ids, new), 1)
     return ids
+
+
+def _check(tokens, n_new, temperature, top_k):
+    """Raise UserError for what `generate` cannot follow; tokens: of the prompt."""
+    fitting = {
+        "an empty prompt; give it at least one token": tokens > 0,
+        f"n_new {n_new}; give 0 or more": n_new >= 0,
+        f"temperature {temperature}; give 0, which is greedy, or more": 0 <= temperature < math.inf,
+        f"top_k {top_k}; give 1 or more, or None for all": top_k is None or top_k >= 1,
+    }
+    for problem, fits in fitting.items():
+        if not fits:
+            raise UserError(f"cannot generate with {problem}.")
 
 
 def draw(logits, temperature, top_k, generator):

@@ -20,22 +20,24 @@ class Lab:
 
     data: text to observe maxima on, instead of the held-out part of the training text.
     sae: a file of `interpret.py sae`; its features then take the place of neurons. log: called with
-    a note if recorded labels belong to another checkpoint.
+    a note if recorded labels belong to another checkpoint. tokenizer: its name, to replace theirs.
     """
 
-    def __init__(self, checkpoint, data=None, device="auto", sae=None, log=print):
+    def __init__(self, checkpoint, data=None, device="auto", sae=None, log=print, tokenizer=None):
         from crate_mini.sae import autoencoder
         from crate_mini.steering.known import KnownNeurons
         from crate_mini.training.checkpoint import open_model
 
         self.checkpoint, self.data = checkpoint, data
-        self.model, self.meta, self.tokenizer = open_model(checkpoint, device)
+        self.model, self.meta, self.tokenizer = open_model(checkpoint, device, tokenizer)
         self.sae = autoencoder.load(sae, self.model)[0] if sae else None
         self.known = KnownNeurons(self, log)
         self._corpus = None
 
     def ids(self, prompt):
-        """Token ids of a prompt. Raises UserError if it is empty or longer than the window."""
+        """Token ids of a prompt. Raises UserError if it is empty, too long, or no text."""
+        if any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise UserError("the prompt holds bytes that are not UTF-8 text; type it again.")
         ids = self.tokenizer.encode(prompt)
         window = self.model.config.block_size
         if not ids:
@@ -59,8 +61,9 @@ class Lab:
 
     def text(self, ids):
         """The text of a list of ids; U+FFFD stands for characters that a terminal cannot show."""
-        text = self.tokenizer.decode(id for id in ids if id < self.tokenizer.vocab_size)
-        return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+        from crate_mini.console.terminal import printable
+
+        return printable(self.tokenizer.decode(id for id in ids if id < self.tokenizer.vocab_size))
 
     def held_out(self):
         """The Corpus with a "val" split that the model has not seen; opened when first needed."""

@@ -136,10 +136,21 @@ def _compute_dtype(t):
 def _check(op, any_dtype=False, **tensors):
     """Tensors must have one device and, unless autocast casts them, one dtype."""
     first = next(iter(tensors.values()))
-    fused.require(isinstance(first, Tensor), op, f"{next(iter(tensors))} must be a tensor")
+    if not isinstance(first, Tensor):
+        raise fused.misfit(op, f"{next(iter(tensors))} must be a tensor")
     dtype = None if any_dtype or _autocast(first) else first.dtype
     for name, t in tensors.items():
         fused.check_same(op, name, t, dtype, first.device)
+
+
+def _check_ista(op, x, D, eta, lam, steps, decoder=None):
+    """Check all arguments, whichever backend will run, so that each says the same of them."""
+    _check(op, x=x, D=D, decoder=decoder)
+    if torch.compiler.is_compiling():  # shapes in sentences would be compiled in
+        return
+    lams, number = (lam, 0.0) if isinstance(lam, Tensor) else (None, lam)
+    more = dict(decoder=(decoder, "d h"))
+    fused.check_ista(op, x, D, eta, number, steps, lams, kernels=False, **more)
 
 
 def _cast(dtype, *tensors):
@@ -161,22 +172,31 @@ def mssa_project(z, weight, bias, U, n_head, eps=1e-5):
 
     Raises UserError if shapes, dtypes or devices do not fit, as all functions here do.
     """
-    _check("mssa_project", any_dtype=True, z=z, weight=weight, bias=bias, U=U)
+    op = "mssa_project"
+    _check(op, any_dtype=True, z=z, weight=weight, bias=bias, U=U)
+    if not torch.compiler.is_compiling():
+        fused.check_mssa(op, z, weight, bias, U, n_head, eps, kernels=False)
+    if not _autocast(z):
+        fused.check_same(op, "U", U, fused.mssa_dtype(z, U), z.device)
     dtype = _compute_dtype(U)
-    if not _runs_fused("mssa_project", z, dtype):
-        return reference.mssa_project(z, weight, bias, U, n_head, eps)
+    if not _runs_fused(op, z, dtype):
+        if any(t is not None and t.dtype != z.dtype for t in (weight, bias)):
+            weight, bias = _cast(fused.acc_dtype(z.dtype), weight, bias)
+        if _autocast(z) or U.dtype == z.dtype:
+            return reference.mssa_project(z, weight, bias, U, n_head, eps)
+        return reference.mssa_project(z, weight, bias, U.to(z.dtype), n_head, eps).to(dtype)
     weight, bias = _cast(fused.acc_dtype(dtype), weight, bias)
     return torch.ops.crate_kernels.mssa_project(z, weight, bias, U.to(dtype), n_head, eps)
 
 
 def ista(x, D, eta, lam, steps, decoder=None):
     """Sparse codes a (..., h) of x (..., d) after `steps` ISTA steps, and y (..., d): (y, a)."""
-    _check("ista", x=x, D=D, decoder=decoder)
+    _check_ista("ista", x, D, eta, lam, steps, decoder)
     tensors = [t for t in (x, D, lam, decoder) if isinstance(t, Tensor)]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     few = fused.count_rows(x) <= DECODE_ROWS
     if few and not needs_grad and not torch.compiler.is_compiling():
-        return ista_decode(x, D, eta, lam, steps, decoder)
+        return _decode(x, D, eta, lam, steps, decoder)
     dtype = _compute_dtype(x)
     if not _runs_fused("ista", x, dtype):
         return _reference_ista(x, D, eta, lam, steps, decoder, dtype)
@@ -191,7 +211,7 @@ def ista_codes(x, D, eta, lam, steps, debias=False):
     debias: undo the shrinkage of the last step. Always in PyTorch: what the kernels win is less
     than the y that nobody needs costs.
     """
-    _check("ista_codes", x=x, D=D)
+    _check_ista("ista_codes", x, D, eta, lam, steps)
     if isinstance(lam, Tensor):
         lam = lam.to(_compute_dtype(x))
     a = reference.ista_codes(x, D, eta, lam, steps)
@@ -200,13 +220,21 @@ def ista_codes(x, D, eta, lam, steps, debias=False):
 
 def top_k(a, k):
     """a (..., h) with all but the k largest codes of each token 0; in PyTorch."""
+    _check("top_k", a=a)
+    if a.dim() == 0 or type(k) is not int or not 1 <= k <= a.shape[-1]:
+        raise fused.misfit("top_k", f"k={k} must lie in 1 to h, the codes of a token")
     return reference.top_k(a, k)
 
 
-@torch.no_grad()
 def ista_decode(x, D, eta, lam, steps, decoder=None):
     """`ista` of a few rows without gradient: products that read codes skip those that are zero."""
-    _check("ista_decode", x=x, D=D, decoder=decoder)
+    _check_ista("ista_decode", x, D, eta, lam, steps, decoder)
+    fused.check_rows("ista_decode", x)
+    return _decode(x, D, eta, lam, steps, decoder)
+
+
+@torch.no_grad()
+def _decode(x, D, eta, lam, steps, decoder):
     dtype = _compute_dtype(x)
     if not _runs_fused("ista_decode", x, dtype):
         return _reference_ista(x, D, eta, lam, steps, decoder, dtype)
@@ -232,8 +260,6 @@ register_optimizer_step_post_hook(lambda *_: _transposes.clear())
 
 def _with_transpose(weight, dtype):
     """A weight (d, h) in dtype and its transpose (h, d), made once per value of the weight."""
-    shape = tuple(weight.shape)
-    fused.require(weight.dim() == 2, "ista_decode", f"D has shape {shape}, expected (d, h)")
     version = None if weight.is_inference() else weight._version  # inference tensors have none
     state = version, weight.data_ptr(), dtype
     if version is None or weight not in _transposes or _transposes[weight][0] != state:

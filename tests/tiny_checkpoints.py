@@ -1,12 +1,12 @@
 """Checkpoints with random weights, and what interpret.py leaves next to them."""
 
-import json
 import random
 from unittest import mock
 
 import torch
 
-from crate_mini import model, results
+from crate_mini import model
+from crate_mini.console import results
 from crate_mini.data.batches import open_corpus
 from crate_mini.data.tokenizer import load_tokenizer
 from crate_mini.training import checkpoint
@@ -67,4 +67,6 @@ def write_scores(ckpt, sha256=None):
         rows.append({**facts, "label": label})
     results.write_rows(folder / "scores.jsonl", rows)
     sha256 = sha256 or checkpoint.load(ckpt)[1]["sha256"]
-    (folder / "record.json").write_text(json.dumps({"checkpoint": {"sha256": sha256}}))
+    record = {"checkpoint": {"sha256": sha256}, "stamp": "one"}
+    results.write_json(folder / "record.json", record)
+    results.write_json(folder / "summary.json", {"record": record, "sites": {}})

@@ -72,6 +72,7 @@ class Settings:
     answers: str = setting(
         "", "only count people's answers to the packet, in these files, separated by commas"
     )
+    tokenizer: str | None = checkpoint.tokenizer_setting()
     device: str = checkpoint.device_setting()
     out: str | None = setting(
         None, "folder of the results", shown="`concepts` next to the checkpoint"
@@ -82,7 +83,7 @@ def run(settings, ckpt):
     """Run the stages on a classifier's checkpoint, or only count people's answers."""
     if settings.answers:
         key = pipeline.folder(settings, ckpt) / "packet-key.json"
-        scores = survey.score(key, *settings.answers.split(","))
+        scores = survey.score(key, *terminal.file_list(settings.answers, "--answers"))
         print(report.people_table(scores))
     else:
         pipeline.Pipeline(settings, ckpt).run()

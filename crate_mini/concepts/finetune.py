@@ -4,6 +4,7 @@
 """
 
 import math
+import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,13 +13,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from crate_mini import UserError, cli, results
+from crate_mini import UserError, cli
 from crate_mini.cli import setting
 from crate_mini.concepts import labelled_texts
 from crate_mini.concepts.classifier import Classifier, accuracy, batches, encode, logits, save
 from crate_mini.concepts.types import SPLITS
-from crate_mini.console import terminal
-from crate_mini.data.tokenizer import load_tokenizer
+from crate_mini.console import results, terminal
 from crate_mini.training import checkpoint, run_log
 from crate_mini.training.device import choose_device, choose_dtype, machine
 
@@ -53,6 +53,7 @@ class Settings:
     )
     weight_decay: float = setting(0.01, "weight decay of AdamW", below=10)
     seed: int = setting(1337, "seed of the choice of texts, their split, the head and the order")
+    tokenizer: str | None = checkpoint.tokenizer_setting()
     device: str = checkpoint.device_setting()
     out: str = setting("out/classifier", "folder of the run; the classifier goes to `last` in it")
     overwrite: bool = setting(False, "replace the run that --out already holds")
@@ -61,21 +62,29 @@ class Settings:
 def run(settings):
     """Fine-tune in a folder that no other process is training in."""
     with run_log.claim(settings.out):  # a folder that cannot be written fails before the work
-        finetune(settings)
+        facts = finetune(settings)
+    return 128 + signal.SIGINT if len(facts["epochs"]) < settings.epochs else 0
 
 
 def finetune(settings, log=print):
-    """Train, judge on the test texts, save. Returns the facts that the checkpoint keeps."""
+    """Train, judge on the test texts, save. Returns the facts that the checkpoint keeps.
+
+    SIGINT and SIGTERM end the training; the best of the finished epochs is judged and saved.
+    """
     check(settings)
     device = choose_device(settings.device)
     labelled = load_texts(settings.data, settings.texts, settings.seed, settings.names)
     lm, meta = checkpoint.load(settings.init, device)
-    tokenizer = load_tokenizer(meta["tokenizer"]["spec"])
-    checkpoint.check_tokenizer(meta, tokenizer)
+    tokenizer = checkpoint.open_tokenizer(settings.init, meta, settings.tokenizer)
     if settings.length > lm.config.block_size:
         raise UserError(
             f"--length {settings.length} is more than the model's context of "
             f"{lm.config.block_size}."
+        )
+    if not settings.overwrite and Path(settings.out, "last", "config.json").exists():
+        raise UserError(
+            f"{settings.out} already holds a run; choose another --out, or replace it with "
+            "--overwrite."
         )
     ids, lengths = encode(tokenizer, labelled.texts, settings.length, settings.cut)
     label = torch.from_numpy(labelled.label)
@@ -113,11 +122,6 @@ def check(settings):
         raise UserError(
             "a classifier starts from a checkpoint and labelled texts: `python train.py "
             "--task classify --init out/crate-3L/last --data reviews.jsonl`."
-        )
-    if not settings.overwrite and Path(settings.out, "last", "config.json").exists():
-        raise UserError(
-            f"{settings.out} already holds a run; choose another --out, or replace it with "
-            "--overwrite."
         )
 
 
@@ -178,8 +182,8 @@ def fit(model, ids, lengths, label, split, settings, log=print):
     """Train all weights by cross-entropy on the train rows; the best epoch's weights stay.
 
     ids (S, T); lengths, label and split (S,). The best epoch has the highest accuracy on the stop
-    rows and, among equals, the lowest loss there. Returns losses and accuracies by epoch. Raises
-    UserError for a loss that is not finite.
+    rows and, among equals, the lowest loss there. Returns losses and accuracies by epoch, fewer
+    after SIGINT or SIGTERM. Raises UserError for a loss that is not finite.
     """
     train, stop = ((split == SPLITS[name]).nonzero()[:, 0] for name in ("train", "stop"))
     steps = settings.epochs * math.ceil(len(train) / settings.batch)
@@ -190,31 +194,58 @@ def fit(model, ids, lengths, label, split, settings, log=print):
     order = torch.Generator().manual_seed(settings.seed)
     start = time.monotonic()
     history, best = [], None
-    for epoch in range(settings.epochs):
-        model.train()
-        losses = []
-        shuffled = train[torch.randperm(len(train), generator=order)]
-        for rows, T in batches(shuffled, lengths, settings.batch):
-            loss = training_loss(model, ids[rows, :T], lengths[rows], label[rows], dtype)
-            step(model, loss, optimizer, rate)
-            losses.append(loss.item())
-        if not math.isfinite(sum(losses)):
-            raise UserError(
-                f"loss {losses[-1]} in epoch {epoch + 1} at learning rate {settings.lr}; lower "
-                "--lr."
-            )
-        model.eval()
-        stop_logits = logits(model, ids, lengths, stop)
-        stop_accuracy = accuracy(stop_logits, label[stop])["accuracy"]
-        stop_loss = F.cross_entropy(stop_logits, label[stop]).item()
-        scores = {"stop_accuracy": stop_accuracy, "stop_loss": stop_loss}
-        history.append({"loss": float(np.mean(losses)), **scores})
-        if best is None or (stop_accuracy, -stop_loss) > best:
-            best = (stop_accuracy, -stop_loss)
-            weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        log(epoch_line(history, settings.epochs, time.monotonic() - start))
+    with terminal.StopRequest("finishing this step, then saving the best epoch") as request:
+        for epoch in range(settings.epochs):
+            model.train()
+            losses = []
+            shuffled = train[torch.randperm(len(train), generator=order)]
+            for rows, T in batches(shuffled, lengths, settings.batch):
+                loss = training_loss(model, ids[rows, :T], lengths[rows], label[rows], dtype)
+                step(model, loss, optimizer, rate)
+                losses.append(loss.item())
+                if request.caught:
+                    break
+            if request.caught:
+                log(stopped_line(history, settings.epochs))
+                break
+            if not math.isfinite(sum(losses)):
+                raise UserError(
+                    f"loss {losses[-1]} in epoch {epoch + 1} at learning rate {settings.lr}; lower "
+                    "--lr."
+                )
+            scores = stop_scores(model, ids, lengths, label, stop)
+            history.append({"loss": float(np.mean(losses)), **scores})
+            rank = (scores["stop_accuracy"], -scores["stop_loss"])
+            if best is None or rank > best:
+                best = rank
+                weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            log(epoch_line(history, settings.epochs, time.monotonic() - start))
     model.load_state_dict(weights)
+    model.eval()
     return history
+
+
+def stop_scores(model, ids, lengths, label, rows):
+    """{"stop_accuracy", "stop_loss"} on the stop rows; the model is in eval mode afterwards."""
+    model.eval()
+    stop_logits = logits(model, ids, lengths, rows)
+    return {
+        "stop_accuracy": accuracy(stop_logits, label[rows])["accuracy"],
+        "stop_loss": F.cross_entropy(stop_logits, label[rows]).item(),
+    }
+
+
+def stopped_line(history, epochs):
+    """What a signal in the epoch after `history` leaves. Raises UserError if that is nothing."""
+    if not history:
+        raise UserError(
+            "stopped within the first epoch, so there is nothing to save; run the same command to "
+            "start again."
+        )
+    return (
+        f"stopped in epoch {len(history) + 1}/{epochs}, which is lost; the best epoch before it is "
+        "kept"
+    )
 
 
 def linear_schedule(steps):

@@ -29,6 +29,19 @@ MOST_FAILED = 0.05  # share of ratings without an answer above which a judge is 
 # ---- asking --------------------------------------------------------------------------------------
 
 
+def check(judges, folder, settings):
+    """Raise UserError for judges that cannot be asked, before anything else is done for them."""
+    if len(set(judges)) != len(judges):
+        raise UserError(f"the judges {', '.join(judges)} are not all different; name each once.")
+    if not judges:
+        return
+    cache = AnswerCache(Path(folder, "judge-cache.jsonl"), settings.budget, settings.replay)
+    for spec in judges:
+        judge = LanguageModel(spec, cache, settings.url, settings.key_env, flag="--judges")
+        if not settings.replay:
+            judge.check_client()
+
+
 def run(cards, judges, folder, settings, seed=0):
     """Ratings of all cards, from report.cards, by the judges (hf:NAME or http:MODEL).
 
@@ -36,8 +49,6 @@ def run(cards, judges, folder, settings, seed=0):
     in `folder`. Returns a JSON-able dict, see `statistics`. Raises UserError as LanguageModel does,
     and when a judge leaves more than 5 % unanswered.
     """
-    if len(set(judges)) != len(judges):
-        raise UserError(f"the judges {', '.join(judges)} are not all different; name each once.")
     cache = AnswerCache(Path(folder, "judge-cache.jsonl"), settings.budget, settings.replay)
     order = questions(cards, seed)
     ratings, failed, stopped = {}, {}, None

@@ -14,8 +14,6 @@ of all stages before it, stay the same; --from runs a stage and all after it aga
 
 import hashlib
 import json
-import zipfile
-import zlib
 from contextlib import suppress
 from functools import cached_property
 from importlib.util import find_spec
@@ -24,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crate_mini import UserError, atomic_write, cli, results
+from crate_mini import UserError, cli
 from crate_mini.concepts import (
     ablate,
     classifier,
@@ -42,12 +40,15 @@ from crate_mini.concepts import (
 )
 from crate_mini.concepts.methods import METHODS, discover
 from crate_mini.concepts.types import SPLITS, Codes, Vectors
-from crate_mini.console import terminal
-from crate_mini.data.tokenizer import load_tokenizer
+from crate_mini.console import results, terminal
+from crate_mini.console.results import atomic_write
+from crate_mini.neurons import npz
+from crate_mini.training import checkpoint
 from crate_mini.training.device import choose_device
 
 WORDS_PER_CODE = 200  # training words, for --k 0
 FEWEST_CODES, MOST_CODES = 8, 400
+FEWEST_TESTS = 2 * faithfulness.FOLDS  # texts: two in each fold of the probes
 CLVQ_SETTINGS = ("epochs", "memory", "mask", "revive")  # of clvqvae, set by flags of these names
 
 
@@ -64,6 +65,7 @@ class Pipeline:
     """
 
     def __init__(self, settings, ckpt):
+        check_settings(settings)
         self.settings = settings
         self.ckpt = ckpt
         self.model, self.meta = classifier.load(ckpt, choose_device(settings.device))
@@ -75,6 +77,12 @@ class Pipeline:
         self.stamps = {}  # by stage
         self.out = folder(settings, ckpt)
         self.out.mkdir(parents=True, exist_ok=True)
+        llm_ratings.check(self.judges, self.out, settings)
+
+    @property
+    def judges(self):
+        """The language models in --judges."""
+        return [word.strip() for word in self.settings.judges.split(",") if word.strip()]
 
     def run(self):
         """Run all stages in order; --from and those after it even if their files can be kept."""
@@ -98,7 +106,8 @@ class Pipeline:
         """The JSON of a stage: from its file if that carries the stamp, else from make()."""
         path = self.out / f"{name}.json"
         if path.exists() and not again:
-            content = results.read_json(path)
+            command = f"`python interpret.py concepts CKPT --from {name}`"
+            content = results.read_json(path, expected=f"what {command} writes")
             if content.get("made") == stamp and not content.get("stopped"):
                 return content
         print(name, flush=True)
@@ -117,7 +126,7 @@ class Pipeline:
     def text(self):
         """All of them as TextWords."""
         settings = self.facts["settings"]
-        tokenizer = load_tokenizer(self.meta["tokenizer"]["spec"])
+        tokenizer = checkpoint.open_tokenizer(self.ckpt, self.meta, self.settings.tokenizer)
         return word_vectors.read(
             tokenizer, self.labelled.texts, settings["length"], settings["cut"]
         )
@@ -158,7 +167,18 @@ class Pipeline:
         n_words = {split: int(self.vectors.rows(split).sum()) for split in SPLITS}
         by_size = n_words["train"] // WORDS_PER_CODE
         self.k = self.settings.k or min(MOST_CODES, max(FEWEST_CODES, by_size))
+        self.check_tests()
         print(f"vectors   {n_words} words, layers {self.layers}; {self.k} codes", flush=True)
+
+    def check_tests(self):
+        """Raise UserError now if too few test texts will have a salient word."""
+        usable = int(np.isin(self.test_rows, self.vectors.sentence).sum())
+        if usable < FEWEST_TESTS:
+            raise UserError(
+                f"{usable} test texts have a word that occurs {self.settings.least} times in the "
+                f"training texts, and {FEWEST_TESTS} are needed; give more with --tests 0, more "
+                "labelled texts, or --least 1."
+            )
 
     def discover_codes(self, again):
         """Codes of the vectors, by every method with every seed."""
@@ -248,15 +268,18 @@ class Pipeline:
 
     def ask_judges(self, again):
         """Ratings by language models, if --judges names any."""
-        stamp = self.stamp("judge", "faithfulness", "judges", "items", "replay")
+        server = {}
+        if any(judge.startswith("http:") for judge in self.judges):
+            server = {"url": self.settings.url}
+        stamp = self.stamp("judge", "faithfulness", "judges", "items", "replay", **server)
         self.ratings = "not run"
-        if self.settings.judges:
+        if self.judges:
+            again = again or bool(self.settings.record)  # known answers are not asked for again
             self.ratings = self.load_or_make("judge", stamp, again, self._ratings)
 
     def _ratings(self):
-        judges = [word for word in self.settings.judges.split(",") if word]
         asked = self.cards[: self.settings.items]
-        return llm_ratings.run(asked, judges, self.out, self.settings, self.seeds[0])
+        return llm_ratings.run(asked, self.judges, self.out, self.settings, self.seeds[0])
 
     @cached_property
     def cards(self):
@@ -307,6 +330,17 @@ STAGES = {
 # ---- settings and files --------------------------------------------------------------------------
 
 
+def check_settings(settings):
+    """Raise UserError for settings that would be refused only after minutes of work."""
+    if 0 < settings.tests < FEWEST_TESTS:
+        raise UserError(
+            f"--tests {settings.tests} are too few for the probes; give {FEWEST_TESTS} or more, or "
+            "0 for all."
+        )
+    choose_methods(settings.methods)
+    terminal.plain_file(settings.replay, "--replay")
+
+
 def choose_layers(text, n_layers):
     """[lower, upper] from --layers.
 
@@ -342,13 +376,17 @@ def choose_methods(text):
                 f"method {name!r} is unknown{cli.nearest(name, METHODS)}; choose from "
                 f"{', '.join(METHODS)}."
             )
+    if "ward" in names and not find_spec("sklearn"):
+        raise UserError(
+            "--methods ward needs scikit-learn; `pip install scikit-learn`, or leave ward out."
+        )
     return names
 
 
 def load_salience(path, stamp):
     """The Salience in a file; None if it is missing, damaged, or without this stamp."""
-    with suppress(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
-        content = dict(np.load(path))
+    with suppress(UserError, TypeError):
+        content = npz.arrays(path, "find the salient words again")
         if str(content.pop("made", "")) == stamp:
             return salience.Salience(**content)
     return None

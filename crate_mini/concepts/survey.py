@@ -17,6 +17,7 @@ import numpy as np
 
 from crate_mini import UserError
 from crate_mini.concepts.report import stratified
+from crate_mini.console import results
 from crate_mini.plots.html import asset, html, quiz_script
 from crate_mini.stats import wilson
 
@@ -65,7 +66,8 @@ def packet(asked, title):
     page: what people open. sheet: a CSV to fill in by hand. key: what `score` needs and people must
     not see; of methods and right answers the page holds only its digest.
     """
-    key = json.dumps({"schema": 1, "about": title, "questions": asked}, indent=1).encode()
+    content = results.sealed({"schema": 1, "about": title, "questions": asked})
+    key = json.dumps(content, indent=1).encode()
     shown = [{"given": q["given"], "options": q["options"]} for q in asked]
     data = {"page": hashlib.sha256(key).hexdigest(), "about": title, "questions": shown}
     script = quiz_script() + asset("crate_mini.concepts", "survey.js")
@@ -100,14 +102,11 @@ def score(key, *answers):
     "chance", "unanswered", "people"}}. Raises UserError for a file that cannot be read, that
     answers another packet, or that chooses what is not a class.
     """
-    try:
-        raw = Path(key).read_bytes()
-        asked = json.loads(raw)["questions"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{key} cannot be read as the key of a packet ({type(error).__name__}); `python "
-            "interpret.py concepts CKPT` writes packet-key.json."
-        ) from None
+    writes = "what `python interpret.py concepts CKPT` writes as packet-key.json"
+    asked = results.read_json(key, expected=writes).get("questions")
+    raw = Path(key).read_bytes()
+    if not are_questions(asked):
+        raise UserError(f"{key} is not the key of a packet; expected {writes}.")
     digest = hashlib.sha256(raw).hexdigest()
     choices = [read_choices(path, asked, digest) for path in answers]
     methods = dict.fromkeys(q["method"] for q in asked)
@@ -117,6 +116,21 @@ def score(key, *answers):
         "model right": count(asked, choices, [q for q in asked if q["right"]]),
         "model wrong": count(asked, choices, [q for q in asked if not q["right"]]),
     }
+
+
+def are_questions(asked):
+    """Whether the value is a list of questions, as `question` makes them."""
+    if not isinstance(asked, list):
+        return False
+    for q in asked:
+        if not isinstance(q, dict) or not {"method", "right", "given", "options", "answer"} <= set(
+            q
+        ):
+            return False
+        lists = isinstance(q["given"], list) and isinstance(q["options"], list)
+        if not lists or q["answer"] not in range(len(q["options"])):
+            return False
+    return True
 
 
 def count(asked, choices, group):
@@ -148,9 +162,10 @@ def read_choices(path, asked, digest):
         if Path(path).suffix.lower() == ".csv":
             return sheet_choices(text, asked, path)
         return page_choices(text, asked, digest, path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or "it holds something else"
         raise UserError(
-            f"{path} cannot be read as answers ({error!r}); give what the page saved, or the "
+            f"{path} cannot be read as answers: {reason}; give what the page saved, or the "
             "filled sheet."
         ) from None
 

@@ -7,13 +7,13 @@ or on another machine.
 """
 
 import json
-import zipfile
-import zlib
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from crate_mini import UserError, atomic_write
+from crate_mini import UserError
+from crate_mini.console.results import atomic_write
+from crate_mini.neurons import npz
 
 SCHEMA = 1
 SPLITS = {"train": 0, "stop": 1, "test": 2}  # to learn from, to stop training by, to judge on
@@ -137,16 +137,12 @@ def _save(path, content, kind):
 
 def _load(path, cls, kind):
     """The fields of a dataclass from a file that _save wrote."""
+    content = npz.arrays(path, AGAIN)
     try:
-        with np.load(path) as file:
-            content = {name: file[name] for name in file.files}
         header = json.loads(content.pop("header").tobytes())
         file_schema = header.pop("schema")
         file_kind = header.pop("kind")
-    except OSError as error:
-        reason = error.strerror or "it is damaged"
-        raise UserError(f"Cannot read {path}: {reason}; {AGAIN}.") from None
-    except (KeyError, ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (KeyError, ValueError, AttributeError):
         raise UserError(f"{path} is damaged or holds no {kind}; {AGAIN}.") from None
     content |= header
     expected = {f.name for f in fields(cls)}

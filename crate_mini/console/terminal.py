@@ -1,18 +1,24 @@
 """Scripts at a terminal: flags, commands, errors in one sentence, progress, aligned tables."""
 
 import argparse
+import codecs
 import importlib
 import itertools
+import json
 import os
 import re
+import shlex
+import signal
 import sys
 import time
 import typing
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from inspect import cleandoc
 
-from crate_mini import UserError
+from crate_mini import UserError, cli
 from crate_mini.cli import check, flag_name, kind_of, nearest, one_of, takes_several
+from crate_mini.console import INTERRUPTED, signals
 
 SMALLER_RUNS = "like train.py's --micro-batch 1 or interpret.py's --n 100"
 OUT_OF_MEMORY = "out of memory|an.t allocate|not enough memory|Storage size calculation overflowed"
@@ -102,6 +108,33 @@ def number_list(text, flag, kind, example):
     return list(dict.fromkeys(numbers))
 
 
+def file_list(text, flag):
+    """The paths in a list like a.pt,b.pt; [] for None.
+
+    A comma may be part of a path: the longest part of the list that exists is one path. Raises
+    UserError as `plain_file` does.
+    """
+    words = (text or "").split(",")
+    paths = []
+    while words:
+        lengths = range(len(words), 0, -1)
+        names = [",".join(words[:length]) for length in lengths]
+        path = next(filter(os.path.exists, names), words[0])
+        words = words[path.count(",") + 1 :]
+        paths.append(plain_file(path, flag))
+    return [path for path in paths if path]
+
+
+def plain_file(path, flag):
+    """A path that need not exist.
+
+    Raises UserError if it is a folder, or a pipe or device, which might never end.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{flag} {path} is not a plain file; give the path of one.")
+    return path
+
+
 @dataclass(frozen=True)
 class Command:
     """A command of a script: run(settings, checkpoint), or run(settings) without a checkpoint.
@@ -126,7 +159,8 @@ def dispatch(script, description, commands, argv=None):
     words = sys.argv[1:] if argv is None else argv
     name = words[0] if words else "--help"
     if name in ("-h", "--help"):
-        print(f"{description.strip()}\n\n`python {script} COMMAND --help` lists its settings.")
+        text = description or f"Commands: {', '.join(commands)}."  # python -OO has no docstrings
+        print(f"{text.strip()}\n\n`python {script} COMMAND --help` lists its settings.")
         return 0
     if name not in commands:
         suggestion = nearest(name, commands)
@@ -141,7 +175,9 @@ def dispatch(script, description, commands, argv=None):
 
 def run_command(prog, command, words, description=None):
     """Parse the words after a command's name, check the settings, run it; returns its exit code."""
-    parser = Parser(prog=prog, description=description or cleandoc(command.settings.__doc__))
+    if sys.flags.optimize < 2:  # python -OO has no docstrings
+        description = description or cleandoc(command.settings.__doc__)
+    parser = Parser(prog=prog, description=description)
     if command.positional:
         order = " ".join(name.upper() for name in command.positional)
         parser.epilog = f"These may be given without their flags, in this order: {order}."
@@ -173,33 +209,93 @@ def run(main):
 
     A UserError becomes one sentence on stderr and exit code 2; Ctrl-C becomes exit code 130.
     """
-    for stream in (sys.stdout, sys.stderr):  # a console may lack characters of a sample
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    prepare_streams()
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()  # what cannot be written is an error now rather than at exit
+        sys.exit(code)
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command to start again.", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         silence_stdout()
         sys.exit(141)
+    except ModuleNotFoundError as error:
+        message = _missing_package(error)
+        if message is None:
+            raise
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         message = _sentence(error)
         if message is None:
             raise
-    print(f"error: {message}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence_stdout()
+    report_to_torchrun(f"error: {message}")
+    print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+cli.run = run  # the name that it had before this chapter; other people's scripts use it
+
+
+def report_to_torchrun(message):
+    """Let torchrun, if it started this process, end its long report with this message."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with suppress(OSError), open(path, "w") as file:
+            json.dump({"message": message, "timestamp": int(time.time())}, file)
+
+
+def prepare_streams():
+    """Let nothing that is printed or typed end a script.
+
+    A stream that was closed leads nowhere. A character that the terminal lacks becomes "?", and a
+    byte of a file's name that is not text is printed as the byte that it is. A byte that is typed
+    and is not text arrives as a lone surrogate, like one in an argument.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (for the whole run)
+    codecs.register_error("replace_or_escape", _replace_or_escape)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace_or_escape")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")
+
+
+def _replace_or_escape(error):
+    """For codecs: what to write instead of a character that cannot be encoded."""
+    character = ord(error.object[error.start])
+    if 0xDC80 <= character <= 0xDCFF:
+        return bytes([character - 0xDC00]), error.start + 1
+    return "?", error.start + 1
+
+
+def _missing_package(error):
+    """The sentence for a package that is not installed; None for a module of ours."""
+    package = (error.name or "crate_mini").split(".")[0]
+    if package == "crate_mini":
+        return None
+    return (
+        f"the package {package} is not installed; `pip install -e .` in the project's folder "
+        "installs what this needs."
+    )
 
 
 def _sentence(error):
     """An error as a sentence for the user; None for a bug of ours."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, OSError) and error.strerror is None:
+        return None  # not from the system: no disk is full
     if isinstance(error, OSError):
         place = error.filename or "while writing"
         return f"{error.strerror}: {place}; free it or choose another place."
-    lines = str(error).splitlines() or [type(error).__name__]
+    lines = str(error).splitlines() or ["allocation failed"]
     if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
         return f"not enough memory ({lines[0][:120]}); take less at a time, {SMALLER_RUNS}."
     # By name: importing the class would take seconds.
@@ -216,6 +312,71 @@ def _sentence(error):
 def silence_stdout():
     """Redirect stdout to /dev/null after a broken pipe; otherwise Python fails again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+# ---- Ctrl-C --------------------------------------------------------------------------------------
+
+
+class StopRequest:
+    """Notes SIGINT and SIGTERM while its block runs, so that work ends where it can be kept.
+
+    caught: the signal, or 0. A second Ctrl-C acts at once. announcement: printed at the first.
+    """
+
+    def __init__(self, announcement=""):
+        self.caught = 0
+        self.announcement = announcement
+
+    def __enter__(self):
+        # A notebook survives its second Ctrl-C.
+        self._second = signal.getsignal(signal.SIGINT) if hasattr(sys, "ps1") else signal.SIG_DFL
+        self._signals = signals(self._note)
+        self._signals.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._signals.__exit__(*error)
+
+    def _note(self, number, frame):
+        self.caught = number
+        signal.signal(signal.SIGINT, self._second)
+        if self.announcement:
+            with suppress(OSError):  # print is not safe in a signal handler
+                os.write(1, f"\n{self.announcement}; Ctrl-C again stops at once\n".encode())
+
+
+# ---- text that a terminal can show, words that a shell can read ----------------------------------
+
+
+def printable(text):
+    """The text with U+FFFD for what a terminal would obey or cannot show, such as escape codes."""
+    return "".join(c if _is_safe(c) else "\ufffd" for c in text)
+
+
+def _is_safe(c):
+    return c.isprintable() or c in "\n\t" or "\udc80" <= c <= "\udcff"  # bytes of a file's name
+
+
+def typable(*words):
+    """A command line that a shell reads as these words, whatever bytes the name of a file holds."""
+    return " ".join(map(_quoted, words))
+
+
+def flag_words(flag, value):
+    """The words that give a flag its value, even one that begins with a dash."""
+    return [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+
+
+def _quoted(word):
+    with suppress(UnicodeEncodeError):
+        word.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        if word.isprintable():
+            return shlex.quote(word)
+    characters = []
+    for byte in word.encode(errors="surrogateescape"):
+        is_plain = 32 <= byte < 127 and byte not in b"\\'"
+        characters.append(chr(byte) if is_plain else f"\\x{byte:02x}")
+    return f"$'{''.join(characters)}'"
 
 
 # ---- tables --------------------------------------------------------------------------------------

@@ -9,30 +9,42 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from crate_mini import UserError
-from crate_mini.data.sources import describe
+from crate_mini.data.sources import check_text_field, describe
 from crate_mini.data.token_files import FORMAT, SPLITS, prepare, token_file, total
 from crate_mini.data.tokenizer import Tokenizer
 
+OPEN_FILES = 48  # of each split at a time; macOS lets a process open 256
+
 
 class TokenStream:
-    """The tokens of one split, as if its files were one array."""
+    """The tokens of one split, as if its files were one array.
+
+    A file is mapped when it is first read, and OPEN_FILES stay mapped: a large corpus has more
+    files than a process may open.
+    """
 
     def __init__(self, folder: Path, parts: list[dict], split: str, dtype: np.dtype):
-        self.arrays = []
-        self.starts = [0]  # index of each array's first token, then the total
+        self.paths = []
+        self.starts = [0]  # index of each file's first token, then the total
         for number, part in enumerate(parts):
             count = part[split]["tokens"]
             if count:
-                tokens = np.memmap(token_file(folder, number, split), dtype, "r")
-                # A plain view: slicing numpy's memmap class costs several times as much.
-                self.arrays.append(tokens.view(np.ndarray))
+                self.paths.append(token_file(folder, number, split))
                 self.starts.append(self.starts[-1] + count)
+        self.dtype = dtype
+        self.array = lru_cache(OPEN_FILES)(self._map)
+
+    def _map(self, number: int) -> np.ndarray:
+        """The tokens of one file."""
+        # A plain view: slicing numpy's memmap class costs several times as much.
+        return np.memmap(self.paths[number], self.dtype, "r").view(np.ndarray)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start + count - 1 as int64."""
@@ -41,7 +53,7 @@ class TokenStream:
         slices = []
         while start < end:
             first = self.starts[number]
-            slices.append(self.arrays[number][start - first : end - first])
+            slices.append(self.array(number)[start - first : end - first])
             number += 1
             start = self.starts[number]
         return np.concatenate(slices, dtype=np.int64)
@@ -58,7 +70,8 @@ class Corpus:
         parts = meta["parts"]
         self.n_tokens = {split: total(parts, "tokens", [split]) for split in SPLITS}
         self.n_bytes = {split: total(parts, "bytes", [split]) for split in SPLITS}
-        self.meta = {key: value for key, value in meta.items() if key not in ("parts", "complete")}
+        left_out = ("parts", "complete", "reading")
+        self.meta = {key: value for key, value in meta.items() if key not in left_out}
         self.meta["documents"] = sum(part["documents"] for part in parts)
         self.meta["tokens"] = self.n_tokens
         self.meta["bytes"] = self.n_bytes
@@ -119,6 +132,7 @@ def open_corpus(
     val_fraction: float = 0.1,
     workers: int | None = None,
     log=print,
+    text_field: str | None = None,
 ) -> Corpus:
     """The Corpus of `source`, from the cache if its files still fit, else tokenized now.
 
@@ -127,7 +141,8 @@ def open_corpus(
     are cut in the same way, unless some have "val" in their names: those are "val" then. The cache
     is cache_dir, else $CRATE_CACHE, else ~/.cache/crate_mini; its files are verified by sha256.
 
-    workers: threads, by default one per core. Raises UserError for a source that cannot be read
+    workers: threads, by default one per core. text_field: the field of rows (.jsonl, .csv and so
+    on) to read, by default "text"; see rows.py. Raises UserError for a source that cannot be read
     (see sources.py), a split that would be empty, and a cache that cannot be written.
     """
     if not 0 <= val_fraction <= 1:
@@ -142,6 +157,9 @@ def open_corpus(
         "dtype": np.dtype(tokenizer.dtype).name,
         "val_fraction": val_fraction,
     }
+    if text_field:
+        check_text_field(source, text_field)
+        identity["text_field"] = text_field
     folder = _cache_folder(source, identity, cache_dir)
     meta = prepare(folder, identity, source, tokenizer, workers, log)
     corpus = Corpus(folder, meta)
@@ -157,11 +175,26 @@ def open_corpus(
 
 def _cache_folder(source: str, identity: dict, cache_dir=None) -> Path:
     """The folder for a source's token files; files of the same name elsewhere get another one."""
-    root = Path(cache_dir or os.environ.get("CRATE_CACHE") or Path.home() / ".cache" / "crate_mini")
     location = source
     if "files" in identity["source"]:
         location = str(Path(source).resolve())
     label = f"{location} {identity['tokenizer_hash']} {identity['val_fraction']}"
-    key = hashlib.sha256(label.encode()).hexdigest()[:8]
+    if "text_field" in identity:
+        label += f" {identity['text_field']}"
+    key = hashlib.sha256(os.fsencode(label)).hexdigest()[:8]
     name = f"{identity['source']['name'][:40]}-{identity['tokenizer'][:40]}-{key}"
-    return root / re.sub(r"[^\w.-]+", "-", name)
+    return _cache_root(cache_dir) / re.sub(r"[^\w.-]+", "-", name)
+
+
+def _cache_root(cache_dir=None) -> Path:
+    """The folder of all caches."""
+    root = cache_dir or os.environ.get("CRATE_CACHE")
+    if root:
+        return Path(root)
+    try:
+        return Path.home() / ".cache" / "crate_mini"
+    except RuntimeError:
+        raise UserError(
+            "no home folder is known for the cache of prepared text; name a folder that can be "
+            "written, like CRATE_CACHE=/tmp/crate_mini python train.py."
+        ) from None

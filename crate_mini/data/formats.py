@@ -1,18 +1,21 @@
 """Text files of every kind as streams of documents, errors in one sentence.
 
-    .txt .md, other text    the pieces between <|endoftext|> marks, or the whole file without them
-    .jsonl, .parquet        the field or column "text" of each line or row
+    .txt .md, other text             the pieces between <|endoftext|> marks, or the whole file
+    .jsonl .ndjson .json .parquet    one field of each row, and so for .csv and .tsv: see rows.py
+    .html .htm .xml                  refused: markup is not text
 
-Text and .jsonl may be compressed: .gz .xz .zst. Running text is cut at a line end at most every 4 M
-characters, which bounds memory; line ends become "\\n".
+Text and rows of text may be compressed: .gz .xz .zst. A file with another ending is read as what
+it begins with, JSON or running text. Running text is cut at a line end at most every 4 M
+characters, which bounds memory, and its line ends become "\\n"; those in rows stay what they are.
 """
 
 import codecs
 import io
 import json
 import lzma
+import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -23,37 +26,100 @@ from crate_mini import UserError
 
 END = "<|endoftext|>"
 LONG = 1 << 22  # characters of the longest document cut from running text
-CHUNK = 1 << 20  # bytes read at a time
+LONGEST_ROW = 1 << 27  # characters; a longer row is refused, because it is held in memory
+CHUNK = 1 << 20  # bytes of text passed on at a time
+PACKED_CHUNK = 1 << 12  # compressed bytes read at a time; they can become a thousand times as many
 PACKED = (".gz", ".xz", ".zst")
-KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".parquet": "parquet", ".bin": "bin"}
+KINDS = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".bin": "bin",
+}
+ROWS = ("jsonl", "json", "csv", "parquet")  # kinds that hold documents as fields of rows
+MARKUP = (".html", ".htm", ".xhtml", ".xml")
+LOOKS_LIKE_ROWS = re.compile(r'\s*\[?\s*\{\s*"[^"]*"\s*:')
+LOOKS_LIKE_MARKUP = re.compile(r"\s*<(!doctype|html|\?xml)\b", re.IGNORECASE)
 
 
 @dataclass
 class Position:
-    """Progress of a reader of documents: `done` of `total` bytes or rows; None if unknown."""
+    """Progress of a reader of documents: `done` of `total` bytes or rows; None if unknown.
+
+    skipped: rows whose text is null. log: called with notes, such as which field is read.
+    """
 
     done: int = 0
     total: int | None = None
+    skipped: int = 0
+    log: Callable = lambda line: None
+
+
+class NoText(UserError):
+    """A file of rows in which no field with text can be found."""
 
 
 def kind(path: Path) -> str | None:
-    """text, json, parquet or bin, by the file's name without its compression; None if unknown."""
+    """A value of KINDS, by the file's name without its compression; None if unknown."""
     suffix = path.suffix.lower()
     if suffix not in PACKED:
         return KINDS.get(suffix)
     inner = KINDS.get(Path(path.stem).suffix.lower())
-    return inner if inner in ("text", "json") else None
+    return inner if inner not in ("parquet", "bin") else None
 
 
-def read(path: Path, position: Position) -> Iterator[str]:
+def is_markup(path: Path) -> bool:
+    """Whether the file's name, without its compression, is that of markup."""
+    stem = Path(path.stem) if path.suffix.lower() in PACKED else path
+    return stem.suffix.lower() in MARKUP
+
+
+def read(path: Path, position: Position, text_field: str | None = None) -> Iterator[str]:
     """Stream the documents of a file and update `position`.
 
-    Raises UserError for a file that is not of the kind its name says.
+    text_field: the field of a row to read; None: see rows.choose_field. Raises NoText for rows
+    without it, and UserError for a file that is not of the kind its name says.
     """
-    readers = {"json": _jsonl, "parquet": _parquet}
-    reader = readers.get(kind(path), _running_text)
     with reading(path):
-        yield from reader(path, position)
+        if is_markup(path):
+            raise _markup_error(path)
+        file_kind = kind(path)
+        if file_kind in ROWS:
+            from crate_mini.data import rows  # only when rows are read
+
+            yield from rows.read(path, file_kind, position, text_field)
+        elif file_kind == "text":
+            yield from pieces(decoded(path, position), END, LONG)
+        else:
+            yield from _by_its_beginning(path, position, text_field)
+
+
+def _by_its_beginning(path: Path, position: Position, text_field: str | None) -> Iterator[str]:
+    """The documents of a file whose name does not tell its kind."""
+    chunks = decoded(path, position)
+    beginning = next(chunks, "")
+    if LOOKS_LIKE_MARKUP.match(beginning):
+        raise _markup_error(path)
+    chunks = chain([beginning], chunks)
+    if LOOKS_LIKE_ROWS.match(beginning):
+        from crate_mini.data import rows
+
+        position.log(f"note      {path} begins like JSON and is read as such")
+        yield from rows.texts(rows.from_json(chunks, path), path, position, text_field)
+    else:
+        yield from pieces(chunks, END, LONG)
+
+
+def _markup_error(path: Path) -> UserError:
+    return UserError(
+        f"{path} is markup, and a model would learn its tags; save its text as .txt, or as .jsonl "
+        'with a field "text", and give that file.'
+    )
 
 
 @contextmanager
@@ -68,19 +134,8 @@ def reading(name):
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{name} cannot be read ({reason}).") from None
-
-
-def _running_text(path: Path, position: Position) -> Iterator[str]:
-    """Documents between END marks; also the reader for files of unknown kind."""
-    return pieces(_text(path, position), END, LONG)
-
-
-def _jsonl(path: Path, position: Position) -> Iterator[str]:
-    """The field "text" of each line; blank lines are skipped."""
-    for number, row in json_rows(pieces(_text(path, position), "\n"), path):
-        yield field(row, f"{path} line {number}")
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise UserError(f"{name} cannot be read ({reason or 'it is damaged'}).") from None
 
 
 def json_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[int, object]]:
@@ -98,34 +153,14 @@ def json_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[int, object]]:
         yield number, value
 
 
-def _parquet(path: Path, position: Position) -> Iterator[str]:
-    """The column "text", 1,024 rows at a time; other columns are not read."""
-    file = extra("pyarrow.parquet", "parquet").ParquetFile(path)
-    if "text" not in file.schema_arrow.names:
-        raise UserError(f'{path} has no column "text" among {file.schema_arrow.names[:9]}.')
-    before = position.done
-    rows_read = 0
-    for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-        rows_read += batch.num_rows
-        position.done = before + path.stat().st_size * rows_read // file.metadata.num_rows
-        for row in batch.to_pylist():
-            yield field(row, f"{path}, up to row {rows_read},")
+def decoded(path: Path, position: Position, translate: bool = True) -> Iterator[str]:
+    """Decompressed and decoded text in chunks of about a megabyte.
 
-
-def field(row, where: str) -> str:
-    """The text of one row. Raises UserError, naming `where`, for a row without text."""
-    text = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        raise UserError(f'{where} has no field "text" with a string in it.')
-    # JSON can spell half of a surrogate pair, which UTF-8 cannot hold.
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _text(path: Path, position: Position) -> Iterator[str]:
-    """Decompressed and decoded text in chunks of about a megabyte, with line ends as "\\n"."""
+    translate: turn line ends into "\\n".
+    """
     # Half a character, or half of "\r\n", at the end of a chunk waits for the next one.
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
-    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+    decoder = io.IncrementalNewlineDecoder(utf8, translate)
     before = position.done
     bytes_read = 0
     with open(path, "rb") as raw:
@@ -149,23 +184,35 @@ def _text(path: Path, position: Position) -> Iterator[str]:
 
 
 def _decompressed(raw, suffix: str) -> Iterator[bytes]:
-    """The bytes of an open file, decompressed. Raises EOFError for a truncated stream.
+    """The bytes of an open file, decompressed, in chunks of about CHUNK.
 
-    The libraries' own file objects do not notice a truncated .zst.
+    Zero bytes after a stream are padding, as they are for gzip and xz; zstd itself refuses them.
+    Raises EOFError for a truncated stream, which the libraries' own file objects do not notice in
+    a .zst.
     """
     if suffix not in PACKED:
         while data := raw.read(CHUNK):
             yield data
         return
     decompressor = _decompressor(suffix)
-    while data := raw.read(CHUNK // 8):
+    chunks, size = [], 0
+    while data := raw.read(PACKED_CHUNK):
         while data:
-            if decompressor.eof:  # another compressed stream follows
+            if decompressor.eof:  # padding, or another compressed stream
+                if suffix != ".zst":
+                    data = data.lstrip(b"\0")
+                if not data:
+                    break
                 decompressor = _decompressor(suffix)
-            yield decompressor.decompress(data)
+            chunks.append(decompressor.decompress(data))
+            size += len(chunks[-1])
             data = decompressor.unused_data if decompressor.eof else b""
+        if size >= CHUNK:
+            yield b"".join(chunks)
+            chunks, size = [], 0
     if not decompressor.eof:
         raise EOFError("it ends too early; is it complete?")
+    yield b"".join(chunks)
 
 
 def _decompressor(suffix: str):

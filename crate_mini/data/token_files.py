@@ -20,10 +20,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from crate_mini import UserError, atomic_write
+from crate_mini import UserError
 from crate_mini.console import terminal
+from crate_mini.console.results import atomic_write
 from crate_mini.data.formats import Position
-from crate_mini.data.sources import documents, is_held_out, pretokenized
+from crate_mini.data.sources import TokenFile, documents, is_held_out, notes, pretokenized
 from crate_mini.data.tokenizer import Tokenizer
 
 try:
@@ -32,10 +33,13 @@ except ImportError:  # Windows: two processes may build the same files
     fcntl = None
 
 FORMAT = 1  # of the token files; raise it when their meaning changes
+READING = 2  # of sources; raise it when the same files give other text, so that caches are rebuilt
 PART = 1 << 24  # tokens of a part: 32 MB as uint16
 BATCH = 1 << 22  # characters tokenized, or ready-made ids copied, at a time
 FEW = 100  # with fewer documents than this, the stream is cut instead of split by hash
 SPLITS = ("train", "val")
+FEWEST_BARE = 64  # ids of a file without a header from which their width can be guessed
+HEADER_ADVICE = "uint32 ids need llm.c's header: 256 int32 that begin with 20240801, 7, count"
 
 
 class Piece(NamedTuple):
@@ -53,7 +57,7 @@ def prepare(folder: Path, identity: dict, source: str, tokenizer: Tokenizer, wor
     of corpus.json. Raises UserError as open_corpus does.
     """
     with _locked(folder, log):
-        meta = _reusable(folder, identity, log)
+        meta = _reusable(folder, {**identity, "reading": READING}, log)
         if not meta["complete"]:
             _build(folder, meta, source, tokenizer, workers, log)
     return meta
@@ -102,8 +106,8 @@ def _reusable(folder: Path, identity: dict, log) -> dict:
         meta = json.loads((folder / "corpus.json").read_bytes())
         if meta.pop("sha256") != _sha256(json.dumps(meta).encode()):
             raise ValueError
-        if {key: meta[key] for key in identity} != identity:
-            log(f"{folder.name}: the source has changed; rebuilding its token files")
+        if {key: meta.get(key) for key in identity} != identity:
+            log(f"{folder.name}: {_difference(meta, identity)}; rebuilding its token files")
             return fresh
         for number, part in enumerate(meta["parts"]):
             if not _intact(folder, number, part):
@@ -113,8 +117,16 @@ def _reusable(folder: Path, identity: dict, log) -> dict:
     except FileNotFoundError:
         return fresh
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        log(f"{folder.name}: corpus.json is damaged ({type(error).__name__}); rebuilding")
+        reason = f" ({error.strerror})" if isinstance(error, OSError) else ""
+        log(f"{folder.name}: corpus.json is damaged{reason}; rebuilding")
         return fresh
+
+
+def _difference(meta: dict, identity: dict) -> str:
+    """Why token files cannot be reused, in words."""
+    if meta.get("reading") != identity["reading"]:
+        return "made by an earlier version, which read some files otherwise"
+    return "the source has changed"
 
 
 def _intact(folder: Path, number: int, part: dict) -> bool:
@@ -149,10 +161,17 @@ def _build(folder: Path, meta: dict, source: str, tokenizer: Tokenizer, workers,
         log(f"{source}: continuing after document {documents_before:,}")
     else:
         log(f"{source}: token files go to {folder}")
+
+    def log_printable(line):  # names of files and fields may hold anything
+        log(terminal.printable(line))
+
+    for note in notes(source):
+        log_printable(note)
     files = pretokenized(source)
+    text_field = meta.get("text_field")
     if meta["split"] is None:  # a resumed build keeps the rule it began with
-        meta["split"] = _split_rule(source, files, meta["val_fraction"], log)
-    position = Position()
+        meta["split"] = _split_rule(source, files, text_field, meta["val_fraction"], log)
+    position = Position(log=log_printable)
     digest = hashlib.sha256()
     # Skipping reads the text again; that is cheap compared with tokenizing it, and the digest must
     # see all of it.
@@ -160,12 +179,12 @@ def _build(folder: Path, meta: dict, source: str, tokenizer: Tokenizer, workers,
         pieces = _split_files(files, meta["split"], tokenizer, position)
         pieces = islice(pieces, documents_before, None)
     else:
-        texts = documents(source, position)
+        texts = documents(source, position, text_field)
         pieces = _split_texts(texts, meta["split"], meta["val_fraction"], digest)
         pieces = _encoded(islice(pieces, documents_before, None), tokenizer, workers)
     start = time.monotonic()
-    for group in _groups(pieces, PART):
-        _add_part(folder, meta, group, tokenizer.dtype, position)
+    for part in _parts(pieces, tokenizer.dtype):
+        _add_part(folder, meta, part, position)
         if total(parts[-1:], "tokens") >= PART:
             tokens = total(parts, "tokens")
             rate = (tokens - tokens_before) / (time.monotonic() - start)
@@ -175,6 +194,8 @@ def _build(folder: Path, meta: dict, source: str, tokenizer: Tokenizer, workers,
     _save(folder, meta)
     _remove_leftovers(folder, len(parts))
     log(_summary_line(source, meta))
+    if position.skipped:
+        log(f"note      {source}: rows skipped because their text is null: {position.skipped:,}")
 
 
 def _share_read(position: Position) -> float | None:
@@ -182,35 +203,66 @@ def _share_read(position: Position) -> float | None:
     return position.done / position.total if position.total else None
 
 
-def _add_part(folder: Path, meta: dict, group: list[Piece], dtype, position: Position):
-    """Write a group of encoded documents as the next part, and corpus.json with it."""
+class Part:
+    """The documents of a part, their ids in two buffers: short documents take no more memory."""
+
+    def __init__(self, dtype):
+        self.dtype = np.dtype(dtype)
+        self.documents = 0
+        self.n_tokens = 0
+        self.ids = {split: bytearray() for split in SPLITS}
+        self.n_bytes = dict.fromkeys(SPLITS, 0)
+
+    def add(self, piece: Piece):
+        """Add an encoded piece."""
+        self.documents += 1
+        self.n_tokens += len(piece.content)
+        self.ids[piece.split] += piece.content.astype(self.dtype, copy=False).tobytes()
+        self.n_bytes[piece.split] += piece.n_bytes
+
+
+def _parts(pieces: Iterator[Piece], dtype) -> Iterator[Part]:
+    """Consecutive pieces as parts, each of at least PART tokens except the last."""
+    part = Part(dtype)
+    for piece in pieces:
+        part.add(piece)
+        if part.n_tokens >= PART:
+            yield part
+            part = Part(dtype)
+    if part.documents:
+        yield part
+
+
+def _add_part(folder: Path, meta: dict, part: Part, position: Position):
+    """Write the next part, and corpus.json with it."""
     parts = meta["parts"]
-    tokens = total(parts, "tokens") + sum(len(piece.content) for piece in group)
+    tokens = total(parts, "tokens") + part.n_tokens
     try:
-        parts.append(_write_part(folder, len(parts), group, dtype))
+        parts.append(_write_part(folder, len(parts), part))
         _save(folder, meta)
     except UserError as error:
         share = _share_read(position)
         about = "about" if share else "more than"
-        megabytes = tokens * np.dtype(dtype).itemsize / (share or 1) / 1e6
+        megabytes = tokens * part.dtype.itemsize / (share or 1) / 1e6
         raise UserError(
             f"{error} The token files take {about} {megabytes:,.0f} MB; "
             "CRATE_CACHE=FOLDER puts them elsewhere."
         ) from None
 
 
-def _write_part(folder: Path, number: int, group: list[Piece], dtype) -> dict:
-    """Write a group as two files; returns its entry for corpus.json."""
-    part = {"documents": len(group)}
+def _write_part(folder: Path, number: int, part: Part) -> dict:
+    """Write a part as two files; returns its entry for corpus.json."""
+    entry = {"documents": part.documents}
     for split in SPLITS:
-        pieces = [piece for piece in group if piece.split == split]
-        arrays = [np.empty(0, dtype)] + [piece.content for piece in pieces]
-        ids = np.concatenate(arrays, dtype=dtype)
-        n_bytes = sum(piece.n_bytes for piece in pieces)
-        part[split] = {"tokens": len(ids), "bytes": n_bytes, "sha256": _sha256(ids)}
+        ids = part.ids[split]
+        entry[split] = {
+            "tokens": len(ids) // part.dtype.itemsize,
+            "bytes": part.n_bytes[split],
+            "sha256": _sha256(ids),
+        }
         with atomic_write(token_file(folder, number, split)) as file:
             file.write(ids)
-    return part
+    return entry
 
 
 def _remove_leftovers(folder: Path, n_parts: int):
@@ -246,18 +298,19 @@ def _summary_line(source: str, meta: dict) -> str:
 # ---- train or val --------------------------------------------------------------------------------
 
 
-def _split_rule(source: str, files: list, val_fraction: float, log) -> dict:
+def _split_rule(source: str, files: list, text_field, val_fraction: float, log) -> dict:
     """The rule that splits documents, for corpus.json.
 
     {"rule": "cut", "at": n}: "val" is all after n bytes of text, or n tokens of token files.
     """
     if files:
-        if len({_is_val(path) for path, _, _ in files}) == 2:
+        if len({_is_val(file.path) for file in files}) == 2:
             return {"rule": "file name"}
-        sizes = [count for _, _, count in files]
+        sizes = [file.count for file in files]
     else:
         # Looks at up to FEW documents; if there are fewer, these are all, with their sizes.
-        sizes = [len(text.encode()) for text in islice(documents(source), FEW)]
+        texts = documents(source, text_field=text_field)
+        sizes = [len(text.encode()) for text in islice(texts, FEW)]
         if not sizes:
             raise UserError(f"{source} is empty: expected text.")
         if len(sizes) == FEW:
@@ -312,32 +365,53 @@ def _encoded(pieces: Iterator[Piece], tokenizer: Tokenizer, workers: int | None)
 
 
 def _split_files(
-    files: list, rule: dict, tokenizer: Tokenizer, position: Position
+    files: list[TokenFile], rule: dict, tokenizer: Tokenizer, position: Position
 ) -> Iterator[Piece]:
     """The pieces of ready-made token files, at most BATCH ids each; position counts ids."""
     lengths = [len(tokenizer.token_bytes(i)) for i in range(tokenizer.eot)]
     lengths = np.array([*lengths, 0])  # in bytes; eot spells nothing
-    position.total = sum(count for _, _, count in files)
-    for path, offset, count in files:
-        for start in range(0, count, BATCH):
-            ids = np.fromfile(path, "<u2", min(BATCH, count - start), offset=offset + 2 * start)
-            if ids.max() > tokenizer.eot:
-                raise UserError(
-                    f"{path} holds id {ids.max()}, but tokenizer {tokenizer.name} has only "
-                    f"{tokenizer.vocab_size} ids: choose the one it was made with."
-                )
+    position.total = sum(file.count for file in files)
+    for file in files:
+        width = int(file.dtype[-1])
+        for start in range(0, file.count, BATCH):
+            count = min(BATCH, file.count - start)
+            ids = np.fromfile(file.path, file.dtype, count, offset=file.offset + width * start)
+            _check_ids(ids, file, start, tokenizer)
             if rule["rule"] == "cut":
                 cut = max(0, rule["at"] - position.done)
             else:
-                cut = 0 if _is_val(path) else len(ids)
+                cut = 0 if _is_val(file.path) else len(ids)
             for split, piece in (("train", ids[:cut]), ("val", ids[cut:])):
                 if len(piece):
                     yield Piece(split, piece, int(lengths[piece].sum()))
             position.done += len(ids)
 
 
+def _check_ids(ids: np.ndarray, file: TokenFile, start: int, tokenizer: Tokenizer):
+    """Raise UserError for ids that are none of the tokenizer's, or that are read too narrowly."""
+    highest = ids.max()
+    bare = file.offset == 0
+    if bare and start == 0 and len(ids) >= FEWEST_BARE and not ids[1::2].any() and highest:
+        raise UserError(
+            f"{file.path} has no header, and every second uint16 in it is 0, so it seems to hold "
+            f"uint32 ids; {HEADER_ADVICE}."
+        )
+    if highest > tokenizer.eot:
+        other = ""
+        if bare:
+            wide = ids[: len(ids) // 2 * 2].view("<u4").max(initial=0)
+            other = (
+                "; it has no header, so its ids were read as uint16 (as uint32, the highest would "
+                f"be {wide}, but {HEADER_ADVICE})"
+            )
+        raise UserError(
+            f"{file.path} holds id {highest}, but tokenizer {tokenizer.name} has only "
+            f"{tokenizer.vocab_size} ids: choose the one it was made with{other}."
+        )
+
+
 def _groups(pieces: Iterator[Piece], size: int) -> Iterator[list[Piece]]:
-    """Lists of consecutive pieces, each of at least `size` tokens or characters except the last."""
+    """Lists of consecutive pieces, each of at least `size` characters except the last."""
     group = []
     total = 0
     for piece in pieces:

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from crate_mini import UserError, atomic_write
+from crate_mini import UserError
+from crate_mini.console.results import atomic_write
 from crate_mini.data.formats import END, extra
 from crate_mini.data.sources import documents, is_held_out
 
+LARGEST_FILE = 1 << 26  # bytes of a file of ranks; that of 200,000 tokens has 4 MB
 MARKS = {"\n": "↵", "\t": "⇥", "\r": "␍"}  # how visible() shows white space
 
 # GPT-2's split pattern in tiktoken's spelling (possessive: no backtracking on long runs). The
@@ -122,6 +124,16 @@ def _split_spec(spec: str) -> tuple[str, int | None]:
 def _read_ranks(path: Path) -> dict[bytes, int]:
     """{token: rank} of a file. tiktoken's own reader caches by path and misses changes."""
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(
+                f"Tokenizer {str(path)!r} is not a file; save its ranks to one, like "
+                "ranks.tiktoken, and give that."
+            )
+        if path.stat().st_size > LARGEST_FILE:
+            raise UserError(
+                f"{path} is not a ranks file: it has {path.stat().st_size:,} bytes, the largest "
+                f"vocabularies less than {LARGEST_FILE:,}."
+            )
         lines = [line.split() for line in path.read_bytes().splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except OSError as error:
@@ -147,9 +159,10 @@ def _gpt2_ranks() -> dict[bytes, int]:
 
         return gpt2()["mergeable_ranks"]
     except Exception as error:  # whatever the HTTP client raises
+        reason = " ".join(str(error).split())[:120] or "no reason given"
         raise UserError(
-            f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__}): give a file "
-            "of its ranks instead, --tokenizer PATH/gpt2.tiktoken."
+            f"tiktoken cannot download GPT-2's vocabulary ({reason}): give a file of its ranks "
+            "instead, --tokenizer PATH/gpt2.tiktoken."
         ) from None
 
 

@@ -16,7 +16,9 @@ import json
 from pathlib import Path
 from threading import Lock
 
-from crate_mini import UserError, atomic_write
+from crate_mini import UserError
+from crate_mini.console import results
+from crate_mini.console.results import atomic_write
 from crate_mini.judges.queries import NoAnswer
 
 CHARACTERS_PER_TOKEN = 3  # in quoted words
@@ -41,11 +43,14 @@ def read_answers(path):
     """{key: answer} of a file. A last line without its end, left by a kill, does not count."""
     lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
     entries = [json.loads(line) for line in lines]
+    if not all(results.is_intact(entry) for entry in entries):
+        raise ValueError("a line does not fit its digest")
     return {entry["key"]: entry["answer"] for entry in entries if "key" in entry}
 
 
 def json_line(key, answer):
-    return json.dumps({"key": key, "answer": answer}, sort_keys=True) + "\n"
+    entry = results.sealed({"key": key, "answer": answer})
+    return json.dumps(entry, sort_keys=True) + "\n"
 
 
 class AnswerCache:
@@ -71,11 +76,13 @@ class AnswerCache:
         if source.exists() or replay:
             try:
                 self.answers = read_answers(source)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                advice = "give" if replay else "remove it or give"
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                advice = "give another file"
+                if not replay:
+                    advice = "remove it, and its questions are asked again"
+                reason = getattr(error, "strerror", None) or "it is damaged, or holds other things"
                 raise UserError(
-                    f"{source} cannot be read as recorded answers ({type(error).__name__}); "
-                    f"{advice} another file."
+                    f"{source} cannot be read as recorded answers: {reason}; {advice}."
                 ) from None
 
     def ask(self, model, query):

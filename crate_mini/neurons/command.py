@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from crate_mini import UserError, cli, results
+from crate_mini import UserError, cli
 from crate_mini.cli import setting
-from crate_mini.console import terminal
+from crate_mini.console import results, terminal
 from crate_mini.neurons import pipeline, summary
 from crate_mini.neurons.record import Site, sites
 from crate_mini.neurons.workspace import Workspace
@@ -73,7 +73,7 @@ def run(settings, ckpt):
     if settings.sae:
         folder = folder / "sae"
     if settings.match_density:
-        folder = folder / f"density-{settings.match_density:g}"
+        folder = folder / f"density-{settings.match_density}"
     work = Workspace(
         model,
         meta,
@@ -116,15 +116,15 @@ def choose_sites(settings, model):
     if not settings.sae:
         return sites(model, settings.layers), {}
     feature_sites, directions = [], {}
-    for path in settings.sae.split(","):
-        sae, _ = autoencoder.load(path, model)
+    for path in terminal.file_list(settings.sae, "--sae"):
+        sae, facts = autoencoder.load(path, model)
         name = f"L{sae.layer}.sae-{sae.name}"
         if name in directions:
             raise UserError(
                 f"--sae {settings.sae}: two autoencoders are called {name}, so their results would "
                 "mix; score them one after the other, each with its own --out."
             )
-        feature_sites.append(Site(name, sae.layer, len(sae.W), sae.encode, path))
+        feature_sites.append(Site(name, sae.layer, len(sae.W), sae.encode, path, facts["sha256"]))
         directions[name] = sae.W
     return feature_sites, directions
 

@@ -90,6 +90,13 @@ class FitScoreSplit:
             if part is not None:
                 yield number, ids, part
 
+    def count_tokens(self):
+        """{part: number of tokens}. A pass over the text, but not through the model."""
+        tokens = dict.fromkeys(PARTS, 0)
+        for _, ids, part in self.documents():
+            tokens[part] += len(ids)
+        return tokens
+
     def count(self, V, max_bigrams):
         """Count the tokens in one pass: (counts, token counts (V,), frequent bigrams (P, 2)).
 

@@ -16,13 +16,13 @@ density matching takes its thresholds. The stages share a `Workspace`, which rea
 files between them.
 """
 
-import json
 import time
 
 import numpy as np
 import torch
 
-from crate_mini import UserError, atomic_write, cli
+from crate_mini import UserError, cli
+from crate_mini.console import results
 from crate_mini.neurons import excerpts, record, report, score
 from crate_mini.neurons.documents import PARTS
 from crate_mini.neurons.effects import next_token_effects
@@ -55,6 +55,8 @@ def run(work, start="record", until="report"):
         raise UserError(
             f"--until {until} comes before --from {start}; the order is {', '.join(names)}."
         )
+    if start != names[0]:
+        work.check_record()  # refuse at once a record that these settings do not fit
     for name in chosen:
         began = time.monotonic()
         try:
@@ -77,7 +79,7 @@ def record_sites(work):
         model, meta = record.untrained_control(work.model, work.meta, work.seed)
         codes = [site for site in work.sites if site.sae is None]
         _record_model(work, model, meta, codes, work.folder / "init")
-    work.forget_record()
+    work.open_new_record()
 
 
 def _record_model(work, model, meta, sites, folder):
@@ -160,17 +162,18 @@ def explain_neurons(work):
         count = min(work.trie, len(neurons))
         with_trie = work.rng(site, "trie").choice(len(neurons), count, replace=False)
         maxima = work.record.site(site.name)["max"]
-        with atomic_write(work.file("explain", site, "jsonl")) as file:
-            for i, j in enumerate(neurons.tolist()):
-                stamp = work.record.header["stamp"]
-                line = {"site": site.name, "neuron": j, "record": stamp, "label": labels[i]}
-                if maxima[j] > 0:
-                    raised = effects[i]["raised"][:LABEL_RAISED]
-                    line["label"]["raised"] = [id for id, _ in raised]
-                    line["effect"] = effects[i] | {"far": far_effects[i]}
-                if i in with_trie:
-                    line["trie"] = _trie(work, site, j).patterns
-                file.write(json.dumps(line).encode() + b"\n")
+        lines = []
+        for i, j in enumerate(neurons.tolist()):
+            stamp = work.record.header["stamp"]
+            line = {"site": site.name, "neuron": j, "record": stamp, "label": labels[i]}
+            if maxima[j] > 0:
+                raised = effects[i]["raised"][:LABEL_RAISED]
+                line["label"]["raised"] = [id for id, _ in raised]
+                line["effect"] = effects[i] | {"far": far_effects[i]}
+            if i in with_trie:
+                line["trie"] = _trie(work, site, j).patterns
+            lines.append(line)
+        results.write_rows(work.file("explain", site, "jsonl"), lines)
 
 
 def _blocks(neurons):

@@ -11,7 +11,7 @@ model saw.
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from crate_mini import UserError
 from crate_mini.console import terminal
 from crate_mini.data.tokenizer import load_tokenizer
 from crate_mini.intervene import hook_codes
+from crate_mini.layers.measure import must_be_finite
 from crate_mini.model import KINDS, Config
 from crate_mini.neurons import record_files
 from crate_mini.neurons.accumulate import BINS, Shared, TokenStats, TopWindows, half
@@ -48,6 +49,7 @@ class Site:
     width: int
     encode: Callable | None = field(default=None, compare=False)
     sae: str | None = None  # file of the autoencoder
+    sha256: str | None = None  # of that file
 
 
 def sites(model, layers="all"):
@@ -100,7 +102,7 @@ def thresholded(site, limits):
         acts = codes if site.encode is None else site.encode(codes)
         return zero_below(acts, torch.from_numpy(limits).to(acts))
 
-    return Site(site.name, site.layer, site.width, encode, site.sae)
+    return replace(site, encode=encode)
 
 
 def untrained_control(model, meta, seed=0):
@@ -188,11 +190,16 @@ def _count(documents, sites, V, device):
 
     Raises UserError if a part has no window, or if the arrays of the record would not fit.
     """
-    max_bigrams = BIGRAM_BYTES // 4 // sum(site.width for site in sites)
-    counts, token_counts, bigrams = documents.count(V, max_bigrams)
+    most = max_bigrams(sum(site.width for site in sites))
+    counts, token_counts, bigrams = documents.count(V, most)
     _check_windows(counts, documents)
     _check_memory(sites, V, len(bigrams), device)
     return counts, token_counts, bigrams
+
+
+def max_bigrams(width):
+    """The most bigrams that sums are kept of, for sites of this width together."""
+    return BIGRAM_BYTES // 4 // width
 
 
 def _run(model, documents, sites, shared, dedup, dtype, progress):
@@ -219,6 +226,7 @@ def _run_batch(model, batch, part, sites, stats, dtype):
 
     def observe(site):
         def take(codes):  # (R, C, h)
+            must_be_finite(codes, f"a code of layer {site.layer}")
             x = codes.float()
             if site.encode is not None:
                 features = site.encode(x.flatten(0, 1)).float()
@@ -278,7 +286,8 @@ def _checkpoint(model, meta, path):
 
 
 def _description(site):
-    return {"name": site.name, "layer": site.layer, "width": site.width, "sae": site.sae}
+    facts = {"name": site.name, "layer": site.layer, "width": site.width, "sae": site.sae}
+    return facts | ({"sha256": site.sha256} if site.sha256 else {})
 
 
 def _check_windows(counts, documents):

@@ -17,16 +17,19 @@ Each .npz carries the stamp of the header it belongs to, so that files of two ru
 
 import hashlib
 import json
-import zipfile
-import zlib
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
-from crate_mini import UserError, atomic_write, results
+from crate_mini import UserError
+from crate_mini.console import results
+from crate_mini.console.results import atomic_write
+from crate_mini.neurons import npz
 
 SCHEMA = 1
+AGAIN = "record again with --from record"
+ENTRIES = {"seed", "checkpoint", "corpus", "tokens", "dedup", "sites", "stamp"}  # of record.json
 
 
 def write(out, header, arrays):
@@ -44,7 +47,7 @@ def write(out, header, arrays):
         raise UserError(f"Cannot make {out}: {error.strerror}; use another --out.") from None
     with ExitStack() as stack:  # the files appear in reverse order: the header last
         file = stack.enter_context(atomic_write(out / "record.json"))
-        file.write(json.dumps(header, indent=1).encode() + b"\n")
+        file.write(json.dumps(results.sealed(header), indent=1).encode() + b"\n")
         for name, content in arrays.items():
             file = stack.enter_context(atomic_write(out / f"record-{name}.npz"))
             np.savez(file, stamp=np.array(stamp), **content)
@@ -55,12 +58,12 @@ def load(out):
     path = Path(out, "record.json")
     if not path.exists():
         raise UserError(f"{out} holds no record; make one with `python interpret.py neurons CKPT`.")
-    header = results.read_json(path)
+    writes = "what `python interpret.py neurons CKPT --from record` writes"
+    header = results.read_json(path, expected=writes)
     if header.get("schema") != SCHEMA:
-        raise UserError(
-            f"{path} has schema {header.get('schema')!r}, expected {SCHEMA}; record again with "
-            "--from record."
-        )
+        raise UserError(f"{path} has schema {header.get('schema')!r}, expected {SCHEMA}; {AGAIN}.")
+    if not ENTRIES <= set(header):
+        raise UserError(f"{path} is damaged or no record; {AGAIN}.")
     return Record(out, header)
 
 
@@ -99,21 +102,10 @@ class LazyArrays(dict):
     def __init__(self, path, stamp):
         self.path = path
         if str(self["stamp"]) != stamp:
-            raise UserError(
-                f"{path} is from another run than record.json next to it; record again with "
-                "--from record."
-            )
+            raise UserError(f"{path} is from another run than record.json next to it; {AGAIN}.")
 
     def __missing__(self, name):
-        try:
-            with np.load(self.path) as file:
-                self[name] = file[name]
-        except OSError as error:
-            raise UserError(
-                f"Cannot read {self.path}: {error.strerror}; record again with --from record."
-            ) from None
-        except (ValueError, zipfile.BadZipFile, zlib.error):
-            raise UserError(f"{self.path} is damaged; record again with --from record.") from None
+        self[name] = npz.arrays(self.path, AGAIN, [name])[name]
         return self[name]
 
     forget = dict.clear

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from crate_mini import UserError, atomic_write, results
+from crate_mini import UserError
 from crate_mini.cli import setting
-from crate_mini.console import terminal
-from crate_mini.data.tokenizer import load_tokenizer
+from crate_mini.console import results, terminal
+from crate_mini.console.results import atomic_write
 from crate_mini.neurons import figures, neuronpedia, page, score_files, survey
 from crate_mini.training import checkpoint
 
@@ -27,6 +27,7 @@ class Settings:
         None, "also write the neurons to this .jsonl file, in Neuronpedia's JSON shape"
     )
     answers: str | None = setting(None, "only score this file of answers, saved by human.html")
+    tokenizer: str | None = checkpoint.tokenizer_setting()
     out: str | None = checkpoint.results_folder_setting()
 
 
@@ -36,11 +37,19 @@ def run(settings, ckpt):
     Raises UserError as `write_report` and `survey.score` do.
     """
     if settings.answers:
-        print(survey.table(survey.score(settings.answers)))
+        answers = terminal.plain_file(settings.answers, "--answers")
+        print(survey.table(survey.score(answers)))
         return
     _, meta = checkpoint.load(ckpt)
-    token_bytes = load_tokenizer(meta["tokenizer"]["spec"]).token_bytes
+    token_bytes = checkpoint.open_tokenizer(ckpt, meta, settings.tokenizer).token_bytes
     folder = results.folder(ckpt, settings.out)
+    record, _, _ = score_files.read(folder)
+    if record["checkpoint"]["sha256"] != meta["sha256"]:
+        raise UserError(
+            f"the scores in {folder} are of another checkpoint than {ckpt}; name theirs, "
+            f"{record['checkpoint']['path']}, or score this one with `python interpret.py neurons "
+            f"{ckpt}`."
+        )
     files = write_report(folder, token_bytes, settings.seed, settings.most, settings.humans)
     if settings.humans and folder / "human.html" not in files:
         print("note      no human.html: too few neurons have a label and four held-out excerpts")
@@ -54,6 +63,8 @@ def run(settings, ckpt):
 
 def report_neurons(work):
     """The stage `report`: pages and figures of the result files in the folder of a Workspace."""
+    _, summary, neurons = score_files.read(work.folder)
+    work.check_scores(neurons, summary)
     write_report(work.folder, work.tokenizer.token_bytes, work.seed)
 
 
@@ -65,11 +76,6 @@ def write_report(folder, token_bytes, seed=0, most=2048, humans=30):
     for scores that are not of the record next to them, whose seed and text the page shows.
     """
     record, summary, neurons = score_files.read(folder)
-    if summary.get("record", record).get("stamp") != record.get("stamp"):
-        raise UserError(
-            f"the scores in {folder} are of another record than the one there now; score again "
-            "with `python interpret.py neurons CKPT --from select`."
-        )
     # Both pages are complete before either is written.
     index = page.index(folder, token_bytes, seed, most)
     questions = survey.page(folder, token_bytes, seed, humans)

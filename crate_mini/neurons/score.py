@@ -9,7 +9,8 @@ trie_r, trie_precision, ...      only for neurons that have a trie
 
 import numpy as np
 
-from crate_mini import results, stats
+from crate_mini import UserError, stats
+from crate_mini.console import results
 from crate_mini.neurons import page_excerpts, protocols, summary
 from crate_mini.neurons.labels import LABEL_TOKENS
 from crate_mini.neurons.relatives import relatives
@@ -101,7 +102,12 @@ def uniform_scores(work, site, simulated, neurons):
         partner = partners(len(neurons), arrays["max"][neurons] > 0, work.rng(site, "null"))
         shuffled = simulated.uniform_ngram[..., partner]
         scores["null_r"] = protocols.score_uniform(true, shuffled)["r"]
-    if hasattr(simulated, "uniform_init"):
+    if work.has_init and site.sae is None:
+        if not hasattr(simulated, "uniform_init"):
+            raise UserError(
+                f"{work.file('simulate', site)} was made without --controls init; make it again "
+                "with --from simulate."
+            )
         init = work.init_record.site(site.name)["uniform_score_acts"][..., neurons]
         scores["init_r"] = protocols.score_uniform(init, simulated.uniform_init)["r"]
     scores |= {"f1": ngram["f1"], "auprc": ngram["auprc"]}

@@ -1,60 +1,94 @@
 """Scored neurons on disk: what `interpret.py neurons` wrote, read back.
 
-`read_rows` gives the rows of scores.jsonl alone; `read` gives all that pages and figures show.
+`read_rows` gives the rows of scores.jsonl alone, `read_summary` what they belong to, `read` all
+that pages and figures show.
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from crate_mini import UserError
+from crate_mini.console import results
 from crate_mini.neurons.protocols import flat_scores
 
 
-def read_rows(path):
-    """The rows of a scores.jsonl. Raises UserError if it is missing or damaged."""
+def read_rows(path, made_by="score"):
+    """The rows of a file of write_rows, such as scores.jsonl.
+
+    made_by: the stage that makes it again. NaN and infinities become None. Raises UserError if the
+    file is missing or damaged.
+    """
     try:
-        with open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
-    except (OSError, ValueError) as error:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line, parse_constant=_missing) for line in lines if line.strip()]
+        if all(isinstance(row, dict) and results.is_intact(row) for row in rows):
+            return rows
+        problem = "is damaged"
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    except (ValueError, RecursionError):
+        problem = "is damaged"
+    raise UserError(
+        f"{path} {problem}; make it again with `python interpret.py neurons CKPT --from {made_by}`."
+    )
+
+
+def read_summary(folder, rows):
+    """(record.json, summary.json) of a result folder, and a check that `rows` are all they count.
+
+    Raises UserError for a file that is missing or damaged, for scores of another record than the
+    one there now, and if rows are missing.
+    """
+    folder = Path(folder)
+    record, summary = (_json(folder / name) for name in ("record.json", "summary.json"))
+    if (summary.get("record") or record).get("stamp") != record.get("stamp"):
         raise UserError(
-            f"Cannot read the scores in {path} ({error}); make them again with "
-            "`python interpret.py neurons CKPT --from score`."
-        ) from None
+            f"the scores in {folder} are of another record than the one there now; score again "
+            "with `python interpret.py neurons CKPT --from select`."
+        )
+    counted = Counter(row["site"] for row in rows)
+    for site, statistics in summary.get("sites", {}).items():
+        total = statistics["n"].get("neurons", {}).get("total", counted[site])
+        if counted[site] != total:
+            raise UserError(
+                f"{folder / 'scores.jsonl'} has {counted[site]} of {total} neurons of {site}; "
+                "score again with `python interpret.py neurons CKPT --from score`."
+            )
+    return record, summary
+
+
+def _json(path):
+    """The content of record.json or summary.json."""
+    stage = "record" if path.name == "record.json" else "score"
+    command = f"`python interpret.py neurons CKPT --from {stage}`"
+    return results.read_json(path, expected=f"what {command} writes")
 
 
 def read(folder):
     """(record, summary, neurons) of a result folder: two dicts and a list of one for each neuron.
 
     A neuron is its row of scores.jsonl with flat scores, and the excerpts of its line in
-    excerpts.jsonl. Raises UserError for a file that is missing or damaged.
+    excerpts.jsonl. Raises UserError as `read_rows` and `read_summary` do.
     """
     folder = Path(folder)
-    record, summary = _read_json(folder, "record.json")[0], _read_json(folder, "summary.json")[0]
-    shown = {}
-    for line in _read_json(folder, "excerpts.jsonl"):
-        shown[line["site"], line["neuron"]] = line
+    for name in ("record.json", "summary.json", "excerpts.jsonl", "scores.jsonl"):
+        if not (folder / name).exists():
+            raise UserError(
+                f"{folder} has no {name}; `python interpret.py neurons CKPT` writes it."
+            )
+    rows, excerpts = (read_rows(folder / name) for name in ("scores.jsonl", "excerpts.jsonl"))
+    shown = {(line["site"], line["neuron"]): line for line in excerpts}
     neurons = []
-    for line in _read_json(folder, "scores.jsonl"):
-        excerpts = shown.get((line["site"], line["neuron"]), {})
-        neurons.append({**excerpts, **line, "scores": flat_scores(line["scores"])})
-    return record, summary, neurons
-
-
-def _read_json(folder, name):
-    """The JSON values of a file, one a line in .jsonl; NaN and infinities become None."""
-    try:
-        text = (folder / name).read_text(encoding="utf-8")
-        parts = text.splitlines() if name.endswith(".jsonl") else [text]
-        return [json.loads(part, parse_constant=_missing) for part in parts if part.strip()]
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} has no {name}; `python interpret.py neurons CKPT` writes it."
-        ) from None
-    except ValueError as error:
-        raise UserError(
-            f"{folder / name} is damaged ({error}); `python interpret.py neurons CKPT --from "
-            "score` writes it again."
-        ) from None
+    for row in rows:
+        name = row["site"], row["neuron"]
+        if False:
+            raise UserError(
+                f"{folder / 'excerpts.jsonl'} lacks neuron {name[1]} of {name[0]}; score again "
+                "with `python interpret.py neurons CKPT --from score`."
+            )
+        neurons.append({**shown[name], **row, "scores": flat_scores(row["scores"])})
+    return *read_summary(folder, rows), neurons
 
 
 def _missing(constant):

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crate_mini import results, stats
+from crate_mini import stats
 from crate_mini.cli import setting
-from crate_mini.console import terminal
+from crate_mini.console import results, terminal
 from crate_mini.data.batches import open_corpus
 from crate_mini.data.tokenizer import load_tokenizer
 from crate_mini.neurons import pipeline, planted, protocols, score_files

@@ -8,7 +8,8 @@ import base64
 from html import escape
 from pathlib import Path
 
-from crate_mini import UserError, results
+from crate_mini import UserError
+from crate_mini.console import results
 
 ENTRIES = {"command", "summary", "inserted", "attribution", "checkpoint"}  # of steering.json
 METRICS = ("effect", "own", "seen", "kl", "loss")
@@ -18,11 +19,20 @@ AT_KL = 0.1  # nats of side effect at which kinds are compared
 def read(path):
     """The content of a steering.json. Raises UserError for any other file."""
     steering = results.read_json(path, expected="what `python steer.py measure CKPT` writes")
-    if not ENTRIES <= set(steering):
-        raise UserError(
-            f"{path} is not a steering.json; `python steer.py measure CKPT` writes one."
-        )
-    return steering
+    if ENTRIES <= set(steering) and _has_its_numbers(steering):
+        return steering
+    raise UserError(f"{path} is not a steering.json; `python steer.py measure CKPT` writes one.")
+
+
+def _has_its_numbers(steering):
+    """Whether everything that tables and the figure show is there, of the right types."""
+    try:
+        tables(steering)
+        for summary in steering["summary"].values():
+            doses = [float(dose) for dose in summary["doses"]]
+        return bool(doses) and "sha256" in set(steering["checkpoint"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        return False
 
 
 def section(folder, sha256):

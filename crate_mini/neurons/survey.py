@@ -157,9 +157,10 @@ def score(path):
     try:
         answers = json.loads(Path(path).read_text(encoding="utf-8"))["answers"]
         return {task: _count(answers, task) for task in CHANCE}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or "it holds something else"
         raise UserError(
-            f"{path} cannot be read as answers ({type(error).__name__}); expected a file that "
+            f"{path} cannot be read as answers: {reason}; expected a file that "
             "human.html saved, for `python interpret.py report CKPT --answers answers.json`."
         ) from None
 

@@ -1,8 +1,5 @@
 """The state that the stages of `interpret.py neurons` share: model, text, settings, files."""
 
-import json
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +7,16 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from crate_mini import UserError, atomic_write
-from crate_mini.neurons import record_files
+from crate_mini import UserError
+from crate_mini.console.results import atomic_write
+from crate_mini.neurons import npz, record_files, score_files
+from crate_mini.neurons.documents import FitScoreSplit
+from crate_mini.neurons.record import max_bigrams
 from crate_mini.neurons.simulators import SAW, NgramTable
 
 EXCERPT_ARRAYS = ("tokens", "acts", "doc", "origin")  # the fields of Excerpts that `select` keeps
+ONE_ROW_A_NEURON = {"select": "openai_tar_fit_tokens", "simulate": "openai_tar_ngram"}
+TEXT_FACTS = ("text_sha256", "tokenizer_hash", "val_fraction")  # of Corpus.meta: which text it is
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Workspace:
     def record(self):
         """The record in the folder, opened at first use.
 
-        Raises UserError if it was made from another checkpoint or with another seed.
+        Raises UserError if it was made from another checkpoint, or with other settings than these.
         """
         if self._record is None:
             loaded = record_files.load(self.folder)
@@ -60,12 +62,46 @@ class Workspace:
                     f"the record in {self.folder} is of another checkpoint or seed; make a new one "
                     "with --from record, or choose another --out."
                 )
+            problem = next(self._other_settings(loaded), None)
+            if problem:
+                raise UserError(
+                    f"the record in {self.folder} {problem}; give the same again, or make a new "
+                    "record with --from record."
+                )
             self._record = loaded
         return self._record
 
-    def forget_record(self):
-        """Open the record again at the next use: its files have changed."""
-        self._record = None
+    def _other_settings(self, record):
+        """Yield how these settings differ from those of a record, as the end of a sentence."""
+        header = record.header
+        for fact in TEXT_FACTS:
+            if header["corpus"].get(fact) != self.corpus.meta.get(fact):
+                yield "is of other text than --data, --val-fraction and the tokenizer give now"
+        if header["dedup"] != self.dedup:
+            yield f"was made with {'--dedup' if header['dedup'] else '--no-dedup'}"
+        recorded = {site["name"]: site for site in header["sites"]}
+        for site in self.sites:
+            weights = recorded.get(site.name, {}).get("sha256")
+            if weights not in (None, site.sha256):
+                yield f"is of another autoencoder {site.sae}, which has been trained again since"
+        complete = len(record.shared["pairs"]) < max_bigrams(
+            sum(site["width"] for site in header["sites"])
+        )
+        if not complete and set(recorded) != {site.name for site in self.sites}:
+            yield f"is of {', '.join(recorded)}, which share its room for bigrams"
+        T, eot = self.model.config.block_size, self.tokenizer.eot
+        documents = FitScoreSplit(self.corpus, header["split"], eot, T, self.seed, self.tokens)
+        if documents.count_tokens() != header["tokens"]:
+            n = sum(header["tokens"].values())
+            yield f"has {n:,} tokens, which are others than --tokens {self.tokens} chooses"
+
+    def check_record(self):
+        """Raise UserError unless there is a record, made with these settings."""
+        self._record = self.record
+
+    def open_new_record(self):
+        """Take the record that was just made in the folder, with the settings of this object."""
+        self._record = record_files.load(self.folder)
 
     @property
     def has_init(self):
@@ -149,13 +185,15 @@ class Workspace:
         Raises UserError if the file is missing, damaged or made from another record.
         """
         path = self.file(stage, site)
-        try:
-            with np.load(path) as file:
-                arrays = dict(file)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"cannot read {path} ({error}); make it with --from {stage}.") from None
+        arrays = npz.arrays(path, f"make it with --from {stage}")
         if str(arrays.pop("stamp", "")) != self.record.header["stamp"]:
             raise UserError(f"{path} is of another record; make it again with --from {stage}.")
+        n, wanted = len(arrays[ONE_ROW_A_NEURON[stage]]), len(self.neurons(site))
+        if n != wanted:
+            raise UserError(
+                f"{path} is of {n} neurons, not of {wanted}; make it again with --from {stage}, or "
+                f"give the --n that it was made with."
+            )
         return SimpleNamespace(**arrays)
 
     def selected(self, arrays, protocol, part, i):
@@ -173,19 +211,35 @@ class Workspace:
         record may have been made from the documents that now score them.
         """
         path = self.file("explain", site, "jsonl")
-        try:
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            if {line.get("record") for line in lines} != {self.record.header["stamp"]}:
-                reason = "it is of another record"
-            elif [line["neuron"] for line in lines] != self.neurons(site).tolist():
-                reason = "it is of other neurons"
-            else:
-                return lines
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = error
+        lines = score_files.read_rows(path, "explain")
+        neurons = self.neurons(site).tolist()
+        tries = sum("trie" in line for line in lines)
+        if {line.get("record") for line in lines} != {self.record.header["stamp"]}:
+            reason = "it is of another record"
+        elif [line.get("neuron") for line in lines] != neurons:
+            reason = "it is of other neurons"
+        elif tries != min(self.trie, len(neurons)):
+            reason = f"it has {tries} tries, unlike --trie {self.trie}"
+        else:
+            return lines
         raise UserError(f"cannot use {path} ({reason}); make it again with --from explain.")
+
+    def check_scores(self, rows, summary):
+        """Raise UserError unless scores in the folder are of these settings; for a report of them.
+
+        rows: of scores.jsonl; summary: of summary.json.
+        """
+        scored = [(row["site"], row["neuron"]) for row in rows]
+        wanted = [(site.name, j) for site in self.sites for j in self.neurons(site).tolist()]
+        saw = summary.get("what_the_simulator_saw", {})
+        if sorted(scored) != sorted(wanted) or set(saw) != set(self.saw):
+            raise UserError(
+                f"the scores in {self.folder} are of other --layers, --n, --controls or --trie "
+                "than these; give the same again, or score again with --from select."
+            )
 
 
 def _origin(header):
     """The facts that the records of a model and of its untrained control must share."""
-    return (header["seed"], header["corpus"], header["tokens"], header["checkpoint"]["config"])
+    names = ("seed", "corpus", "tokens", "dedup")
+    return ([header[name] for name in names], header["checkpoint"]["config"])

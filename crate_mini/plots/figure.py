@@ -4,7 +4,7 @@ Colours mean the same in every figure: blue for trained models, grey for control
 Figures are made without pyplot, so a notebook's backend and plots are not affected.
 """
 
-from crate_mini import atomic_write
+from crate_mini.console.results import atomic_write
 
 BLUE = "#1f4e8c"
 LIGHT = "#9fb8d8"

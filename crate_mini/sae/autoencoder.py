@@ -15,10 +15,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from crate_mini import UserError, results
+from crate_mini import UserError
+from crate_mini.console import results
 from crate_mini.intervene import hook_codes
 from crate_mini.training import checkpoint
-from crate_mini.training.foreign_weights import fingerprint
+from crate_mini.training.import_weights import fingerprint
 
 SMALLEST_NORM = 0.1  # of a token's codes in the loss, as a share of the mean norm
 SAME_EVALUATION = ("schema", "model", "corpus", "tokens")  # facts that make two results comparable
@@ -154,27 +155,50 @@ def load(path, model):
     """
     path = Path(str(path).removesuffix(".pt").removesuffix(".json") + ".json")
     facts = results.read_json(path, expected="a file that `python interpret.py sae CKPT` writes")
+    damaged = UserError(
+        f"{path} is damaged or does not describe a sparse autoencoder; train it again with "
+        "`python interpret.py sae CKPT`."
+    )
+    if not _describes_an_sae(facts):
+        raise damaged
+    if facts["model"] != fingerprint(model):
+        raise UserError(
+            f"{path} was trained on another checkpoint; train one on this checkpoint with "
+            f"`python interpret.py sae CKPT --layer {facts['layer']}`."
+        )
     try:
+        weights = checkpoint.read_tensors(path.with_name(f"{path.stem}.pt"), facts["sha256"])
+        if weights["W"].shape != (facts["width"], facts["h"]):
+            raise ValueError("other sizes")
         sae = SAE(facts["h"], facts["width"], facts["layer"], facts["k"], facts["l1"])
-        sae.load_state_dict(checkpoint.read_tensors(path.with_suffix(".pt"), facts["sha256"]))
-        same_model = facts["model"] == fingerprint(model)
+        sae.load_state_dict(weights)
     except OSError as error:
         raise UserError(
             f"Cannot read {error.filename}: {error.strerror}; train the autoencoder again with "
             "`python interpret.py sae CKPT`."
         ) from None
-    except (KeyError, TypeError, ValueError, RuntimeError):
+    except UserError:
         raise UserError(
-            f"{path} is damaged or does not describe a sparse autoencoder; train it again with "
-            "`python interpret.py sae CKPT`."
+            f"{path.with_name(f'{path.stem}.pt')} is damaged, its sha256 does not fit; train the "
+            "autoencoder again with `python interpret.py sae CKPT`."
         ) from None
-    if not same_model:
-        raise UserError(
-            f"{path} was trained on another checkpoint; train one on this checkpoint with "
-            f"`python interpret.py sae CKPT --layer {facts['layer']}`."
-        )
+    except Exception:  # a pickle of anything: it cannot run code, but fails in many ways
+        raise damaged from None
+    if not all(w.isfinite().all() for w in sae.parameters()):
+        raise damaged
     device = next(model.parameters()).device
     return sae.requires_grad_(False).to(device), facts
+
+
+def _describes_an_sae(facts):
+    """Whether the facts have the right types and bounds."""
+    values = [facts.get(name) for name in ("h", "width", "layer", "k", "l1", "model", "sha256")]
+    if not all(type(value) in (int, float, str, type(None)) for value in values):
+        return False
+    h, width, layer, k, l1, model, sha256 = values
+    counts = type(h) is type(width) is type(layer) is int and h > 0 and width > 0 <= layer
+    sparsity = k is None or (type(k) is int and 0 < k <= width)
+    return counts and sparsity and type(l1) in (int, float) and type(model) is type(sha256) is str
 
 
 def comparable(folder, facts):
@@ -187,6 +211,8 @@ def comparable(folder, facts):
     for path in sorted(Path(folder).glob(f"sae-L{facts['layer']}-*.json")):
         with suppress(UserError, KeyError, TypeError):
             other = results.read_json(path)
-            if all(other[key] == facts[key] for key in SAME_EVALUATION):
+            if {"L0", "loss"} <= set(other["held_out"]) and all(
+                other[key] == facts[key] for key in SAME_EVALUATION
+            ):
                 saes.append(other)
     return sorted(saes, key=lambda sae: sae["held_out"]["L0"])

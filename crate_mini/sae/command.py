@@ -2,12 +2,12 @@
 
 from dataclasses import asdict, dataclass
 
-from crate_mini import UserError, results
+from crate_mini import UserError
 from crate_mini.cli import setting
-from crate_mini.console import terminal
+from crate_mini.console import results, terminal
 from crate_mini.sae import autoencoder, figure, train
 from crate_mini.sae.autoencoder import SAE
-from crate_mini.sae.evaluate import FORMULAS, evaluate
+from crate_mini.sae.evaluate import FEWEST, FORMULAS, evaluate, predicted_tokens
 from crate_mini.training import checkpoint, device
 
 SCRIPT = "interpret.py"
@@ -33,7 +33,7 @@ class Settings:
     steps: int = setting(1200, "training steps", low=1)
     batch: int = setting(256, "tokens in a training step", low=1, high=train.BUFFER_TOKENS - 1)
     lr: float = setting(2e-3, "peak learning rate", above=0)
-    tokens: int = setting(65536, "held-out tokens to measure on", low=1)
+    tokens: int = setting(65536, "held-out tokens to measure on", low=FEWEST)
     seed: int = setting(1337, "seed of weights, windows, shuffling and resampling")
     data: str | None = checkpoint.data_setting("train and measure on")
     tokenizer: str | None = checkpoint.tokenizer_setting()
@@ -52,6 +52,7 @@ def run(settings, ckpt):
     ks = terminal.number_list(settings.k, "--k", int, "8,16,32")
     model, meta, tokenizer = checkpoint.open_model(ckpt, settings.device, settings.tokenizer)
     corpus = checkpoint.held_out(ckpt, meta, tokenizer, settings.data, settings.val_fraction)
+    tokens = predicted_tokens(corpus, settings.tokens)  # fails now rather than after the work
     device.keep_memory()
     layer = len(model.blocks) - 1 if settings.layer is None else settings.layer
     saes = new_autoencoders(settings, l1_weights, ks, model, layer)
@@ -65,7 +66,7 @@ def run(settings, ckpt):
         model,
         seed=settings.seed,
         corpus=corpus.meta,
-        tokens=min(settings.tokens, corpus.n_tokens["val"] - 1),
+        tokens=tokens,
         settings=asdict(settings),
     )
     folder = results.folder(ckpt, settings.out)

@@ -10,6 +10,7 @@ from crate_mini.console import terminal
 from crate_mini.sae.autoencoder import replace_codes
 
 ROWS = 1024  # tokens whose features are held at a time
+FEWEST = 64  # held-out tokens: fewer say nothing, and would replace a good result
 FORMULAS = {
     "L0": "mean over tokens of the number of features above 0",
     "explained_variance": (
@@ -30,10 +31,12 @@ def evaluate(model, corpus, layer, saes, tokens, batch=8):
     Returns a dict for each SAE with the keys of FORMULAS and "loss", in nats per token: {"model":
     unchanged, "sae": with the SAE spliced in, "zero": all codes 0, "mean": every code its mean}.
     """
-    blocks = list(corpus.blocks("val", batch, model.config.block_size, tokens))
+    T = model.config.block_size
+    predicted = predicted_tokens(corpus, tokens)
 
     def loss(name, function):
-        return spliced_loss(model, layer, blocks, name, function)
+        blocks = corpus.blocks("val", batch, T, tokens)  # read again: never all in memory
+        return spliced_loss(model, layer, blocks, name, function, predicted)
 
     model_loss = loss("model", unchanged)
     zero_loss = loss("zeros", torch.zeros_like)
@@ -59,23 +62,36 @@ def evaluate(model, corpus, layer, saes, tokens, batch=8):
     return measured
 
 
+def predicted_tokens(corpus, limit):
+    """The number of held-out tokens to measure on. Raises UserError if they are too few."""
+    n = min(limit, corpus.n_tokens["val"] - 1)
+    if n < FEWEST:
+        raise UserError(
+            f"{max(0, n)} held-out tokens are too few to measure on; give --tokens {FEWEST} or "
+            "more, or more text with --data."
+        )
+    return n
+
+
 def unchanged(x):
     """The codes themselves, which `replace_codes` leaves as they are."""
     return x
 
 
-def spliced_loss(model, layer, blocks, name, function):
+def spliced_loss(model, layer, blocks, name, function, tokens):
     """Loss in nats per token over blocks of (ids, targets), with codes replaced by function(codes).
 
-    name: of the replacement, for the progress line and the error. Raises UserError if the loss is
-    not finite.
+    name: of the replacement, for the progress line and the error. tokens: of all blocks. Raises
+    UserError if the loss is not finite.
     """
     device = next(model.parameters()).device
     total, n = 0.0, 0
+    progress = terminal.Progress(name, tokens)
     with replace_codes(model, layer, function):
-        for ids, targets in terminal.track(blocks, name):
+        for ids, targets in blocks:
             total += model(ids.to(device), targets.to(device)).item() * ids.numel()
             n += ids.numel()
+            progress.update(n)
     if not math.isfinite(total):
         raise UserError(f"the loss ({name}) is {total}; use a checkpoint with finite weights.")
     return total / n

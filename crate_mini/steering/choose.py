@@ -53,6 +53,11 @@ def find(lab, text, layer=None):
         share = _share(lab, row.get("label") or {}, text)
         if site in layer_of and share:
             matches.append((-share, layer_of[site], neuron))
+    if not matches and lab.known.unused:
+        raise UserError(
+            f"no labels: {lab.known.unused}; make them with `python interpret.py neurons "
+            f"{lab.checkpoint}`, or give the number of a neuron."
+        )
     if not matches:
         raise UserError(
             f"no label of {lab.checkpoint} has {text!r}; `python interpret.py neurons CKPT` makes "

@@ -26,12 +26,13 @@ class Settings:
     prompts: str = setting("1 2 3 4 5|The name of the|If the|import", "prompts, separated by |")
     seed: int = setting(1337, "seed that draws the neurons")
     data: str | None = checkpoint.data_setting("observe maxima on")
+    tokenizer: str | None = checkpoint.tokenizer_setting()
     device: str = checkpoint.device_setting()
 
 
 def run(settings, ckpt):
     """Print a Markdown table: a row for each neuron, a column for each prompt."""
-    lab = Lab(ckpt, settings.data, settings.device)
+    lab = Lab(ckpt, settings.data, settings.device, tokenizer=settings.tokenizer)
     prompts = settings.prompts.split("|")
     head = ["layer:neuron", *(f"“{prompt}”" for prompt in prompts)]
     rows = [["none", *(likely(lab, prompt) for prompt in prompts)]]

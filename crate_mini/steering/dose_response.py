@@ -27,7 +27,7 @@ from crate_mini import UserError, stats
 from crate_mini.console.terminal import Progress
 from crate_mini.intervene import Intervention, atoms, steer
 from crate_mini.steering.known import maxima
-from crate_mini.steering.next_token import direct_effect, finite, stream
+from crate_mini.steering.next_token import check_codes, direct_effect, finite, stream
 
 CHOOSE = 2.0  # dose that chooses a neuron's continuations
 AT_KL = 0.1  # nats of side effect at which kinds are compared
@@ -83,6 +83,8 @@ class Baseline:
         device = model.tokens.weight.device
         self.model, self.top = model, top
         self.choosing = choose[0].to(device)
+        with torch.no_grad():
+            check_codes(model.trunk(self.choosing[:1])[1])
         self.text, self.targets = (ids.to(device) for ids in measure)
         self.mean = self.log_probabilities(self.choosing).exp().mean(0)
         self.plain = self.log_probabilities(self.text)

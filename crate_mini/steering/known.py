@@ -2,10 +2,12 @@
 
 import torch
 
-from crate_mini import results
+from crate_mini import UserError
+from crate_mini.console import results
 from crate_mini.intervene import Intervention
+from crate_mini.layers.measure import must_be_finite
 from crate_mini.neurons.labels import label_text
-from crate_mini.neurons.score_files import read_rows
+from crate_mini.neurons.score_files import read_rows, read_summary
 
 HELD_OUT = 16384  # tokens to observe a maximum on, if interpret.py has not recorded it
 
@@ -20,19 +22,28 @@ class KnownNeurons:
 
     def __init__(self, lab, log=print):
         self.lab = lab
+        self.unused = ""  # why there are files that were not read
         self.rows = self._read(log)  # {(site, neuron): row of scores.jsonl}
         self._observed = {}  # layer: the largest value of each neuron
 
     def _read(self, log):
         """{(site, neuron): row of scores.jsonl}, {} if they do not describe this checkpoint."""
         folder = results.folder(self.lab.checkpoint)
-        if not (folder / "scores.jsonl").exists() or not (folder / "record.json").exists():
+        files = [folder / name for name in ("scores.jsonl", "record.json", "summary.json")]
+        if not all(path.exists() for path in files):
             return {}
-        scored = results.read_json(folder / "record.json").get("checkpoint", {})
-        if scored.get("sha256") != self.lab.meta.get("sha256"):
-            log(f"note      {folder} describes another checkpoint than this one; it is not used")
-            return {}
-        return {(row["site"], row["neuron"]): row for row in read_rows(folder / "scores.jsonl")}
+        try:
+            rows = read_rows(files[0])
+            record, _ = read_summary(folder, rows)
+        except UserError as error:
+            self.unused = str(error).rstrip(".")
+        else:
+            scored = record.get("checkpoint", {})
+            if scored.get("sha256") == self.lab.meta.get("sha256"):
+                return {(row["site"], row["neuron"]): row for row in rows}
+            self.unused = f"{folder} describes another checkpoint than this one"
+        log(f"note      {self.unused}; it is not used")
+        return {}
 
     def site(self, layer):
         """A layer's name in the files of interpret.py: L2, or L2.sae-x4-k32 with an autoencoder."""
@@ -69,6 +80,7 @@ def maxima(model, layer, batches, sae=None):
     largest = 0.0
     for ids in batches:
         codes = model.trunk(ids.to(model.tokens.weight.device))[1][layer].flatten(0, 1)
+        must_be_finite(codes, f"a code of layer {layer}")
         values = codes if sae is None else sae.encode(codes.float())
         largest = values.max(0).values.clamp_min(largest)
     return largest

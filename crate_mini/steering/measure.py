@@ -2,9 +2,9 @@
 
 from dataclasses import asdict, dataclass
 
-from crate_mini import UserError, results
+from crate_mini import UserError
 from crate_mini.cli import setting
-from crate_mini.console import terminal
+from crate_mini.console import results, terminal
 from crate_mini.console.terminal import Command
 from crate_mini.lab import Lab
 from crate_mini.neurons import steering_section
@@ -35,19 +35,21 @@ class Settings:
     )
     seed: int = setting(1337, "seed of neurons, windows, random directions and bootstrap")
     data: str | None = checkpoint.data_setting("measure on")
+    tokenizer: str | None = checkpoint.tokenizer_setting()
     device: str = checkpoint.device_setting()
     out: str | None = checkpoint.results_folder_setting()
 
 
 def run(settings, ckpt):
     """Write steering.json and steering.png; print the tables."""
-    lab = Lab(ckpt, settings.data, settings.device)
+    lab = Lab(ckpt, settings.data, settings.device, tokenizer=settings.tokenizer)
     doses = parse_doses(settings.doses)
-    others = [steering_section.read(path) for path in names(settings.beside)]
+    beside = terminal.file_list(settings.beside, "--beside")
+    others = [read_other(path) for path in beside]
     folder = results.folder(ckpt, settings.out)
     folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
     sites = [(layer, None) for layer in range(len(lab.model.blocks))]
-    for path in names(settings.sae):
+    for path in terminal.file_list(settings.sae, "--sae"):
         sae, _ = autoencoder.load(path, lab.model)
         sites.append((sae.layer, sae))
     measured = dose_response.measure(
@@ -75,12 +77,21 @@ def run(settings, ckpt):
     picture = figure([result, *others], path.with_suffix(".png"))
     print(f"\n{tables.table(result)}\n\nfiles     {path}, {picture}")
     if (folder / "scores.jsonl").exists():
-        print(f"page      `python interpret.py report {ckpt}` shows it above the neurons")
+        command = terminal.typable("python", "interpret.py", "report", str(ckpt))
+        print(f"page      `{command}` shows it above the neurons")
 
 
-def names(text):
-    """The file names in a list separated by commas; [] for None."""
-    return [name for name in (text or "").split(",") if name]
+def read_other(path):
+    """The content of a steering.json of another model. Raises UserError for any other file."""
+    result = steering_section.read(path)
+    try:
+        tables.name(result)
+    except (UserError, KeyError, TypeError):
+        raise UserError(
+            f"{path} is of no model that this version knows; measure it again with `python "
+            "steer.py measure CKPT`."
+        ) from None
+    return result
 
 
 def parse_doses(text):

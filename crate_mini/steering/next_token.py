@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from crate_mini import UserError
 from crate_mini.intervene import atoms, steer
+from crate_mini.layers.measure import must_be_finite
 
 
 @torch.no_grad()
@@ -34,6 +35,12 @@ def direct_effect(model, z, layer, change):
     scale = (z.var(-1, unbiased=False, keepdim=True) + model.norm.eps).rsqrt()
     normed = (written - written.mean(-1, keepdim=True)) * scale * model.norm.weight
     return F.linear(normed, model.tokens.weight)
+
+
+def check_codes(codes):
+    """Raise UserError if the unsteered model's own codes [(.., h)] * L are not finite."""
+    for layer, a in enumerate(codes):
+        must_be_finite(a, f"a code of layer {layer}")
 
 
 def finite(logits):
@@ -75,14 +82,17 @@ def next_token(model, ids, interventions):
     last = model.config.n_layer - 1
     ids = torch.tensor([ids], device=model.tokens.weight.device)
 
-    def run():
+    def run(steered):
         z, codes = stream(model, ids)
+        if not steered:
+            check_codes(codes)
         logits = F.linear(model.norm(z[0, -1]), model.tokens.weight).double()
         return z[0, -1], codes[last][0, -1], logits
 
-    z, a, logits = run()
+    z, a, logits = run(steered=False)
+    must_be_finite(logits, "a logit of the unsteered model")
     with steer(model, interventions):
-        _, steered_a, steered_logits = run()
+        _, steered_a, steered_logits = run(steered=True)
     finite(steered_logits)
     direct = None
     if all(intervention.layer == last for intervention in interventions):

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from crate_mini import ops, results
+from crate_mini import ops
 from crate_mini.cli import setting
+from crate_mini.console import results
 from crate_mini.console.terminal import Command
 from crate_mini.studies import benchmarks
 from crate_mini.training.device import choose_device, keep_memory, machine

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from crate_mini import UserError, cli, results
+from crate_mini import UserError, cli
 from crate_mini.cli import setting
 from crate_mini.concepts.ablate import VARIANTS
 from crate_mini.concepts.faithfulness import AGAINST, FORMS
 from crate_mini.concepts.methods import METHODS
+from crate_mini.console import results
 from crate_mini.console.terminal import Command
 from crate_mini.plots.markdown import markdown
 from crate_mini.studies.runner import Runner, absolute

@@ -14,8 +14,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from crate_mini import UserError, fused, model, ops, results
+from crate_mini import UserError, fused, model, ops
 from crate_mini.cli import setting
+from crate_mini.console import results
 from crate_mini.console.terminal import Command
 from crate_mini.studies import benchmarks
 from crate_mini.training.device import choose_device, flops_per_token, machine

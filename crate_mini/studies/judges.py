@@ -9,8 +9,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from crate_mini import UserError, results
+from crate_mini import UserError
 from crate_mini.cli import setting
+from crate_mini.console import results
 from crate_mini.console.terminal import Command
 from crate_mini.judges import simulation
 from crate_mini.neurons import summary

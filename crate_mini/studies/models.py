@@ -14,16 +14,17 @@ from dataclasses import dataclass
 
 import torch
 
-from crate_mini import UserError, results
+from crate_mini import UserError
 from crate_mini.cli import one_of, setting
-from crate_mini.console import terminal
+from crate_mini.console import results, terminal
 from crate_mini.model import Config
 from crate_mini.studies import grid, models_report, variants
 from crate_mini.studies.baselines import baselines
 from crate_mini.studies.runner import absolute, run_script, trained_model
 from crate_mini.training import device
 
-NO_RESULT = ("out", "overwrite", "device", "data", "tokenizer")  # settings that a hash leaves out
+# Settings that a hash leaves out.
+NO_RESULT = ("out", "overwrite", "device", "data", "text_field", "tokenizer")
 
 NOT_COUNTED = ("positions.weight", "._u", "._v")  # the last are spectral norm's vectors
 

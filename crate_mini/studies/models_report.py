@@ -3,7 +3,7 @@
 import itertools
 import statistics
 
-from crate_mini import atomic_write
+from crate_mini.console.results import atomic_write
 from crate_mini.plots.markdown import markdown
 from crate_mini.studies import grid
 from crate_mini.training.loss_curve import validation_curves

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from crate_mini import UserError, results
+from crate_mini import UserError
 from crate_mini.cli import setting
+from crate_mini.console import results
 from crate_mini.console.terminal import Command
 from crate_mini.neurons import figures, summary
 from crate_mini.neurons.score_files import read_rows

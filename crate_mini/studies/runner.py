@@ -30,8 +30,8 @@ import sys
 import time
 from pathlib import Path
 
-from crate_mini import UserError, results
-from crate_mini.console import terminal
+from crate_mini import UserError
+from crate_mini.console import results, terminal
 
 
 class Runner:

@@ -12,8 +12,9 @@ from statistics import mean
 
 import torch
 
-from crate_mini import UserError, results
+from crate_mini import UserError
 from crate_mini.cli import setting
+from crate_mini.console import results
 from crate_mini.console.terminal import Command
 from crate_mini.steering import dose_response
 from crate_mini.steering.figure import figure

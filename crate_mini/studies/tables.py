@@ -10,11 +10,12 @@ import statistics
 from collections import Counter
 from dataclasses import dataclass
 
-from crate_mini import results
+from crate_mini.console import results
 from crate_mini.console.terminal import Command
 from crate_mini.neurons.summary import STATUS
 from crate_mini.plots.markdown import markdown
 from crate_mini.steering.tables import cell, name, readme
+from crate_mini.studies import models_report, theory
 
 NAMES = {"crate": "CRATE (paper)", "crate+": "crate+", "gpt2": "GPT-2 twin"}
 
@@ -22,31 +23,6 @@ NAMES = {"crate": "CRATE (paper)", "crate+": "crate+", "gpt2": "GPT-2 twin"}
 def mean(rows, key):
     """The mean of one entry of several rows."""
     return statistics.mean(row[key] for row in rows)
-
-
-def default(study):
-    """The default run: means over seeds; spread is the largest loss minus the smallest."""
-    rows = []
-    for kind, model in NAMES.items():
-        runs = [run for run in study["runs"] if run["model"] == kind]
-        losses = [run["val_loss"] for run in runs]
-        spread = f"{max(losses) - min(losses):.3f}" if len(runs) > 1 else "unknown"
-        rows.append(
-            [
-                model,
-                len(runs),
-                f"{mean(runs, 'val_loss'):.3f}",
-                spread,
-                f"{mean(runs, 'bits_per_byte'):.3f}",
-                f"{mean(runs, 'density'):.2f}",
-                f"{mean(runs, 'tokens_per_s'):,.0f}",
-                f"{mean(runs, 'minutes'):.1f}",
-            ]
-        )
-    for baseline, bits in study["baselines_bits_per_byte"].items():
-        rows.append([baseline, "", "", "", f"{bits:.3f}", "", "", ""])
-    head = ["model", "seeds", "validation loss", "spread", "bits per byte", "density"]
-    return markdown([*head, "tokens/s", "minutes"], rows)
 
 
 def speed(study):
@@ -169,17 +145,6 @@ def concepts(study, method="clvq", control="same class"):
     )
 
 
-def losses(study):
-    """The default run in short: bits per byte of the models and of the best baseline."""
-    rows = []
-    for kind, model in NAMES.items():
-        runs = [run for run in study["runs"] if run["model"] == kind]
-        rows.append([model, f"{mean(runs, 'val_loss'):.2f}", f"{mean(runs, 'bits_per_byte'):.2f}"])
-    for baseline, bits in study["baselines_bits_per_byte"].items():
-        rows.append([baseline, "", f"{bits:.2f}"])
-    return markdown(["model", "validation loss", "bits per byte"], rows)
-
-
 def predictability(study):
     """Scores of neurons in short: as trained, at equal density, and of the untrained model."""
     rows = []
@@ -200,7 +165,8 @@ def gains(study):
 
 
 TABLES = {
-    "default": default,
+    "models": models_report.table,
+    "theory": theory.table,
     "speed": speed,
     "bench": bench,
     "versions": versions,
@@ -208,7 +174,7 @@ TABLES = {
     "steering": readme,
     "concepts": concepts,
 }
-FINDINGS = {"default": losses, "neurons": predictability, "steering": gains}
+FINDINGS = {"models": models_report.losses, "neurons": predictability, "steering": gains}
 
 
 # ---- for the studies -----------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from crate_mini import UserError, results
+from crate_mini import UserError
 from crate_mini.cli import setting
+from crate_mini.console import results
 from crate_mini.console.terminal import Command
 from crate_mini.plots.markdown import markdown
 from crate_mini.studies.runner import Runner, trained_model

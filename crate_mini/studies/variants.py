@@ -30,9 +30,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from crate_mini import UserError, model, ops, reference, results
+from crate_mini import UserError, model, ops, reference
 from crate_mini.cli import flag_name, nearest, one_of
-from crate_mini.console import terminal
+from crate_mini.console import results, terminal
 from crate_mini.training import device
 
 # ---- attention -----------------------------------------------------------------------------------

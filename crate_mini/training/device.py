@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from crate_mini import UserError, results
+from crate_mini import UserError
+from crate_mini.console import results
 from crate_mini.model import LM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

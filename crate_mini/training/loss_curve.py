@@ -4,18 +4,29 @@ import csv
 import statistics
 from pathlib import Path
 
+from crate_mini import UserError
 from crate_mini.plots.figure import AMBER, BLUE, GREEN, GREY, LIGHT, RED, grid, write
 
 
 def read_log(path):
-    """The two curves of a log.csv, training and validation: lists of (million tokens, loss)."""
+    """The two curves of a log.csv, training and validation: lists of (million tokens, loss).
+
+    Raises UserError if it cannot be read, is damaged or holds no rows.
+    """
     training, validation = [], []
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            tokens = int(row["tokens"]) / 1e6
-            training.append((tokens, float(row["loss"])))
-            if row["val_loss"]:
-                validation.append((tokens, float(row["val_loss"])))
+    try:
+        with open(path, newline="", encoding="ascii") as file:
+            for row in csv.DictReader(file):
+                tokens = int(row["tokens"]) / 1e6
+                training.append((tokens, float(row["loss"])))
+                if row["val_loss"]:
+                    validation.append((tokens, float(row["val_loss"])))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, csv.Error):
+        training.clear()
+    if not training:
+        raise UserError(f"{path} is damaged or holds no rows; expected the log of a training run.")
     return training, validation
 
 
@@ -66,6 +77,7 @@ def validation_curves(curves, target):
 def _panel(title):
     """(figure, axes) of one panel with the axes of a loss curve."""
     figure, (axes,) = grid(1, 1, (6.4, 4))
-    axes.set_title(title, parse_math=False)
+    drawable = title.encode(errors="replace").decode()  # a file's name may hold any bytes
+    axes.set_title(drawable, parse_math=False)
     axes.set(xlabel="million tokens", ylabel="loss (nats per token)")
     return figure, axes

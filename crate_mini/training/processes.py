@@ -6,6 +6,7 @@ result. In a single process, the methods that communicate do nothing.
 
 import gc
 import os
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -84,6 +85,22 @@ class Processes:
 def rank_and_world():
     """(rank, number of processes) from torchrun's environment; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def keep_process():
+    """Put back what a run changes in its process, which may be a notebook's.
+
+    These are the state of the random generators, and environment variables that torch sets.
+    """
+    variables = set(os.environ)
+    used = torch.cuda.is_initialized()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if used else []):
+            yield
+    finally:
+        for name in set(os.environ) - variables:
+            del os.environ[name]
 
 
 def disconnect():

@@ -1,16 +1,21 @@
 """The output of a run: its folder, its first and last lines, log.csv, progress."""
 
-import csv
+import hashlib
+import math
 import os
-import shlex
+import shutil
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryFile
 
-from crate_mini import UserError, atomic_write, ops
+from crate_mini import UserError, ops
 from crate_mini.console import terminal
+from crate_mini.console.results import atomic_write
+from crate_mini.console.terminal import flag_words, typable
+from crate_mini.training import checkpoint
 from crate_mini.training.settings import twin
 
 try:
@@ -32,40 +37,148 @@ def claim(folder):
     another run holds the lock, or if the folder cannot be written to.
     """
     folder = Path(folder)
-    created = []
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     handle = None
     try:
         try:
-            created += [path for path in (folder, *folder.parents) if not path.exists()]
-            folder.mkdir(parents=True, exist_ok=True)
-            TemporaryFile(dir=folder).close()
-            if fcntl:
-                handle = os.open(folder, os.O_RDONLY)
+            handle = _open_locked(folder)
+        except BlockingIOError:
+            created.clear()  # they are the other run's now
+            raise UserError(
+                f"Another process is training in {folder} now; wait for it, stop it, or choose "
+                "another --out."
+            ) from None
         except OSError as error:
             raise UserError(
                 f"Nothing can be written to {folder} ({error.strerror}); choose another --out."
             ) from None
-        if fcntl:
-            _lock(handle, folder)
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
         for path in created:
             with suppress(OSError):
                 path.rmdir()
+        if handle is not None:  # after the removal: else another run might lock what is removed
+            os.close(handle)
 
 
-def _lock(handle, folder):
+def _open_locked(folder, attempts=100):
+    """A handle of the folder, created if missing and locked; None on Windows.
+
+    Raises BlockingIOError if another process holds the lock.
+    """
+    try:
+        checkpoint.make_folder(folder)
+        tempfile.TemporaryFile(dir=folder).close()
+        if fcntl is None:
+            return None
+        handle = os.open(folder, os.O_RDONLY)
+        if _lock(handle) and os.path.samestat(os.fstat(handle), os.stat(folder)):
+            return handle
+        os.close(handle)
+    except FileNotFoundError:
+        if not attempts:
+            raise
+    # Another run has just removed its empty folder.
+    return _open_locked(folder, attempts - 1)
+
+
+def _lock(handle):
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
-            f"Another process is training in {folder} now; wait for it, stop it, or choose "
-            "another --out."
-        ) from None
+        os.close(handle)
+        raise
     except OSError:
         pass  # a file system without locks
+    return True
+
+
+def refuse_occupied(folder):
+    """Raise UserError if the folder holds a run, which a new one would replace."""
+    if Path(folder, "last", "config.json").exists():
+        raise UserError(
+            f"{folder} already holds a run; continue it with "
+            f"{typable(*flag_words('--resume', folder))}, replace it with --overwrite, or choose "
+            "another --out."
+        )
+
+
+def make_room(trainer):
+    """Remove what --overwrite replaces; keep a best checkpoint that the next cannot beat."""
+    if not trainer.processes.is_first:
+        return
+    out = Path(trainer.s.out)
+    best = out / "best"
+    if trainer.step == 0:
+        for folder in (out / "last", best):
+            shutil.rmtree(folder, ignore_errors=True)
+    elif trainer.best == math.inf and trainer.step < trainer.s.train_steps:
+        now = {"settings": asdict(trainer.s), "corpus": trainer.corpus.meta}
+        with suppress(UserError, OSError):
+            facts = checkpoint.read_meta(best)["training"]
+            if measured(facts) != measured(now):
+                best.rename(out / f"best-step-{facts.get('step')}")
+    if not best.exists():
+        trainer.best = math.inf
+
+
+def measured(facts):
+    """What the validation losses of a run are measured on; None if its training facts lack it."""
+    try:
+        corpus = facts["corpus"]
+        text = corpus["text_sha256"] or corpus["source"]
+        limit = min(facts["settings"]["eval_tokens"], corpus["tokens"]["val"])
+        return [text, corpus["val_fraction"], corpus["split"], corpus["tokens"], limit]
+    except (KeyError, TypeError):
+        return None
+
+
+# ---- a run that cannot go on in its folder -------------------------------------------------------
+
+
+def rescued(trainer, error, **scores):
+    """Save the present step where that is still possible; the error, with how to go on from it.
+
+    error: a UserError, such as of a full disk. scores: further training facts.
+    """
+    out = trainer.s.out
+    with suppress(UserError):
+        trainer.log.check_folder()
+        with suppress(UserError):
+            trainer.log.write(Path(out))
+        _save_all(trainer, out, scores)
+        return UserError(f"{error} {how_to_resume(out)}")
+    for folder in fallbacks(out, trainer.step):
+        with suppress(UserError):
+            trainer.log.write(folder)
+            _save_all(trainer, folder, scores)
+            return UserError(
+                f"{error} Step {trainer.step} was saved in {folder} instead; "
+                f"{typable(*flag_words('--resume', folder))} continues from it."
+            )
+    return UserError(f"{error} {how_to_resume(out)}")
+
+
+def _save_all(trainer, out, scores):
+    if trainer.improved:
+        trainer.save("best", resume=False, out=out)
+    trainer.save("last", out=out, **scores)
+
+
+def fallbacks(out, step):
+    """New folders to save a run in that cannot go on in its own: next to it, then a temporary one.
+
+    Asking for the next one removes the last, in which nothing could be saved.
+    """
+    sibling = Path(out).absolute()
+    sibling = sibling.with_name(f"{sibling.name}-step-{step}")
+    for make in (sibling.mkdir, tempfile.mkdtemp):
+        try:
+            folder = Path(make() or sibling)
+        except OSError:
+            continue
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---- introduction and conclusion -----------------------------------------------------------------
@@ -78,7 +191,8 @@ def introduction(trainer, mode, mode_reason, dtype_reason, peak_reason):
     source = s.init or f"{s.model} {s.preset}"
     shape = f"L={c.n_layer} d={c.n_embd} K={c.n_head} h={c.n_code} V={c.vocab_size}"
     peak = f"{trainer.peak / 1e9:,.0f} GFLOP/s, " if trainer.peak else ""
-    epochs = s.train_steps * s.batch_size * c.block_size / n_tokens["train"]
+    tokens = trainer.tokens + (s.train_steps - trainer.step) * s.batch_size * c.block_size
+    epochs = tokens / n_tokens["train"]
     lines = [
         f"model     {source}: {c.attention} + {c.sparsifier}, {shape}",
         f"          {trainer.lm.n_params() / 1e6:.2f} M parameters without positions",
@@ -114,14 +228,18 @@ def conclusion(trainer, validation, sample, figure):
     commands = []
     if not s.init:  # a model that starts from given weights has no known twin
         commands.append(twin(s, trainer.config, trainer.tokenizer.vocab_size))
-    commands.append(["--resume", s.out, "--train-steps", str(2 * s.train_steps)])
+    more_steps = ["--train-steps", str(2 * s.train_steps)]
+    commands.append([*flag_words("--resume", s.out), *more_steps])
     indent = "\n          "
-    sample = sample.strip().replace("\n", indent)
-    next_commands = indent.join(shlex.join(["python", "train.py", *flags]) for flags in commands)
+    sample = terminal.printable(sample).strip().replace("\n", indent)
+    next_commands = indent.join(typable("python", "train.py", *words) for words in commands)
+    files = [out / name for name in ("last", "best", "log.csv")]
+    if figure:
+        files.append(figure)
     return (
         f"\nsample    {sample}\n"
         f"\nresult    {result}"
-        f"\nfiles     {out / 'last'}, {out / 'best'}, {out / 'log.csv'}, {figure}"
+        f"\nfiles     {', '.join(map(str, files))}"
         f"\nnext      {next_commands}"
     )
 
@@ -130,7 +248,7 @@ def how_to_resume(out):
     """A sentence, for errors, on how to resume the run in this folder."""
     if not Path(out, "last", "config.json").exists():
         return "no checkpoint was due yet."
-    return f"--resume {shlex.quote(out)} continues from the last good checkpoint."
+    return f"{typable(*flag_words('--resume', out))} continues from the last good checkpoint."
 
 
 # ---- progress ------------------------------------------------------------------------------------
@@ -156,24 +274,85 @@ class Log:
         self.start_time = time.perf_counter()
         self.start_step = trainer.step
         self.validation = {}  # the latest scores
-        self.path = Path(trainer.s.out, "log.csv")
+        self.folder = Path(trainer.s.out)
+        self.path = self.folder / "log.csv"
+        self.lines = [",".join(self.COLUMNS) + "\n"]
+        self.n_written = 0  # of these lines
         if trainer.processes.is_first:
-            rows = [",".join(row) + "\n" for row in (self.COLUMNS, *self._rows_to_keep())]
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self.path) as file:
-                file.write("".join(rows).encode())
+            if trainer.step:
+                self.lines += self._lines_to_keep()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.write(self.folder)
+            self.place = os.stat(self.folder)
 
-    def _rows_to_keep(self):
-        """The rows up to the checkpoint that a resumed run starts from; it repeats later steps."""
-        if not self.trainer.step or not self.path.exists():
+    def write(self, folder):
+        """Write all rows so far to log.csv in this folder, the run's or another."""
+        with atomic_write(folder / "log.csv") as file:
+            file.write("".join(self.lines).encode())
+        self.n_written = len(self.lines)
+
+    def fingerprint(self):
+        """{"bytes", "sha256"} of the written rows; a checkpoint keeps it, to check them later."""
+        content = "".join(self.lines[: self.n_written]).encode()
+        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+    def _lines_to_keep(self):
+        """The lines up to the checkpoint that a resumed run starts from; it repeats later steps.
+
+        A damaged file, which no longer begins with what the checkpoint saw, is set aside.
+        """
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
             return []
-        rows = []
-        with open(self.path, newline="") as file:
-            for row in csv.reader(file):
-                whole = len(row) == len(self.COLUMNS) and row[0].isdigit()
-                if whole and int(row[0]) <= self.trainer.step:
-                    rows.append(row)
-        return rows
+        except OSError:  # a folder, or a damaged file system
+            self._set_aside()
+            return []
+        lines = content.decode(errors="replace").splitlines(keepends=True)[1:]
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()  # the end of a run that was killed
+        rows = [line for line in lines if self._is_row(line)]
+        seen = self.trainer.seen_log
+        if seen:
+            beginning = content[: seen["bytes"]]
+            intact = hashlib.sha256(beginning).hexdigest() == seen["sha256"]
+        else:  # the checkpoint is of an older version
+            intact = len(rows) == len(lines)
+        if not intact:
+            self._set_aside()
+        return [line for line in rows if int(line.split(",")[0]) <= self.trainer.step]
+
+    def _is_row(self, line):
+        """Whether a line holds a step, tokens, and numbers or nothing in the other columns."""
+        cells = line.rstrip("\n").split(",")
+        try:
+            for cell in filter(None, cells):
+                float(cell)
+        except ValueError:
+            return False
+        counts = [cell.isdecimal() for cell in cells[:2]]
+        return line.isascii() and all(counts) and len(cells) == len(self.COLUMNS)
+
+    def _set_aside(self):
+        """Rename a damaged log.csv, so that a new one can take its place."""
+        damaged = self.folder / "log-damaged.csv"
+        number = 1
+        while damaged.exists():
+            number += 1
+            damaged = damaged.with_name(f"log-damaged-{number}.csv")
+        with suppress(OSError):
+            self.path.rename(damaged)
+        self.trainer.say(
+            f"note      {self.path} was damaged and is now {damaged.name}; the new one keeps the "
+            "rows that can be read"
+        )
+
+    def check_folder(self):
+        """Raise UserError if the run's folder has been moved away, or another is in its place."""
+        with suppress(OSError):
+            if os.path.samestat(self.place, os.stat(self.folder)):
+                return
+        raise UserError(f"{self.folder} was moved or removed while the run was using it.")
 
     def row(self, loss, norm, lr, validation):
         """Write the row of the last step, if one is due, and show the progress line."""
@@ -189,7 +368,7 @@ class Log:
         if due:
             values = {
                 "step": trainer.step,
-                "tokens": trainer.step * tokens,
+                "tokens": trainer.tokens,
                 "loss": loss,
                 "lr": lr,
                 "grad_norm": norm,
@@ -200,20 +379,21 @@ class Log:
         remaining = seconds / steps * (s.train_steps - trainer.step)
         try:
             terminal.show_line(self._line(loss, rate, remaining), last=bool(validation))
-        except BrokenPipeError:
-            # The reader has left, as in `train.py | head`: stop as for a signal.
+        except OSError:
+            # The reader has left, as in `train.py | head`, or the disk is full: stop as for a
+            # signal.
             terminal.silence_stdout()
-            trainer.caught = SIGPIPE
+            trainer.stop.caught = SIGPIPE
 
     def _append(self, row):
+        self.lines.append(",".join(row) + "\n")
+        self.check_folder()
         try:
             with open(self.path, "a", newline="") as file:
-                file.write(",".join(row) + "\n")
+                file.write(self.lines[-1])
+            self.n_written = len(self.lines)
         except OSError as error:
-            raise UserError(
-                f"Cannot write {self.path}: {error.strerror}; make room. "
-                f"{how_to_resume(self.trainer.s.out)}"
-            ) from None
+            raise UserError(f"Cannot write {self.path}: {error.strerror}; make room.") from None
 
     def _line(self, loss, rate, remaining):
         """The progress line; rate: tokens per second, remaining: seconds."""

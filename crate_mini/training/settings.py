@@ -10,12 +10,13 @@ import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from crate_mini import UserError, cli, results
+from crate_mini import UserError, cli
 from crate_mini.cli import setting
-from crate_mini.console import terminal
+from crate_mini.console import results, terminal
 from crate_mini.data.tokenizer import load_tokenizer
 from crate_mini.model import KINDS, SIZES, Config, preset
 from crate_mini.training import checkpoint
+from crate_mini.training.processes import rank_and_world
 
 DESCRIPTION = """Train a CRATE language model or its GPT-2 twin.
 
@@ -29,6 +30,7 @@ MODEL_DEFAULTS = {
     "vocab_size": "the tokenizer's ids, rounded up to a multiple of 64",
     "block_size": "256 for 1L 2L 3L, 1024 for S B",
 }
+FOREIGN_FIELDS = ("n_head", "activation", "block_size")  # flags that go with foreign weights
 ISTA_FIELDS = (
     "ista_steps",
     "eta",
@@ -52,7 +54,12 @@ class Settings:
     )
     preset: str = setting("3L", "a model size from the paper", choices=tuple(SIZES))
     data: str = setting(
-        "pydocs", "pydocs, a named corpus, or a file or folder of .txt .jsonl .parquet .bin"
+        "pydocs", "pydocs, a named corpus, or a file or folder of .txt .jsonl .csv .parquet .bin"
+    )
+    text_field: str | None = setting(
+        None,
+        "field to read in the rows of .jsonl .json .csv .parquet",
+        shown="text, else content, else the only one with text",
     )
     tokenizer: str = setting(
         "pydocs:4095", "pydocs | gpt2 | bytes | a file of ranks; NAME:N keeps the first N ranks"
@@ -164,11 +171,6 @@ def parse(argv=None):
         config, start = from_weights(s, given, changes)
     else:
         config, start = new_model(s, changes), {}
-    if not s.overwrite and Path(s.out, "last", "config.json").exists():
-        raise UserError(
-            f"{s.out} already holds a run; continue it with --resume {s.out}, replace it with "
-            "--overwrite, or choose another --out."
-        )
     return s, config, start
 
 
@@ -208,10 +210,14 @@ def read_flags(argv):
 
 def from_weights(s, given, changes):
     """(Config, start) for the weights of --init; s.tokenizer becomes theirs unless it was given."""
-    model, meta = checkpoint.load(s.init)
+    given_shape = {name: changes[name] for name in FOREIGN_FIELDS if name in changes}
+    try:
+        model, meta = checkpoint.load(s.init, log=say_once, **given_shape)
+    except UserError as error:
+        raise in_flags(error) from None
     kind = {name: given[name] for name in ("model", "preset") if name in given}
     check_shape({**changes, **kind}, model.config, s.init)
-    s.tokenizer = given.get("tokenizer", meta["tokenizer"]["spec"])
+    s.tokenizer = checkpoint.tokenizer_spec(s.init, meta, given.get("tokenizer"))
     return model.config, {"weights": model.state_dict(), "meta": meta}
 
 
@@ -245,10 +251,21 @@ def new_config(s, n_ids, changes=()):
     try:
         return preset(s.preset, s.model, **{**size, **dict(changes)})
     except UserError as error:
-        names = [f.name for f in fields(Config)]
-        message = re.sub(rf"\b({'|'.join(names)})=", as_flag, str(error))
-        # The error names the defaults of Config, which are not those of this command.
-        raise UserError(re.sub(r" for the default.*$", ".", message)) from None
+        raise in_flags(error) from None
+
+
+def say_once(line):
+    """Print a line in the first process of a run only."""
+    if rank_and_world()[0] == 0:
+        print(line)
+
+
+def in_flags(error):
+    """An error about fields of a Config as one about flags."""
+    names = [f.name for f in fields(Config)]
+    message = re.sub(rf"\b({'|'.join(names)})=", as_flag, str(error))
+    # The error names the defaults of Config, which are not those of this command.
+    return UserError(re.sub(r" for the default.*$", ".", message))
 
 
 def flags(values):
@@ -259,7 +276,7 @@ def flags(values):
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         else:
-            words += [flag, str(value)]
+            words += terminal.flag_words(flag, value)
     return words
 
 
@@ -280,11 +297,18 @@ def unused(config):
 
 def resume(folder, given, changes):
     """(Settings, Config, start) of the run in `folder`, with single settings changed."""
-    if Path(folder).name == "last" and Path(folder, "config.json").exists():
-        folder = str(Path(folder).parent)
-    meta, state, weights = checkpoint.load_resume(Path(folder, "last"))
-    old = meta["training"]["settings"]
-    config = Config(**meta["config"])
+    folder = run_folder(folder)
+    last = Path(folder, "last")
+    meta, state, weights = checkpoint.load_resume(last)
+    config = checkpoint.build(meta["config"], weights, last).config
+    old = meta["training"].get("settings", {})
+    known = {f.name for f in fields(Settings)}
+    complete = old.keys() <= known and {"model", "preset"} <= old.keys()
+    if not complete or not isinstance(old.get("batch_size"), int) or not is_state(state):
+        raise UserError(
+            f"{last} was not written by this version's train.py, so it cannot be resumed; start a "
+            f"new run from its weights: {terminal.typable(*terminal.flag_words('--init', last))}."
+        )
     for name in ("init", "out", "overwrite"):
         if given.get(name):
             raise UserError(
@@ -305,7 +329,38 @@ def resume(folder, given, changes):
             f"the run in {folder} has done all its {state['step']} steps; "
             f"add --train-steps {2 * state['step']} to continue."
         )
+    # Older checkpoints do not count tokens.
+    state.setdefault("tokens", state["step"] * old["batch_size"] * config.block_size)
     return s, config, {"weights": weights, "meta": meta, "state": state}
+
+
+def run_folder(folder):
+    """The folder of the run to resume, if `folder` is that or `last` in it."""
+    path = Path(folder)
+    if not (path / "config.json").exists() or (path / "last" / "config.json").exists():
+        return folder
+    run = path.parent if path.name else path.resolve().parent  # "." has no name
+    if path.resolve().name == "last":
+        return str(run)
+    hint = "."
+    if (run / "last" / "config.json").exists():
+        hint = f", here {terminal.typable(*terminal.flag_words('--resume', run))}."
+    raise UserError(
+        f"--resume {folder} is a single checkpoint; a run resumes from the folder of the run, "
+        f"which holds `last`{hint}"
+    )
+
+
+def is_state(state):
+    """Whether this is what a resume restores: see Trainer.save."""
+    kinds = {"step": int, "best": float, "skipped": int, "optimizer": dict}
+    if not isinstance(state, dict):
+        return False
+    fits = [isinstance(state.get(name), kind) for name, kind in kinds.items()]
+    log = state.get("log", {"bytes": 0, "sha256": ""})  # older ones have neither log nor tokens
+    fits += [isinstance(log, dict) and log.keys() == {"bytes", "sha256"}]
+    fits += [isinstance(state.get("tokens", 0), int)]
+    return all(fits) and state["step"] >= 0 and isinstance(log["bytes"], int)
 
 
 def check_shape(changes, config, source):

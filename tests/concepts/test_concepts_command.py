@@ -1,17 +1,18 @@
 """`interpret.py concepts` from a classifier to its result, and what it runs again."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import planted_reviews
 import pytest
-from forked import run_script
+from forked import run_script, start_script
 
-from crate_mini import UserError, results
+from crate_mini import UserError
 from crate_mini.concepts import command, faithfulness, report
 from crate_mini.concepts.pipeline import Pipeline
-from crate_mini.console import terminal
+from crate_mini.console import results, terminal
 from crate_mini.training.settings import flags
 
 
@@ -80,8 +81,25 @@ def test_texts_that_training_read_are_not_looked_at(run):
     test, train = (np.flatnonzero(pipeline.labelled.split == value) for value in (2, 0))
     pipeline.text.ids[test[1]] = pipeline.text.ids[train[0]]
     assert pipeline.test_rows.tolist() == np.delete(test, 1).tolist()
-    few = Pipeline(replace(settings, tests=3), ckpt)
-    assert few.test_rows.tolist() == test[:3].tolist()
+    few = Pipeline(replace(settings, tests=40), ckpt)
+    assert few.test_rows.tolist() == test[:40].tolist()
+
+
+@pytest.mark.parametrize("file", ["vectors.npz", "codes-clvq-0.npz", "salience.npz"])
+def test_a_run_that_is_killed_goes_on_to_the_same_result(file, run, result, tmp_path):
+    """Killed as soon as a stage has written its file; what the next run reads is whole."""
+    settings, ckpt = run
+    values = {**vars(settings), "out": str(tmp_path / "out")}
+    given = flags({name: value for name, value in values.items() if value not in (None, "")})
+    child = start_script(["interpret.py", "concepts", ckpt, *given], cwd=tmp_path)
+    while child.poll() is None and not (tmp_path / "out" / file).exists():
+        time.sleep(0.005)
+    child.kill()
+    child.communicate()
+    start(replace(settings, out=str(tmp_path / "out")), ckpt)
+    again = results.read_json(tmp_path / "out" / "concepts.json")
+    for name in ("methods", "by_seed", "salience", "controls"):
+        assert again[name] == result[name], name
 
 
 def test_controls_with_another_mask_are_other_controls(run, monkeypatch):
@@ -104,6 +122,12 @@ def test_controls_with_another_mask_are_other_controls(run, monkeypatch):
     "change, message",
     [
         ({"k": 10**6}, "codes cannot be made of"),
+        ({"tests": 10}, "--tests 10 are too few for the probes; give 40 or more"),
+        ({"judges": "foo"}, "'foo' names no language model"),
+        ({"judges": "http:m", "url": "nowhere"}, "--url 'nowhere' is not a base URL"),
+        ({"judges": "http:m,http:m"}, "not all different"),
+        ({"judges": "hf:m", "replay": "nowhere"}, "nowhere cannot be read as recorded answers"),
+        ({"replay": "/dev/zero"}, "--replay /dev/zero is not a plain file"),
         ({"layers": "1"}, "must be two"),
         ({"layers": "1,9"}, "0 to 2"),
         ({"layers": "a,b"}, "not a list of numbers"),

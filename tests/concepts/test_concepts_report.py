@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crate_mini import UserError, results
+from crate_mini import UserError
 from crate_mini.concepts import page, report, survey
 from crate_mini.concepts.pipeline import Pipeline
 from crate_mini.concepts.types import Codes
+from crate_mini.console import results
 
 
 @pytest.fixture(scope="module")

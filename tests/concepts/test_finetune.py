@@ -1,5 +1,6 @@
 """Classifiers learn what is planted, and their files are classifiers and checkpoints."""
 
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -112,6 +113,36 @@ def test_bad_settings_are_one_sentence(trained, tmp_path, change, message):
     settings = replace(trained[0], out=str(tmp_path), **change)
     with pytest.raises(UserError, match=message):
         finetune.finetune(settings, log=silent)
+
+
+def test_a_stop_keeps_the_best_finished_epoch(trained, tmp_path, monkeypatch, capsys):
+    """One within the first epoch has nothing to keep, which is said."""
+    step, ends = finetune.step, []
+    epoch_line = finetune.epoch_line
+
+    def interrupted(*arguments):
+        if len(ends) == stop_in - 1:
+            signal.raise_signal(signal.SIGTERM)
+        step(*arguments)
+
+    def counted(history, *others):
+        ends.append(len(history))
+        return epoch_line(history, *others)
+
+    monkeypatch.setattr(finetune, "step", interrupted)
+    monkeypatch.setattr(finetune, "epoch_line", counted)
+    settings = replace(trained[0], out=str(tmp_path / "a"))
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    stop_in = 1
+    with pytest.raises(UserError, match="stopped within the first epoch.*start again"):
+        finetune.run(settings)
+    assert not (tmp_path / "a").exists()
+    stop_in = 3
+    assert finetune.run(settings) == 128 + signal.SIGINT
+    assert "stopped in epoch 3/6" in capsys.readouterr().out
+    facts = classifier.load(tmp_path / "a" / "last")[1]["training"]["classifier"]
+    assert facts["epochs"] == trained[1]["epochs"][:2] and facts["test"]["n"] == 52
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
 def test_a_finished_run_is_not_replaced_by_accident(trained):

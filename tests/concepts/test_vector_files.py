@@ -53,7 +53,7 @@ def save_another_array(path):
 @pytest.mark.parametrize(
     "harm, message",
     [
-        (remove, "Cannot read"),
+        (remove, "is missing"),
         (overwrite, "is damaged"),
         (cut, "is damaged"),
         (empty, "is damaged"),

@@ -1,6 +1,11 @@
 """What scripts share at the terminal: commands, exit codes, error sentences, progress."""
 
+import os
+import shlex
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -101,7 +106,7 @@ class BackendCompilerFailed(RuntimeError):
     [
         (UserError("bad --x."), 2, "error: bad --x.\n"),
         (OSError(28, "No space left", "f"), 2, "error: No space left: f; free it or choose"),
-        (MemoryError(), 2, "error: not enough memory (MemoryError); take less"),
+        (MemoryError(), 2, "error: not enough memory (allocation failed); take less"),
         (RuntimeError("can't allocate memory: 4 GB"), 2, "error: not enough memory (can't alloc"),
         (BackendCompilerFailed("x\n C.cpp: error: no"), 2, "torch.compile cannot compile here"),
         (KeyboardInterrupt(), 130, "\ninterrupted"),
@@ -128,6 +133,63 @@ def test_numbers_of_a_list():
     for text in ("", "8,,9", "eight", "1e99", "nan"):
         with pytest.raises(UserError, match=r"--k .* is not a list of numbers"):
             terminal.number_list(text, "--k", float, "8,16")
+
+
+def test_a_comma_may_be_part_of_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "a,b.json", "c,"):
+        (tmp_path / name).touch()
+    assert terminal.file_list(None, "--sae") == terminal.file_list("", "--sae") == []
+    assert terminal.file_list("a,b", "--sae") == ["a", "b"]
+    assert terminal.file_list("a,b.json", "--sae") == ["a,b.json"]
+    assert terminal.file_list("b,a,b.json,none,c,,a", "--sae") == [
+        "b",
+        "a,b.json",
+        "none",
+        "c,",
+        "a",
+    ]
+    os.mkfifo("pipe")
+    for path in ("pipe", "/dev/zero", str(tmp_path)):
+        with pytest.raises(UserError, match=f"--sae {path} is not a plain file"):
+            terminal.file_list(f"a,{path}", "--sae")
+
+
+def test_a_package_that_is_missing_is_named():
+    missing = ModuleNotFoundError("No module named 'torch.x'", name="torch.x")
+    assert "the package torch is not installed; `pip install" in terminal._missing_package(missing)
+    ours = ModuleNotFoundError("No module", name="crate_mini.nothing")
+    assert terminal._missing_package(ours) is None
+
+
+def test_an_error_that_the_system_did_not_report_is_no_full_disk():
+    with pytest.raises(OSError, match="could not get source code"):
+        terminal.run(raising(OSError("could not get source code")))
+
+
+@pytest.mark.parametrize(
+    "closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "> /dev/full"]
+)
+def test_closed_streams_and_full_ones(closed, tmp_path):
+    code = "from crate_mini.console import terminal as t; t.run(lambda: print('x' * 99))"
+    errors = "" if "2>" in closed else "2> errors"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {closed} {errors}"
+    env = {**os.environ, "PYTHONPATH": str(Path(terminal.__file__).parents[2])}
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=env)
+    text = (tmp_path / "errors").read_text() if errors else ""
+    assert done.returncode == (2 if "full" in closed else 0), text
+    assert "Traceback" not in text and "Exception" not in text
+    assert text.count("\n") == ("full" in closed)
+
+
+def test_a_byte_of_a_file_name_is_printed_as_it_is(tmp_path):
+    code = "from crate_mini.console import terminal as t; t.run(lambda: print(t.sys.argv[1]))"
+    env = {**os.environ, "PYTHONPATH": str(Path(terminal.__file__).parents[2])}
+    for encoding, expected in (("utf-8", "é\n".encode() + b""), ("ascii", b"?\n")):
+        words = [sys.executable, "-c", code, b"caf\xe9 \xc3\xa9"]
+        env["PYTHONIOENCODING"] = encoding
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True)
+        assert done.stdout == b"caf\xe9 " + expected, done
 
 
 def test_progress_is_shown_when_due_and_at_the_end(capsys, monkeypatch):

@@ -3,8 +3,10 @@
 import gzip
 import hashlib
 import json
+import os
 import re
 import tempfile
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -12,12 +14,13 @@ import numpy as np
 import pytest
 import story_corpora
 import torch
+from forked import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from story_corpora import BYTES, decoded, quiet, stories, stream, write
 
 from crate_mini import UserError
-from crate_mini.data import token_files
+from crate_mini.data import batches, formats, token_files
 from crate_mini.data.batches import open_corpus
 from crate_mini.data.formats import CHUNK, END
 from crate_mini.data.tokenizer import Tokenizer, load_tokenizer
@@ -40,7 +43,7 @@ def test_documents_are_split_by_their_hash(tmp_path, small_parts, spec):
     train = decoded(corpus, "train", tokenizer)
     val = decoded(corpus, "val", tokenizer)
     assert sorted(train + val) == sorted(texts)
-    assert len(corpus.streams["train"].arrays) > 5
+    assert len(corpus.streams["train"].paths) > 5
     assert 10 < len(val) < 55
     assert corpus.n_bytes == {"train": n_bytes(train), "val": n_bytes(val)}
     assert corpus.meta["documents"] == 300
@@ -180,6 +183,128 @@ def test_a_context_as_long_as_the_split_is_refused(corpus):
         corpus.batch(0, "val", 0, 2, n)
 
 
+# ---- what a large corpus needs -------------------------------------------------------------------
+
+
+def test_a_corpus_of_many_files_needs_few_descriptors(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(token_files, "PART", 100)
+    corpus = open_corpus(write(tmp_path, stories(300)), BYTES, tmp_path / "cache", log=quiet)
+    assert len(corpus.streams["train"].paths) > 250
+    text = "".join(decoded(corpus, "train") + decoded(corpus, "val"))
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit, 200), most))  # macOS allows 256
+    try:
+        again = open_corpus(str(tmp_path / "corpus.txt"), BYTES, tmp_path / "cache", log=quiet)
+        assert "".join(decoded(again, "train") + decoded(again, "val")) == text
+        for step in range(20):
+            again.batch(0, "train", step, 64, 150)
+            again.batch(0, "val", step, 64, 150)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+
+
+def test_a_split_that_is_not_read_is_not_opened(corpus, monkeypatch):
+    opened = []
+    monkeypatch.setattr(batches.np, "memmap", lambda path, *_: opened.append(path))
+    for tokens in corpus.streams.values():
+        tokens.array.cache_clear()
+    with pytest.raises(AttributeError):  # nothing was mapped
+        corpus.batch(0, "val", 0, 1, 8)
+    assert [path.name.split(".")[1] for path in opened] == ["val"]
+
+
+def peak_memory(folder, megabytes):
+    """Bytes of memory at most in use while a text of so many megabytes is prepared in small parts.
+
+    Every buffer is a thousandth of the usual one.
+    """
+    path = folder / f"{megabytes}.jsonl"
+    with open(path, "w") as file:
+        for i in range(megabytes * 22_000):
+            file.write(f'{{"text": "short document {i:014}"}}\n')
+    tracemalloc.start()
+    try:
+        open_corpus(str(path), BYTES, folder / "cache", workers=1, log=quiet)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_files, "PART", 1 << 14)
+    monkeypatch.setattr(token_files, "BATCH", 1 << 12)
+    monkeypatch.setattr(formats, "CHUNK", 1 << 10)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    assert peak_memory(tmp_path, 1) < 1_000_000
+
+
+@pytest.mark.slow
+def test_a_gigabyte_of_text_is_prepared_in_a_gigabyte_and_a_half(tmp_path):
+    pytest.importorskip("resource")
+    line = "A line of ordinary words, of which a large text has very many indeed, {:09}.\n"
+    with open(tmp_path / "large.txt", "w") as file:
+        for i in range(13_000_000):
+            file.write(line.format(i))
+    done = run_script(["-c", PREPARE, tmp_path / "large.txt", tmp_path / "cache"], timeout=3000)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 1.5e9
+
+
+PREPARE = """
+import resource, sys
+from crate_mini.data.batches import open_corpus
+from crate_mini.data.tokenizer import load_tokenizer
+open_corpus(sys.argv[1], load_tokenizer("bytes"), sys.argv[2])
+unit = 1 if sys.platform == "darwin" else 1024
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+"""
+
+
+# ---- where the cache is --------------------------------------------------------------------------
+
+
+def test_without_a_home_folder_the_error_names_crate_cache(tmp_path, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("CRATE_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(UserError, match="no home folder .*CRATE_CACHE="):
+        open_corpus(write(tmp_path, stories(3)), BYTES, log=quiet)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX alone")
+def test_a_name_that_is_not_utf_8_names_a_corpus_too(tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    try:
+        os.mkdir(folder)
+    except OSError:
+        pytest.skip("this file system wants UTF-8")
+    texts = stories(3)
+    name = os.fsdecode(b"gr\xfcn.txt")
+    Path(folder, name).write_text(END.join(texts))
+    for source in (folder, os.path.join(folder, name)):
+        corpus = open_corpus(source, BYTES, tmp_path / "cache", log=quiet)
+        assert "".join(decoded(corpus, "train") + decoded(corpus, "val")) == "".join(texts)
+        json.dumps(corpus.meta).encode()
+
+
+def test_the_field_of_text_has_its_own_token_files(tmp_path):
+    rows = [json.dumps({"a": f"one {i}", "b": f"two {i}"}) + "\n" for i in range(5)]
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    for field, word in (("a", "one"), ("b", "two"), ("a", "one")):
+        lines = []
+        corpus = open_corpus(
+            str(tmp_path / "a.jsonl"), BYTES, tmp_path / "cache", log=lines.append, text_field=field
+        )
+        assert decoded(corpus, "train")[0] == f"{word} 0"
+        assert corpus.meta["text_field"] == field
+    assert lines == []  # the files of the first field were still there
+    with pytest.raises(UserError, match="--text-field"):
+        open_corpus(str(tmp_path / "a.jsonl"), BYTES, tmp_path / "cache", log=quiet)
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 
@@ -286,6 +411,27 @@ def test_token_files_named_val_are_the_validation_split(tmp_path):
     assert stream(corpus, "train").tolist() == [*range(50)]
     assert stream(corpus, "val").tolist() == [*range(100, 150)]
     assert corpus.meta["split"] == {"rule": "file name"}
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+def test_both_types_of_llm_c_are_read(tmp_path, dtype):
+    ids = np.array([*BYTES.encode("some text of a model " * 9), BYTES.eot])
+    head = np.zeros(256, "<i4")
+    head[:3] = (20240520, 1, len(ids)) if dtype == "<u2" else (20240801, 7, len(ids))
+    (tmp_path / "a.bin").write_bytes(head.tobytes() + ids.astype(dtype).tobytes())
+    corpus = open_corpus(str(tmp_path / "a.bin"), BYTES, tmp_path / "cache", 0, log=quiet)
+    assert (stream(corpus, "train") == ids).all()
+
+
+def test_wide_ids_without_a_header_are_not_read_as_narrow_ones(tmp_path):
+    ids = np.frombuffer(b"some text of a model " * 9, np.uint8).astype("<u4")
+    (tmp_path / "a.bin").write_bytes(ids.tobytes())
+    with pytest.raises(UserError, match="a.bin has no header.*uint32 ids.*20240801, 7, count"):
+        open_corpus(str(tmp_path / "a.bin"), BYTES, tmp_path / "cache", log=quiet)
+    ids[1] = 70000
+    (tmp_path / "a.bin").write_bytes(ids.tobytes())
+    with pytest.raises(UserError, match="holds id 4464.*read as uint16.*as uint32.* 70000"):
+        open_corpus(str(tmp_path / "a.bin"), BYTES, tmp_path / "cache", log=quiet)
 
 
 def test_token_files_of_another_tokenizer_are_refused(tmp_path):

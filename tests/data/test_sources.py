@@ -19,6 +19,7 @@ from crate_mini import UserError
 from crate_mini.data import formats, pydocs, sources
 from crate_mini.data.formats import END, Position
 from crate_mini.data.sources import describe, documents, pretokenized
+from crate_mini.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [
@@ -175,8 +176,32 @@ def test_a_source_that_does_not_exist_is_refused(source):
             function(source)
 
 
+def test_pipes_and_devices_are_refused_without_reading(tmp_path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("there are no named pipes here")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for source in (str(pipe), "/dev/zero", "/dev/null"):
+        for function in (describe, pretokenized, read_all):
+            with pytest.raises(UserError, match=f"{source} is a pipe or a device"):
+                function(source)
+        with pytest.raises(UserError, match="is not a file"):
+            load_tokenizer(source)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+def test_padding_after_compressed_text_is_no_damage(tmp_path, suffix):
+    packed = tmp_path / f"a.txt{suffix}"
+    first, second = compress(b"one ", suffix), compress(b"two", suffix)
+    packed.write_bytes(first + b"\0" * 10_000 + second + b"\0" * 8)
+    assert list(documents(str(packed))) == ["one two"]
+    packed.write_bytes(first + b"\0" * 8 + b"garbage")
+    with pytest.raises(UserError, match="cannot be read"):
+        list(documents(str(packed)))
+
+
 def test_a_folder_without_text_is_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.html").write_text("<p>x</p>")
     (tmp_path / "packed.bin.gz").write_text("token files are mapped, not decompressed")
     with pytest.raises(UserError, match="holds no file of a known kind"):
         list(documents(str(tmp_path)))
@@ -208,12 +233,12 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, module
         list(documents(source))
 
 
-@pytest.mark.parametrize("content", [{"body": ["x"]}, {"text": [1, 2]}, {"text": ["x", None]}])
+@pytest.mark.parametrize("content", [{"body": ["x"], "title": ["y"]}, {"text": [1, 2]}])
 def test_parquet_without_text_is_refused(tmp_path, content):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table(content), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match='a.parquet.*no (column|field) "text"'):
+    with pytest.raises(UserError, match='a.parquet.*no field "text"'):
         list(documents(str(tmp_path / "a.parquet")))
 
 
@@ -262,13 +287,24 @@ def test_pretokenized_files_are_bare_or_have_a_header(tmp_path):
     bare.write_bytes(b"\1\0" * 6)
     head = tmp_path / "head.bin"
     head.write_bytes(header() + b"\2\0" * 4)
-    assert pretokenized(str(tmp_path)) == [(bare, 0, 6), (head, 1024, 4)]
-    text = write(tmp_path / "below" / "a.txt")
+    wide = tmp_path / "wide.bin"
+    wide.write_bytes(header(20240801, 7) + b"\2\0\0\0" * 4)
+    expected = [(bare, 0, 6, "<u2"), (head, 1024, 4, "<u2"), (wide, 1024, 4, "<u4")]
+    assert pretokenized(str(tmp_path)) == expected
+    text = write(tmp_path / "text" / "a.txt")
     assert pretokenized("pydocs") == pretokenized("pile:3") == pretokenized(text) == []
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"odd", header(), header(count=5) + b"\2\0" * 4, header()[:12]]
+    "data",
+    [
+        b"",
+        b"odd",
+        header(),
+        header(count=5) + b"\2\0" * 4,
+        header()[:12],
+        header(20240801, 7) + b"\2\0" * 4,
+    ],
 )
 def test_bin_files_without_tokens_are_refused(tmp_path, data):
     (tmp_path / "a.bin").write_bytes(data)
@@ -276,11 +312,23 @@ def test_bin_files_without_tokens_are_refused(tmp_path, data):
         pretokenized(str(tmp_path))
 
 
-def test_pretokenized_files_and_text_do_not_mix(tmp_path):
-    (tmp_path / "a.bin").write_bytes(b"\1\0")
-    write(tmp_path / "b.txt")
-    with pytest.raises(UserError, match="b.txt"):
+@pytest.mark.parametrize("magic, version", [(20240520, 2), (20240801, 1), (20240522, 1)])
+def test_headers_of_llm_c_that_mark_something_else_are_refused(tmp_path, magic, version):
+    (tmp_path / "a.bin").write_bytes(header(magic, version) + b"\2\0" * 4)
+    with pytest.raises(UserError, match=f"a.bin begins with {magic}, {version}"):
         pretokenized(str(tmp_path))
+
+
+def test_of_a_nanogpt_folder_the_token_files_are_read_and_the_rest_is_named(tmp_path):
+    (tmp_path / "train.bin").write_bytes(b"\1\0")
+    (tmp_path / "meta.pkl").write_bytes(b"a pickle that must not be opened")
+    (tmp_path / "prepare.py").write_text("raise SystemExit")
+    write(tmp_path / "input.txt")
+    write(tmp_path / "readme.md")
+    assert [file.path.name for file in pretokenized(str(tmp_path))] == ["train.bin"]
+    first, second = sources.notes(str(tmp_path))
+    assert "left out input.txt, meta.pkl, prepare.py and 1 more" in first
+    assert "meta.pkl" in second and "not opened" in second
 
 
 # ---- fuzzing: whatever lies in a file, only UserError or text comes out --------------------------

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from story_corpora import BYTES, decoded, folder_bytes, quiet, stories, write
 
 from crate_mini import UserError
-from crate_mini.data import token_files
+from crate_mini.data import formats, token_files
 from crate_mini.data.batches import open_corpus
 from crate_mini.data.tokenizer import load_tokenizer
 
@@ -50,7 +50,23 @@ def test_a_changed_source_is_noticed_and_others_are_left_alone(tmp_path, small_p
     assert sorted(decoded(corpus, "train") + decoded(corpus, "val")) == sorted(shorter)
     assert "has changed" in lines[0]
     fewest = min(len(list(folder.glob("*.bin"))) for folder in cache.iterdir())
-    assert fewest == 2 * len(corpus.streams["train"].arrays)  # nothing of the longer text is left
+    assert fewest == 2 * len(corpus.streams["train"].paths)  # nothing of the longer text is left
+
+
+def test_token_files_of_a_version_that_read_otherwise_are_built_again(tmp_path, monkeypatch):
+    """An earlier version read an .ndjson as running text, its braces included."""
+    source = str(tmp_path / "a.ndjson")
+    Path(source).write_text("".join(f'{{"text": "Story {i}."}}\n' for i in range(200)))
+    with monkeypatch.context() as patch:
+        patch.setattr(token_files, "READING", 1)
+        patch.setitem(formats.KINDS, ".ndjson", "text")
+        corpus = open_corpus(source, BYTES, tmp_path / "cache", log=quiet)
+        assert '{"text"' in decoded(corpus, "train")[0]
+    lines = []
+    corpus = open_corpus(source, BYTES, tmp_path / "cache", log=lines.append)
+    assert "made by an earlier version" in lines[0]
+    assert len(decoded(corpus, "train") + decoded(corpus, "val")) == 200
+    assert "reading" not in corpus.meta  # a resumed run must not take it for another text
 
 
 def flip_a_bit(path):

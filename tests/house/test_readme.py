@@ -153,9 +153,9 @@ def all_settings():
     import interpret
     import steer
 
-    modules = [*interpret.COMMANDS.values(), *steer.COMMANDS.values()]
+    modules = [*interpret.COMMANDS.values(), *steer.COMMANDS.values(), steer.PROMPT]
     settings = [importlib.import_module(module).COMMAND.settings for module in modules]
-    return [Settings, Config, steer.Steer, finetune.Settings, *settings]
+    return [Settings, Config, finetune.Settings, *settings]
 
 
 @pytest.mark.parametrize("text", [README, REPORT], ids=["README", "results"])
@@ -257,7 +257,7 @@ def lines_of(path):
 
 def test_the_tree_names_every_file_of_the_top_shelf_and_every_chapter():
     shelf = {f.relative_to(ROOT) for f in FILES if f.parent == ROOT / "crate_mini"}
-    hidden = {Path("crate_mini/__init__.py"), Path("crate_mini/_stamp.py")}
+    hidden = {Path("crate_mini") / f"{stem}.py" for stem in ("__init__", "__main__", "_stamp")}
     chapters = {f.relative_to(ROOT).parent for f in FILES if f.name == "__init__.py"}
     chapters = {path for path in chapters if path.parent == Path("crate_mini")}
     scripts = {Path(name) for name in ("train.py", "interpret.py", "steer.py", "setup.py")}

@@ -5,8 +5,8 @@ import re
 import pytest
 from project_files import ROOT
 
-from crate_mini.results import read_json
-from crate_mini.studies import tables
+from crate_mini.console.results import read_json
+from crate_mini.studies import models_report, tables
 
 README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 REPORT = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
@@ -18,7 +18,7 @@ def result(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["default", "speed", "bench", "versions", "neurons", "steering", "concepts"]
+    "name", ["models", "theory", "speed", "bench", "versions", "neurons", "steering", "concepts"]
 )
 def test_tables_are_those_of_the_files(name):
     table = tables.TABLES[name](result(name))
@@ -28,7 +28,7 @@ def test_tables_are_those_of_the_files(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["default", "deps", "speed", "bench", "versions", "neurons", "steering", "concepts", "words"],
+    ["theory", "deps", "speed", "bench", "versions", "neurons", "steering", "concepts", "words"],
 )
 def test_the_report_names_the_commit_of_each_table(name):
     assert f"commit {result(name)['machine']['commit'][:12]}" in WORDS
@@ -40,21 +40,37 @@ def test_small_tables_of_the_readme_are_those_of_the_files(name):
     assert table in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def headline():
+    """{name: runs} of the models in the first table."""
+    content = result("models")
+    return {name: models_report.runs_of(content, name) for name in models_report.NAMES}
+
+
+def test_the_report_names_the_commits_of_the_models():
+    for runs in headline().values():
+        for run in runs:
+            assert run["commit"] in WORDS
+
+
 def test_the_sample_is_the_first_runs():
-    lines = [line.strip() for line in result("default")["runs"][0]["sample"].splitlines()]
+    lines = [line.strip() for line in headline()["crate"][0]["sample"].splitlines()]
     assert "\n".join([line for line in lines if line][:3]) in REPORT
 
 
 def test_losses_in_the_prose_are_those_of_the_file():
-    losses = {}
-    for run in result("default")["runs"]:
-        losses.setdefault(run["model"], []).append(run["val_loss"])
-    mean = {kind: sum(values) / len(values) for kind, values in losses.items()}
+    mean = {name: models_report.mean(runs, "val_loss") for name, runs in headline().items()}
     gap = mean["crate"] - mean["gpt2"]
+    won = mean["gpt2"] - mean["crate+"]
     for text in (README, WORDS):
         assert f"{gap:.2f} nats behind its" in text
+        assert f"{won:.2f} nats ahead of" in text
     assert f"validation loss of about {mean['crate']:.2f}" in README
-    assert 0.25 < (mean["crate"] - mean["crate+"]) / gap < 0.4  # "a third of that"
+
+
+def test_the_log_and_the_figure_are_drawn_from_the_file(tmp_path):
+    models_report.write(result("models"), tmp_path)
+    log = (ROOT / "results" / "log.md").read_text(encoding="utf-8")
+    assert (tmp_path / "log.md").read_text(encoding="utf-8") == log
 
 
 def test_what_more_docstrings_cost():

@@ -8,7 +8,7 @@ import pytest
 from matching_judge import run_interpret, scored_checkpoint
 
 import interpret
-from crate_mini.console import terminal
+from crate_mini.console import results, terminal
 from crate_mini.judges.command import Settings
 from crate_mini.judges.language_model import LanguageModel
 from crate_mini.neurons.score_files import read_rows
@@ -180,7 +180,7 @@ def test_scores_of_another_record_are_refused(fail, folder, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     summary = json.loads((tmp_path / "summary.json").read_text())
     summary["record"]["stamp"] = "0"
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    results.write_json(tmp_path / "summary.json", summary)
     assert "of another record than the one there now" in fail("--out", tmp_path)
 
 

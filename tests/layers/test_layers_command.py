@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from held_text import most_tensors_held
 from tiny_layers import KINDS, tiny
 
 from crate_mini import model
@@ -268,3 +269,11 @@ def test_a_file_where_the_folder_should_be_is_one_sentence(saved, tmp_path, call
 
 def test_a_misspelled_command_gets_a_suggestion(saved, call):
     assert "did you mean layers?" in call("layer", saved)[2]
+
+
+def test_no_more_than_a_few_batches_of_text_are_held(text, tmp_path, call, monkeypatch):
+    path = save(tmp_path, text)
+    held = most_tensors_held(monkeypatch)
+    code, _, err = call("layers", path, "--tokens", "1500", "--batch", "1")
+    assert not code, err
+    assert held["now"] + held["gone"] > 50 and held["most"] <= 4

@@ -81,13 +81,13 @@ def test_a_text_longer_than_the_context_is_refused_and_errors_leave_no_cache():
 
 def test_single_tokens_take_the_path_measured_for_few_rows(monkeypatch):
     lm, rows = tiny("crate"), []
-    decode = ops.ista_decode
+    decode = ops._decode
 
     def counted(x, *rest):
         rows.append(x.shape[1])
         return decode(x, *rest)
 
-    monkeypatch.setattr(ops, "ista_decode", counted)
+    monkeypatch.setattr(ops, "_decode", counted)
     generate(lm, torch.arange(5)[None], 4)
     assert rows == [1] * 3 * 2  # three new tokens read, in two layers
 
@@ -111,3 +111,24 @@ def test_logits_that_are_not_finite_are_refused():
     lm = tiny("crate")
     with pytest.raises(UserError, match="not finite numbers; raise the temperature"):
         generate(lm, torch.arange(5)[None], 3, temperature=1e-45)
+    with torch.no_grad():
+        lm.blocks[1].sparsifier.D.fill_(float("nan"))
+    with pytest.raises(UserError, match="take an earlier checkpoint"):
+        generate(lm, torch.arange(5)[None], 3)
+
+
+@pytest.mark.parametrize(
+    "tokens, settings, message",
+    [
+        (5, {"temperature": -1}, "temperature -1; give 0, which is greedy, or more"),
+        (5, {"temperature": float("nan")}, "temperature nan"),
+        (5, {"temperature": float("inf")}, "temperature inf"),
+        (5, {"top_k": 0}, "top_k 0; give 1 or more, or None"),
+        (5, {"top_k": -3}, "top_k -3"),
+        (5, {"n_new": -1}, "n_new -1"),
+        (0, {}, "an empty prompt"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(tokens, settings, message):
+    with pytest.raises(UserError, match=message):
+        generate(tiny("crate"), torch.arange(tokens)[None], **{"n_new": 2, **settings})

@@ -4,7 +4,7 @@ import functools
 import os
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -313,7 +313,6 @@ WRONG = [  # op, arguments, what the sentence must name
     (ops.ista, (x, D.T, 0.1, 0.1, 2), "D"),
     (ops.ista, (x, D[0], 0.1, 0.1, 2), "D"),
     (ops.ista, (x.int(), D.int(), 0.1, 0.1, 2), "int32"),
-    (ops.ista, (x.half(), D.half(), 0.1, 0.1, 2), "float16"),
     (ops.ista, (x.to("meta"), D, 0.1, 0.1, 2), "meta"),
     (ops.ista, (x, D.to("meta"), 0.1, 0.1, 2), "D"),
     (ops.ista, (x, None, 0.1, 0.1, 2), "D"),
@@ -338,17 +337,60 @@ WRONG = [  # op, arguments, what the sentence must name
     (ops.mssa_project, (z, weight, bias, U[:3], 2), "U"),
     (ops.mssa_project, (z, weight, bias, U, 2, -1.0), "eps"),
     (ops.mssa_project, (z.bfloat16(), weight, bias, U, 2), "U"),
+    (ops.mssa_project, (z, weight.int(), bias, U, 2), "weight"),
+    (ops.mssa_project, (z, weight, bias, U, 2.0), "n_head"),
+    (ops.mssa_project, (z, weight, bias, U.to_sparse(), 2), "U"),
+    (ops.mssa_project, (z, weight, None, None, 2), "U"),
+    (ops.ista, (x, D, "x", 0.1, 2), "eta"),
+    (ops.ista, (x, D, 0.1, None, 2), "lam"),
+    (ops.ista, (x, D, 0.1, lams.int(), 2), "lam"),
+    (ops.ista, (x, D, 0.1, lams.to("meta"), 2), "lam"),
+    (ops.ista, (x, D, 0.1, 0.1, 2.5), "steps"),
+    (ops.ista, (x, D, 0.1, 0.1, 2**70), "steps"),
+    (ops.ista_codes, (x, D.T, 0.1, 0.1, 2), "D"),
+    (ops.ista_codes, (x, D, 0.1, 0.1, 0), "steps"),
+    (ops.top_k, (x, 0), "k"),
+    (ops.top_k, (x, 9), "k"),
+    (ops.top_k, (x, 2.0), "k"),
+    (ops.top_k, ([1.0], 1), "a"),
 ]
 
 
+def sentences(op, arguments):
+    """What each backend says of a call, {mode: sentence}."""
+    said = {}
+    for mode in ("fused", "auto", "reference"):
+        with ops.use_backend(mode), pytest.raises(UserError) as caught:
+            op(*arguments)
+        said[mode] = str(caught.value)
+    return said
+
+
 @pytest.mark.parametrize("number", range(len(WRONG)))
-def test_a_wrong_call_is_answered_in_one_sentence(number):
+def test_a_wrong_call_is_answered_in_one_sentence_by_every_backend(number):
     op, arguments, name = WRONG[number]
-    with pytest.raises(UserError) as caught:
-        op(*arguments)
-    sentence = str(caught.value)
+    (sentence,) = set(sentences(op, arguments).values())
     assert name in sentence and op.__name__ in sentence
     assert "\n" not in sentence and sentence.endswith(".")
+
+
+def test_float16_is_for_pytorch_alone():
+    arguments = (x.half(), D.half(), 0.1, 0.1, 2)
+    with pytest.raises(UserError, match="ista: torch.float16 on cpu is not supported"):
+        ops.ista(*arguments)
+    for mode in ("auto", "reference"):
+        with ops.use_backend(mode):
+            assert ops.ista(*arguments)[0].dtype == torch.float16
+
+
+def test_mixed_dtypes_that_the_kernels_take_pytorch_takes_too():
+    mixed = (z, weight.bfloat16(), None, U.bfloat16(), 2)
+    expected = ops.mssa_project(*mixed)
+    for mode in ("auto", "reference"):
+        with ops.use_backend(mode):
+            u = ops.mssa_project(*mixed)
+        assert u.dtype == expected.dtype == torch.bfloat16
+        torch.testing.assert_close(u, expected, rtol=0.05, atol=0.05)
 
 
 def test_no_op_takes_none_for_a_tensor_that_it_needs():
@@ -414,6 +456,16 @@ def junk(draw):
     return kind(torch.ones(shape, dtype=draw(st.sampled_from(DTYPES))))
 
 
+@contextmanager
+def tolerating_lack_of_memory():
+    """`huge` fits nowhere once it is computed with."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "alloc" not in str(error) and "overflow" not in str(error):
+            raise
+
+
 @pytest.mark.fuzz
 @given(data=st.data())
 def test_wrong_calls_never_crash(data):
@@ -424,4 +476,17 @@ def test_wrong_calls_never_crash(data):
         for _ in range(data.draw(st.integers(1, 3))):
             arguments[data.draw(st.integers(0, len(arguments) - 1))] = junk(data.draw)
         with suppress(Exception):
+            op(*arguments)
+
+
+@pytest.mark.fuzz
+@given(data=st.data())
+def test_auto_and_reference_answer_every_misfit_with_a_sentence(data):
+    """A call with spoiled arguments works, or its refusal is a UserError; never another error."""
+    for _ in range(20):
+        op, arguments = data.draw(st.sampled_from(right_calls()[:5]))
+        arguments = list(arguments)
+        arguments[data.draw(st.integers(0, len(arguments) - 1))] = junk(data.draw)
+        mode = data.draw(st.sampled_from(["auto", "reference"]))
+        with ops.use_backend(mode), suppress(UserError), tolerating_lack_of_memory():
             op(*arguments)

@@ -4,9 +4,9 @@ import json
 
 from neuron_results import PLAIN, write_results
 
+from crate_mini.console.results import write_rows
 from crate_mini.neurons import neuronpedia
 from crate_mini.neurons.protocols import flat_scores
-from crate_mini.results import write_rows
 
 
 def test_features_have_the_shape_and_the_numbers(tmp_path):

@@ -143,6 +143,64 @@ def test_a_stage_alone(place, call):
     assert "make it with --from simulate" in err
 
 
+def scores(folder):
+    return [
+        (row["site"], row["neuron"], row["scores"]) for row in read_rows(folder / "scores.jsonl")
+    ]
+
+
+def test_stages_with_other_settings_refuse_or_do_as_a_fresh_run(place, call):
+    """Never a mixture of files that were made with different choices."""
+    words = "neurons best --tokens 9000 --out choices"
+    assert not call(f"{words} --n 5 --trie 1")[0]
+    before = (place / "choices" / "scores.jsonl").read_bytes()
+    (place / "other.txt").write_text((place / "text.txt").read_text()[:30_000])
+    for stage, changes, reason in (
+        ("select", "--n 5 --tokens 4000", "others than --tokens 4000 chooses"),
+        ("select", "--n 5 --data other.txt", "is of other text"),
+        ("report", "--n 5 --data other.txt", "is of other text"),
+        ("explain", "--n 5 --val-fraction 0.4", "is of other text"),
+        ("select", "--n 5 --no-dedup", "was made with --dedup"),
+        ("select", "--n 5 --seed 1", "of another checkpoint or seed"),
+        ("simulate", "--n 5", "it has 1 tries, unlike --trie 0"),
+        ("score", "--n 5 --trie 2", "it has 1 tries, unlike --trie 2"),
+        (
+            "report",
+            "--n 5 --trie 1 --controls none",
+            "of other --layers, --n, --controls or --trie",
+        ),
+        ("report", "--n 4 --trie 1", "of other --layers, --n, --controls or --trie"),
+        ("explain", "--n 4", "select-L0.npz is of 5 neurons, not of 4"),
+    ):
+        code, _, err = call(f"{words} --from {stage} {changes}")
+        assert (code, err.count("\n")) == (2, 1), (stage, changes, err)
+        assert reason in err
+    assert (place / "choices" / "scores.jsonl").read_bytes() == before
+    for changes in ("--controls none", "--controls shuffle", "--layers 0 --controls none"):
+        assert not call(f"{words} --n 5 --trie 1 --from select {changes}")[0]
+        assert not call(f"neurons best --tokens 9000 --n 5 --trie 1 {changes} --out fresh")[0]
+        assert scores(place / "choices") == scores(place / "fresh"), changes
+    code, _, err = call(f"{words} --n 5 --trie 1 --from score")
+    assert code == 2 and "made without --controls init" in err
+
+
+def test_features_of_an_autoencoder_that_was_trained_again(place, call):
+    sae = "sae best --layer 0 --k 3 --expansion 2 --batch 32 --tokens 300 --out again --steps"
+    words = "neurons best --sae again/sae-L0-x2-k3.pt --n 3 --tokens 9000 --out again"
+    assert not call(f"{sae} 9")[0] and not call(words)[0]
+    assert not call(f"{words} --from select")[0]
+    assert not call(f"{sae} 12")[0]
+    code, _, err = call(f"{words} --from select")
+    assert code == 2 and "another autoencoder again/sae-L0-x2-k3.pt" in err
+
+
+def test_densities_that_look_alike_have_folders_of_their_own(place, call):
+    for share in ("0.0500001", "0.05000012"):
+        words = f"neurons best --match-density {share} --layers 0 --n 1 --tokens 9000"
+        assert not call(f"{words} --until record --out alike")[0]
+        assert (place / "alike" / f"density-{share}" / "record.json").exists()
+
+
 # ---- what goes wrong -----------------------------------------------------------------------------
 
 
@@ -168,6 +226,13 @@ def test_a_stage_alone(place, call):
         ("neurons best --neuron 3", "unknown argument '--neuron'"),
         ("neurosn best", "did you mean neurons?"),
         ("sae best --layer 1", "dead layer leaves nothing"),
+        ("sae best --tokens 1", "--tokens 1 must lie in 64 to"),
+        ("neurons best --sae .", "--sae . is not a plain file"),
+        ("report best --answers /dev/zero", "--answers /dev/zero is not a plain file"),
+        (
+            "llm best --simulator http:m --replay /dev/zero",
+            "--replay /dev/zero is not a plain file",
+        ),
         ("report best --most 0", "--most 0"),
         ("report best --out empty", "has no record.json"),
         ("report best --answers text.txt", "cannot be read as answers"),

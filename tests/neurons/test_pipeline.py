@@ -7,6 +7,7 @@ import pytest
 from planted_workspace import META, planted_workspace
 
 from crate_mini import UserError, stats
+from crate_mini.console import results
 from crate_mini.neurons import page_excerpts, pipeline, planted, record, score, summary
 from crate_mini.neurons.planted import INDEX
 from crate_mini.neurons.simulators import SAW, NgramTable, excerpt_table
@@ -82,7 +83,7 @@ def test_counts_in_the_summary_add_up(finished):
             assert n["total"] == sum(n[status] for status in summary.STATUS)
             assert n["total"] == len(planted.EXPLANATIONS)
     assert set(content["what_the_simulator_saw"]) == set(SAW) - {"init"}
-    assert content["record"] == json.loads((finished.folder / "record.json").read_text())
+    assert content["record"] == results.read_json(finished.folder / "record.json")
 
 
 def test_too_few_excerpts_are_counted(finished):

@@ -4,6 +4,7 @@ from forked import run_script
 from html_pages import ParsedPage
 from neuron_results import write_results
 
+from crate_mini.console import results
 from crate_mini.data.tokenizer import load_tokenizer
 from crate_mini.model import LM, Config
 from crate_mini.training import checkpoint
@@ -21,6 +22,12 @@ def test_report_writes_pages_or_one_sentence(tmp_path):
     assert process.stderr.count("\n") == 1
     folder = tmp_path / "interpret"
     write_results(folder, n=12)
+    process = run_script(report, cwd=tmp_path)
+    assert process.returncode == 2
+    assert "are of another checkpoint than" in process.stderr
+    record = results.read_json(folder / "record.json")
+    record["checkpoint"]["sha256"] = checkpoint.load(tmp_path / "best")[1]["sha256"]
+    results.write_json(folder / "record.json", record)
     process = run_script([*report, "--neuronpedia", "features.jsonl"], cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert ParsedPage((folder / "index.html").read_bytes()).data["sites"] == ["L0", "L1"]

@@ -3,7 +3,8 @@
 import pytest
 from made_up_rows import made_up_rows
 
-from crate_mini import UserError, results
+from crate_mini import UserError
+from crate_mini.console import results
 from crate_mini.neurons.score_files import read_rows
 
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tiny_saes import H, identity, seeded, tiny_model
 
 from crate_mini import UserError
+from crate_mini.console import results
 from crate_mini.sae import autoencoder
 from crate_mini.sae.autoencoder import SAE
-from crate_mini.training.foreign_weights import fingerprint
+from crate_mini.training.import_weights import fingerprint
 
 KINDS = ["crate", "gpt2", "crate+"]
 
@@ -157,7 +158,7 @@ def test_saved_and_loaded_autoencoders_are_the_same_bit_for_bit(tmp_path):
     x = torch.rand(30, H)
     for name in (path, str(path), path.with_suffix(".pt")):
         loaded, facts = autoencoder.load(name, model)
-        assert facts == saved == json.loads(path.read_text())
+        assert facts == saved == results.read_json(path)
         assert torch.equal(loaded.encode(x), sae.encode(x))
         assert not loaded.W.requires_grad
         assert not loaded.encode(x).requires_grad
@@ -174,12 +175,18 @@ def damage_weights(path):
 
 
 def replace(old, new):
-    """A function that replaces a part of a file."""
+    """A function that replaces a part of a JSON file, as an editor does: without its digest."""
 
     def edit(path):
-        path.write_text(path.read_text().replace(old, new))
+        content = json.loads(path.read_text().replace(old, new))
+        del content["digest"]
+        path.write_text(json.dumps(content))
 
     return edit
+
+
+def flip_a_digit(path):
+    path.write_text(path.read_text().replace('"l1": 0.001', '"l1": 0.002'))
 
 
 def overwrite(text):
@@ -208,6 +215,14 @@ def overwrite(text):
         (overwrite("{}"), "does not describe a sparse autoencoder"),
         (replace('"width": 140', '"width": 141'), "does not describe a sparse"),
         (replace('"h": 128', '"h": "x"'), "does not describe a sparse"),
+        (replace('"h": 128', '"h": 1e12'), "does not describe a sparse"),
+        (replace('"h": 128', '"h": 1000000000000'), "does not describe a sparse"),
+        (replace('"layer": 0', '"layer": "0"'), "does not describe a sparse"),
+        (replace('"layer": 0', '"layer": [0]'), "does not describe a sparse"),
+        (replace('"k": null', '"k": 141'), "does not describe a sparse"),
+        (replace('"l1": 0.001', '"l1": {}'), "does not describe a sparse"),
+        (replace('"l1": 0.001', '"l1": true'), "does not describe a sparse"),
+        (flip_a_digit, "its digest does not fit"),
     ],
 )
 def test_damaged_files_are_reported_in_one_sentence(harm, words, tmp_path):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from held_text import most_tensors_held
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_saes import H, identity, small_corpus, tiny_model
@@ -155,6 +156,18 @@ def test_evaluation_equals_brute_force(kind, corpus, monkeypatch):
 def test_the_identity_explains_everything(corpus):
     (result,) = evaluate.evaluate(tiny_model(), corpus, 1, [identity(H)], 500)
     assert result["explained_variance"] == pytest.approx(1, abs=1e-9)
+
+
+def test_no_more_than_a_few_batches_of_text_are_held(corpus, monkeypatch):
+    """However many tokens are measured, each pass reads the text again."""
+    held = most_tensors_held(monkeypatch, corpus)
+    evaluate.evaluate(tiny_model(), corpus, 1, [identity(H)], 3000, batch=2)
+    assert held["now"] + held["gone"] > 5 * 20 and held["most"] <= 4
+
+
+def test_too_few_tokens_are_refused(corpus):
+    with pytest.raises(UserError, match="1 held-out tokens are too few.*give --tokens 64"):
+        evaluate.evaluate(tiny_model(), corpus, 1, [identity(H)], 1)
 
 
 def test_a_loss_that_is_not_finite_is_reported(corpus):

@@ -6,8 +6,10 @@ from tiny_checkpoints import H, save_checkpoint, write_scores, write_text
 
 import crate_mini
 from crate_mini import UserError
+from crate_mini.console import results
 from crate_mini.generate import generate
 from crate_mini.intervene import Intervention, steer
+from crate_mini.steering import choose
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +92,35 @@ def test_tokens_that_cannot_be_printed_are_shown(lab):
     assert lab.text([104, 105, 7, 300]) == "hi\N{REPLACEMENT CHARACTER}"
     with pytest.raises(UserError, match="the prompt is empty"):
         lab.ids("")
+
+
+def test_what_cannot_be_generated_is_refused_from_python_too(lab):
+    for words, message in (
+        ({"temperature": -1}, "temperature -1"),
+        ({"top_k": 0}, "top_k 0"),
+        ({"n": -1}, "n_new -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            lab.generate("code", **words)
+    with pytest.raises(UserError, match="bytes that are not UTF-8 text"):
+        lab.generate("co\udcffde")
+
+
+def test_labels_of_another_record_are_not_used(tmp_path, monkeypatch):
+    """Recorded again but not scored again: the labels may be of other neurons."""
+    monkeypatch.setenv("CRATE_CACHE", str(tmp_path / "cache"))
+    ckpt = save_checkpoint(tmp_path / "best", write_text(tmp_path / "text.txt"))
+    write_scores(ckpt)
+    record_file = tmp_path / "interpret" / "record.json"
+    record = results.read_json(record_file)
+    results.write_json(record_file, {**record, "stamp": "another"})
+    notes = []
+    lab = crate_mini.load(ckpt, log=notes.append)
+    assert "are of another record" in notes[0] and not lab.known.rows
+    with pytest.raises(UserError, match="no labels: .*another record.*make them with"):
+        choose.neurons(lab, 'label:"s"')
+    scores = tmp_path / "interpret" / "scores.jsonl"
+    results.write_json(record_file, record)
+    scores.write_text(scores.read_text().replace("1.5", "1.6"))
+    crate_mini.load(ckpt, log=notes.append)
+    assert "scores.jsonl is damaged" in notes[1]

@@ -14,6 +14,7 @@ import steer
 from crate_mini import UserError, intervene
 from crate_mini.lab import Lab
 from crate_mini.sae import autoencoder
+from crate_mini.steering import prompt
 from crate_mini.training import checkpoint
 
 ONE = ("--layer", "1", "--neuron", "5", "--prompt", "1 2 3 4 5", "--tokens", "12")
@@ -179,8 +180,25 @@ def test_ctrl_c_leaves_a_prompt_and_ctrl_d_the_conversation(ckpt, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(steer, "answer", interrupted)
+    monkeypatch.setattr(prompt, "answer", interrupted)
     assert type_lines(monkeypatch, ckpt, "code").count("(Ctrl-D ends)") == 1
+
+
+@pytest.mark.parametrize("columns", ["1", "4", "20"])
+def test_a_narrow_terminal_still_shows_both_texts(ckpt, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    output = run_steer(*ONE, "--value", "3abs", ckpt=ckpt)
+    assert "unsteered        | steered" in output
+
+
+def test_bytes_that_are_no_text_do_not_end_the_conversation(ckpt, monkeypatch):
+    output = type_lines(monkeypatch, ckpt, "co\udcffde", ":neuron 5", ":layer 0", "code")
+    assert "error: the prompt holds bytes that are not UTF-8 text" in output
+    assert output.count("steering  ") == 1
+
+
+def test_a_switch_takes_no_other_word(ckpt, monkeypatch):
+    assert "'maybe' is not of type bool" in type_lines(monkeypatch, ckpt, ":keep_error maybe")
 
 
 # ---- bad input -----------------------------------------------------------------------------------

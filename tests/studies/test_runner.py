@@ -1,6 +1,5 @@
 """Parts of a study run once; the command line of the studies."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,9 @@ from unittest import mock
 
 import pytest
 
-from crate_mini import UserError, results
+from crate_mini import UserError
 from crate_mini.cli import setting
-from crate_mini.console import terminal
+from crate_mini.console import results, terminal
 from crate_mini.console.terminal import Command
 from crate_mini.studies import __main__ as studies
 from crate_mini.studies.runner import Runner, absolute
@@ -35,7 +34,7 @@ def test_a_finished_part_is_kept(checkout, capsys):
     for word, expected in (("1", 1), ("1", 1), ("3", 2)):  # the same command runs once
         record = runner.part(folder, "script.py", word)
         assert runs(checkout) == expected
-    kept = json.loads((checkout / "out" / "train.json").read_text())
+    kept = results.read_json(checkout / "out" / "train.json")
     assert kept == record
     assert kept["command"] == ["script.py", "3", "--out", "out/train"]  # no folder of this machine
     assert kept["seconds"] >= 0 and kept["commit"]

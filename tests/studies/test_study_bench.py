@@ -1,12 +1,12 @@
 """The benchmark: every version computes ISTA, and the table that is printed is kept."""
 
-import json
 import sys
 
 import pytest
 import torch
 
 from crate_mini import fused
+from crate_mini.console import results
 from crate_mini.studies import __main__ as studies
 from crate_mini.studies import benchmarks
 
@@ -39,7 +39,7 @@ def test_the_table_is_kept(tmp_path, monkeypatch, capsys):
     words = ["--op", "decode", "--dtype", "float32", "--repeats", "2", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", ["studies", "bench", *words])
     studies.main()
-    table = json.loads(path.read_text())
+    table = results.read_json(path)
     assert table["command"].startswith("python -m crate_mini.studies bench --op decode")
     assert table["backend"][0] == "fused" and set(table) == {
         "command",

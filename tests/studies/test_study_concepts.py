@@ -8,8 +8,8 @@ import numpy as np
 import planted_reviews
 import pytest
 
-from crate_mini import UserError, results
-from crate_mini.console import terminal
+from crate_mini import UserError
+from crate_mini.console import results, terminal
 from crate_mini.studies import concepts as study
 from crate_mini.studies import runner
 from crate_mini.studies.__main__ import COMMANDS

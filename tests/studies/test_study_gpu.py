@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from crate_mini import UserError, fused, results
+from crate_mini import UserError, fused
+from crate_mini.console import results
 from crate_mini.studies import __main__ as studies
 from crate_mini.studies import benchmarks, gpu
 

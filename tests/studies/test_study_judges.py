@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from matching_judge import run_interpret, scored_checkpoint
 
-from crate_mini import UserError, results
-from crate_mini.console import terminal
+from crate_mini import UserError
+from crate_mini.console import results, terminal
 from crate_mini.studies import judges
 from crate_mini.studies.runner import Runner
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from crate_mini import UserError, results
+from crate_mini import UserError
+from crate_mini.console import results
 from crate_mini.studies import grid, models, models_report
 from crate_mini.studies.variants import VARIANTS
 from crate_mini.training import settings

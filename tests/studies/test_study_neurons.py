@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from crate_mini import UserError, results
+from crate_mini import UserError
+from crate_mini.console import results
 from crate_mini.neurons import protocols, summary
 from crate_mini.studies import neurons
 
@@ -97,7 +98,7 @@ def test_the_whole_study_at_tiny_size(tmp_path):
     code = """if True:
         import sys
         from pathlib import Path
-        from crate_mini import results
+        from crate_mini.console import results
         from crate_mini.studies.neurons import Study
         place = results.ROOT = Path(sys.argv[1])
         Study(str(place / "text.txt"), "pydocs:511", 3, 20000, presets=("1L",), seeds=(1, 2),

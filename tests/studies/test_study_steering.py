@@ -10,8 +10,8 @@ from unittest import mock
 import pytest
 from tiny_checkpoints import save_checkpoint
 
-from crate_mini import UserError, model, results
-from crate_mini.console import terminal
+from crate_mini import UserError, model
+from crate_mini.console import results, terminal
 from crate_mini.steering import dose_response
 from crate_mini.steering.figure import figure
 from crate_mini.steering.tables import readme

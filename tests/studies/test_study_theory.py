@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from crate_mini import UserError, results
+from crate_mini import UserError
+from crate_mini.console import results
 from crate_mini.studies import runner, theory
 
 LAYER = {

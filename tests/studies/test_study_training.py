@@ -9,7 +9,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from crate_mini import UserError, results
+from crate_mini import UserError
+from crate_mini.console import results
 from crate_mini.studies import baselines, runner, tables, training
 
 

@@ -1,6 +1,9 @@
 """Checkpoints of a tiny model, each of which carries the number of its save in all its files."""
 
+import hashlib
+import json
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -53,6 +56,24 @@ def holds(path, step):
         int(weights["positions.weight"][-1, -1]),
     }
     return equal(meta, meta_again) and steps == {step}
+
+
+def edit(path, seal=True, **changes):
+    """Rewrite config.json, with a fitting sha256 if `seal`: an attacker, or a future version."""
+    config = Path(path, "config.json")
+    meta = {**json.loads(config.read_bytes()), **changes}
+    if seal:
+        meta["sha256"] = checkpoint._digest(meta)
+    config.write_text(json.dumps(meta))
+
+
+def replace_data(path, kind, content):
+    """Replace the data file of a kind by an object that torch.save writes, with fitting hashes."""
+    files = json.loads(Path(path, "config.json").read_bytes())["files"]
+    file = Path(path, files[kind]["name"])
+    torch.save(content, file)
+    files[kind]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    edit(path, files=files)
 
 
 def equal(a, b):

@@ -1,10 +1,13 @@
 """Checkpoints: bitwise round trips, damage that is always seen, saves interrupted anywhere."""
 
 import errno
+import hashlib
 import json
+import math
 import os
 import random
 import shutil
+import stat
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +17,7 @@ import torch
 from forked import run_script
 from hypothesis import given
 from hypothesis import strategies as st
-from numbered_saves import IDS, equal, holds, save, saved_step
+from numbered_saves import IDS, TINY, edit, equal, holds, replace_data, save, saved_step
 from refusals import refused
 
 from crate_mini import UserError
@@ -65,6 +68,39 @@ def test_a_new_save_replaces_all_files(tmp_path):
     assert int(checkpoint.load(tmp_path)[0].positions.weight[0, 0]) == 9
 
 
+class Wrapper(torch.nn.Module):
+    """As DataParallel and EMA models are: the model is its attribute `module`."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+WRAPPINGS = [
+    [torch.compile],
+    [torch.nn.DataParallel],
+    [torch.compile, Wrapper],
+    [Wrapper, torch.compile],
+    [Wrapper, torch.compile, torch.nn.DataParallel, torch.compile],
+]
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("wrappers", WRAPPINGS)
+def test_wrapped_models_save_what_loads(tmp_path, wrappers, inner):
+    lm = wrapped = LM(preset("2L", **TINY))
+    want = {name: w.clone() for name, w in lm.state_dict().items()}
+    if inner:  # a part of the model is wrapped as well
+        lm.blocks[1] = torch.compile(Wrapper(torch.compile(lm.blocks[1])))
+    for wrap in wrappers:
+        wrapped = wrap(wrapped)
+    checkpoint.save(
+        tmp_path, wrapped, tokenizer={"spec": "bytes", "hash": None}, training={"step": 1}
+    )
+    loaded, _ = checkpoint.load(tmp_path)
+    assert loaded.config == lm.config and equal(dict(loaded.state_dict()), want)
+
+
 def test_the_tokenizer_must_be_that_of_the_training():
     meta = {"config": {"vocab_size": 320}, "tokenizer": {"spec": "bytes", "hash": "abc"}}
     fitting = SimpleNamespace(name="t", hash="abc", vocab_size=257)
@@ -90,14 +126,6 @@ def test_an_untrained_model_is_that_of_its_seed_and_leaves_randomness_alone():
 
 
 # ---- damage --------------------------------------------------------------------------------------
-
-
-def edit(path, seal=True, **changes):
-    """Rewrite config.json, with a fitting sha256 if `seal`: an attacker, or a future version."""
-    meta = {**json.loads((path / "config.json").read_bytes()), **changes}
-    if seal:
-        meta["sha256"] = checkpoint._digest(meta)
-    (path / "config.json").write_text(json.dumps(meta))
 
 
 def test_each_kind_of_damage_has_its_sentence(tmp_path):
@@ -128,6 +156,75 @@ def test_each_kind_of_damage_has_its_sentence(tmp_path):
     refused("is missing", checkpoint.load_resume, path)
     assert saved_step(path) == 1
     refused("give its folder", checkpoint.load, next(path.glob("weights-*")))
+
+
+class RunsCode:
+    """Pickled, it would run code when it is loaded."""
+
+    def __reduce__(self):
+        return (os.putenv, ("CRATE_TEST_RAN", "1"))
+
+
+@pytest.mark.parametrize("kind", ["weights", "resume"])
+def test_a_pickle_with_code_and_a_fitting_hash_is_refused(tmp_path, kind):
+    save(tmp_path)
+    replace_data(tmp_path, kind, {"a": RunsCode()})
+    refused("would run code when loaded", checkpoint.load_resume, tmp_path)
+    file = next(tmp_path.glob(f"{kind}-*"))
+    file.write_bytes(b"not a zip")
+    files = json.loads((tmp_path / "config.json").read_bytes())["files"]
+    files[kind]["sha256"] = hashlib.sha256(b"not a zip").hexdigest()
+    edit(tmp_path, files=files)
+    refused("use another checkpoint", checkpoint.load_resume, tmp_path)
+
+
+@pytest.mark.parametrize("content", [[1], {"a": 1}, {}, torch.ones(2), None])
+def test_weights_of_another_kind_are_refused(tmp_path, content):
+    save(tmp_path)
+    replace_data(tmp_path, "weights", content)
+    refused("do not fit", checkpoint.load, tmp_path)
+
+
+def places(content, path=()):
+    """The paths of all entries of nested dicts and lists."""
+    if path:
+        yield path
+    items = enumerate(content) if isinstance(content, list) else []
+    for key, value in content.items() if isinstance(content, dict) else items:
+        yield from places(value, (*path, key))
+
+
+def with_entry(content, path, value):
+    """A copy with another value in one place."""
+    content = json.loads(json.dumps(content))
+    holder = content
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = value
+    return content
+
+
+@pytest.mark.parametrize("value", [None, True, -1, 1e300, "x", "a\0b", [], [1], {}, {"a": 1}])
+def test_a_wrong_type_anywhere_in_config_json_is_a_sentence(tmp_path, value):
+    """With a fitting sha256, as someone may have edited it."""
+    save(tmp_path)
+    meta = json.loads((tmp_path / "config.json").read_bytes())
+    for path in places(meta):
+        edit(tmp_path, **with_entry(meta, path, value))
+        for read in (checkpoint.load, checkpoint.load_resume, checkpoint.open_model):
+            try:
+                read(tmp_path)
+            except UserError as error:
+                assert "\n" not in str(error)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    lm = LM(preset("1L", **TINY))
+    for value in (math.nan, math.inf):
+        with torch.no_grad():
+            lm.blocks[0].sparsifier.D[0, 0] = value
+        checkpoint.save(tmp_path, lm, tokenizer={"spec": "bytes", "hash": None}, training={})
+        refused(r"not finite, in blocks.0.sparsifier.D", checkpoint.load, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -195,9 +292,30 @@ def test_a_full_disk_at_every_call_keeps_one_whole_checkpoint(tmp_path, monkeypa
     assert nth == calls and last == nth + 2
 
 
+@pytest.mark.skipif(os.name != "posix", reason="no fsync of folders")
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EIO])
+@pytest.mark.parametrize("of_folders", [True, False])
+def test_only_a_folder_may_lack_fsync(tmp_path, monkeypatch, number, of_folders):
+    """As on CIFS, sshfs and some shared folders."""
+    fsync = os.fsync
+
+    def fails(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode) == of_folders:
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    if of_folders and number != errno.EIO:
+        save(tmp_path / "new" / "last")
+        assert holds(tmp_path / "new" / "last", 1)
+    else:
+        refused("Cannot (save|write)", save, tmp_path / "last")
+
+
 def test_the_order_of_events(tmp_path, monkeypatch):
-    """Data on the disk, their names, then config.json, its name, then the folder again."""
+    """Parents of new folders, data, their names, then config.json, its name, the folder again."""
     events = []
+    folder = tmp_path / "run"
     fsync, replace = os.fsync, os.replace
 
     def spy_fsync(handle):
@@ -213,9 +331,11 @@ def test_the_order_of_events(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", spy_fsync)
     monkeypatch.setattr(os, "replace", spy_replace)
-    save(tmp_path / "last")
+    save(folder / "last")
     if sys.platform == "linux":
         assert events == [
+            ("fsync", folder.name),
+            ("fsync", tmp_path.name),
             ("fsync", "weights-1"),
             ("rename", "weights-1"),
             ("fsync", "resume-1"),

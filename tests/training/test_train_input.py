@@ -4,8 +4,12 @@ import json
 import os
 import re
 import shlex
+import shutil
+import subprocess
 from dataclasses import asdict, fields
+from pathlib import Path
 
+import planted_reviews
 import pytest
 import tiny_runs
 import torch
@@ -15,10 +19,11 @@ from hypothesis import strategies as st
 from tiny_runs import run, script, tiny, train
 
 from crate_mini import UserError, cli
+from crate_mini.concepts import finetune
 from crate_mini.console import terminal
 from crate_mini.data import batches
 from crate_mini.data.tokenizer import load_tokenizer
-from crate_mini.training.foreign_weights import export_foreign
+from crate_mini.training.import_weights import export_foreign
 from crate_mini.training.settings import KIND_FIELDS, Settings, split_task, twin
 
 # Fixtures.
@@ -57,7 +62,7 @@ def test_init_starts_from_given_weights(text, tmp_path):
         train.Trainer(s, config, **start)
 
 
-def test_foreign_weights_bring_their_tokenizer(tmp_path):
+def test_import_weights_bring_their_tokenizer(tmp_path):
     lm = train.model.LM(train.model.preset("1L", "crate", vocab_size=50304, block_size=8))
     path = tmp_path / "theirs.pt"
     torch.save({"model": export_foreign(lm), "model_args": {"n_head": 4}}, path)
@@ -231,6 +236,52 @@ def test_a_run_is_not_overwritten_by_accident(text, tmp_path):
     assert run(*words, "--overwrite") == 0
 
 
+def test_what_is_wrong_with_a_command_line_comes_before_what_is_in_its_folder(text, tmp_path):
+    out = tmp_path / "run"
+    words = tiny(text, out, 1)
+    run(*words)
+    for flags, part in (
+        (["--device", "abacus"], "--device"),
+        (["--block-size", "999999", "--n-embd", "99998"], "GiB"),
+        (["--init", "nowhere"], "nowhere"),
+        (["--lr", "-1"], "--lr"),
+        ([], "--overwrite"),
+    ):
+        with pytest.raises(UserError, match=part):
+            run(*words, *flags)
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+@pytest.mark.parametrize("name", ["-x", "a b", "it's", "caf\udce9", "\x1b[31m", "new\nline"])
+def test_what_is_printed_to_run_next_can_be_typed(name, text, tmp_path, monkeypatch, capfdbinary):
+    monkeypatch.chdir(tmp_path)
+    copy = Path(name + ".txt")
+    try:
+        copy.write_bytes(Path(text).read_bytes())
+    except (OSError, UnicodeError):
+        pytest.skip("the file system takes no such name")
+    words = tiny(copy.name, "-out", 1)
+    terminal.prepare_streams()
+    assert run(*words) == 0
+    output = os.fsdecode(capfdbinary.readouterr().out)
+    commands = output.partition("\nnext      ")[2].splitlines()
+    assert [command.split()[:2] for command in commands] == [["python", "train.py"]] * 2
+    lines = [f"printf '%s\\0' {command.strip()}; printf '\\1'" for command in commands]
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], stdout=subprocess.PIPE, check=True)
+    for line in done.stdout.split(b"\1")[:-1]:
+        words = [os.fsdecode(word) for word in line.split(b"\0")[2:-1]]
+        s, _, _ = train.parse(words)
+        assert s.data == copy.name and s.out.startswith("-out")
+
+
+def test_training_text_sends_no_escape_codes_to_the_terminal(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.Trainer, "sample", lambda self, n: "a\x1b]0;title\x07b\n\x9bc")
+    assert run(*tiny(text, tmp_path / "run", 1)) == 0
+    output = capsys.readouterr().out
+    assert not [c for c in output if not c.isprintable() and c != "\n"]
+    assert "sample    a\ufffd]0;title\ufffdb\n          \ufffdc\n" in output
+
+
 VALUES = st.sampled_from(
     ["", "0", "1", "-1", "nan", "inf", "1e999", "x", "1L", "gpt2", "ista", "true", "9" * 30, "é\0"]
 )
@@ -253,6 +304,43 @@ def test_random_command_lines_are_parsed_or_refused(pairs):
                 train.model.LM(config)
         except RuntimeError as error:
             assert re.search(terminal.OUT_OF_MEMORY, str(error))
+
+
+@pytest.fixture(scope="module")
+def classify(tmp_path_factory):
+    """Words of a good command line of --task classify."""
+    root = tmp_path_factory.getbasetemp()
+    data = planted_reviews.write(tmp_path_factory.mktemp("reviews") / "a.jsonl", REVIEWS)
+    return ["--init", str(planted_reviews.base(root)), "--data", str(data), "--device", "cpu"]
+
+
+REVIEWS = planted_reviews.reviews(60)
+CLASSIFY_FLAGS = [cli.flag_name(f.name) for f in fields(finetune.Settings)]
+CLASSIFY_VALUES = st.one_of(VALUES, st.sampled_from(["end", "bytes", "/dev/null", ".", "a,b"]))
+
+
+class Training(Exception):
+    """The command line was good: training would begin."""
+
+
+@pytest.mark.fuzz
+@settings(max_examples=100)
+@given(
+    st.lists(st.tuples(st.sampled_from([*CLASSIFY_FLAGS, *STRANGE]), CLASSIFY_VALUES), max_size=4)
+)
+def test_random_command_lines_of_classify_reach_training_or_are_refused(classify, pairs):
+    def fit(*arguments):
+        raise Training
+
+    words = [word for pair in pairs for word in pair]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "fit", fit)
+        try:
+            train.main(["--task", "classify", *classify, *words])
+        except UserError as error:
+            assert str(error).strip() and "\n" not in str(error)
+        except Training:
+            pass
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -309,7 +397,7 @@ def test_errors_that_are_not_of_memory_keep_their_traceback():
 def test_an_empty_memory_error_is_a_sentence_too(capsys):
     with pytest.raises(SystemExit, match="2"):
         terminal.run(raiser(MemoryError()))
-    sentence = "error: not enough memory (MemoryError); take less at a time"
+    sentence = "error: not enough memory (allocation failed); take less at a time"
     assert capsys.readouterr().err.startswith(sentence)
 
 

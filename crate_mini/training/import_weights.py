@@ -7,14 +7,12 @@
             GPT-2, within 5e-4 of the exact one that nanoGPT uses)
     hf      GPT-2 of Hugging Face transformers: the same names, matrices transposed (Conv1D), GELU
 
-A source is a state_dict, a file of torch.save or .safetensors, or a Hugging Face folder, which
-holds config.json and one of the two.
+A source is a state_dict, or a file or folder of foreign_files.py. Weights do not show the number of
+heads, nor whether a gpt model has ReLU or GELU: both are taken from the dict around the weights or
+from config.json, else they can be given, else they are assumed and a note says so.
 """
 
 import hashlib
-import json
-import math
-import pickle
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import torch
 
 from crate_mini import UserError
 from crate_mini.model import KINDS, LM, Config
+from crate_mini.training.foreign_files import named_facts, read
 
 
 @dataclass(frozen=True)
@@ -66,28 +65,12 @@ LAYOUTS = {
 OUTER_NAMES = {"tokens": "wte", "positions": "wpe", "norm": "ln_f"}
 # Heads of the published CRATE-LM and GPT-2 models, by width.
 HEADS = {128: 4, 768: 12, 1024: 16, 1280: 20, 1600: 25}
-# Values that config.json of a Hugging Face model must have, if it names them.
-HF_CONFIG = {
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-}
-HF_FILES = ("model.safetensors", "pytorch_model.bin")
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-def is_foreign(path):
-    """Whether this path is for import_foreign: any file, or a Hugging Face folder."""
-    return path.is_file() or any((path / name).is_file() for name in HF_FILES)
+# Names under which a state_dict lies in the dict of a training checkpoint.
+STATE_NAMES = ("model", "state_dict", "model_state_dict", "module")
+# Names next to it of dicts that may tell the number of heads; the first are the model's own.
+FACT_NAMES = ("config", "hyper_parameters", "model_args")
+# Parts that wrappers add to the names of parameters: DataParallel, torch.compile, Lightning, FSDP.
+WRAPPERS = ("module", "_orig_mod", "model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def fingerprint(model):
@@ -102,27 +85,27 @@ def fingerprint(model):
 # ---- import and export ---------------------------------------------------------------------------
 
 
-def import_foreign(source, **changes):
-    """The LM, in eval mode, of a path, a state_dict, or nanoGPT's dict of "model" and "model_args".
+def import_foreign(source, log=print, **changes):
+    """The LM, in eval mode, of a path, a state_dict, or a dict around one, such as nanoGPT's.
 
-    changes: Config fields that the source does not hold, such as n_head. Raises UserError.
+    changes: Config fields that the source does not tell, such as n_head; a block_size below the
+    source's drops its last positions. log: called with a note for each assumption. Raises
+    UserError.
     """
-    place = "the state_dict" if isinstance(source, dict) else Path(source)
-    content, facts = (source, {}) if isinstance(source, dict) else _open(place)
-    if "model" in content:
-        facts = content.get("model_args") or {}
-        content = content["model"]
+    if isinstance(source, dict):
+        place, content, facts = "the state_dict", source, {}
+    else:
+        place = Path(source)
+        content, facts = read(place)
+    content, inner_facts = _unwrapped(content, place)
     theirs = _plain_names(content, place)
     layout, config = _recognize(theirs, place)
-    n_head = None
-    if isinstance(facts, dict):  # a damaged file may hold anything
-        n_head = facts.get("n_head", HEADS.get(config["n_embd"]))
-    if n_head is None and "n_head" not in changes:
-        raise UserError(
-            f"{place} does not name its number of heads; use import_foreign(path, n_head=...)."
-        )
+    facts = {**facts, **inner_facts}
+    config |= _not_in_weights(layout, config["n_embd"], facts, changes, place, log)
+    config |= changes
+    _drop_positions(theirs, config["block_size"], place)
     with torch.device("meta"):
-        model = LM(Config(**{**config, "n_head": n_head, **changes}))
+        model = LM(Config(**config))
     ours = {}
     for name, parameter in model.state_dict().items():
         ours[name] = _take(theirs, name, parameter.shape, layout, place)
@@ -131,7 +114,73 @@ def import_foreign(source, **changes):
             f"{place} has {next(iter(theirs))!r}, for which a {layout} model has no place."
         )
     model.load_state_dict(ours, assign=True)
+    model.foreign_layout = layout  # in which export_foreign gives it back
     return model.eval()
+
+
+def _unwrapped(content, place):
+    """(state_dict, facts) of a dict around it, in however many layers."""
+    facts = {}
+    while True:
+        for name in FACT_NAMES:
+            if isinstance(content.get(name), dict):
+                facts |= named_facts(content[name], f"{place}, {name},")
+        inner = [content[name] for name in STATE_NAMES if isinstance(content.get(name), dict)]
+        if not inner:
+            return content, facts
+        content = inner[0]
+
+
+def _not_in_weights(layout, width, facts, changes, place, log):
+    """{"n_head", "activation"} as the source tells them, as given, or as assumed with a note."""
+    known = {}
+    if "n_head" in facts:
+        known["n_head"] = facts["n_head"]
+    if layout == "crate" and "activation" in changes:
+        raise UserError(f"activation={changes['activation']!r} has no effect on {place}, a CRATE.")
+    if layout != "crate" and "activation" in facts:
+        known["activation"] = facts["activation"]
+    for name, value in known.items():
+        if changes.get(name, value) != value:
+            raise UserError(
+                f"{name}={changes[name]!r} differs from the {value!r} that {place} names; leave it "
+                "out."
+            )
+    if "n_head" not in {**known, **changes}:
+        known["n_head"] = _usual_heads(width, place, log)
+    if layout == "gpt" and "activation" not in {**known, **changes}:
+        log(
+            f"note      {place} does not name its activation: relu is assumed, as in the twin of "
+            "CRATE-LM; for a model of nanoGPT itself give train.py --activation gelu, or put a "
+            'config.json with {"activation": "gelu"} next to it'
+        )
+    return known
+
+
+def _usual_heads(width, place, log):
+    """The heads of published models of this width. Raises UserError for any other width."""
+    if width not in HEADS:
+        raise UserError(
+            f"{place} does not name its number of heads; give it, as in train.py --n-head 4 (in "
+            'Python, n_head), or put a config.json with {"n_head": 4} next to it.'
+        )
+    log(
+        f"note      {place} does not name its number of heads: {HEADS[width]} are assumed, as in "
+        f"published models of width {width}"
+    )
+    return HEADS[width]
+
+
+def _drop_positions(theirs, block_size, place):
+    """Keep the embeddings of the first block_size positions."""
+    name = "transformer.wpe.weight"
+    positions = theirs[name]
+    if type(block_size) is int and block_size > len(positions):
+        raise UserError(
+            f"block_size={block_size} is more than the {len(positions)} positions of {place}; "
+            "leave it out."
+        )
+    theirs[name] = positions[:block_size]
 
 
 def _take(theirs, name, shape, layout, place):
@@ -151,19 +200,20 @@ def _take(theirs, name, shape, layout, place):
     return value.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-def export_foreign(model):
-    """state_dict of an LM in the layout of its kind: crate, gpt or, if its MLP has GELU, hf.
+def export_foreign(model, layout=None):
+    """state_dict of an LM in a layout: crate, gpt or hf.
 
-    Raises UserError for a model with a variant that the layout cannot express.
+    layout: by default the one it was imported from; else crate for CRATE and, for the twin, hf if
+    it is Hugging Face's GPT-2 (GELU and biases), else gpt. Raises UserError for a model with a
+    variant that the layout cannot express.
     """
     config = model.config
-    if config.sparsifier == "ista":
-        layout = "crate"
-    else:
-        layout = "hf" if config.activation == "gelu" else "gpt"
+    layout = layout or getattr(model, "foreign_layout", None) or _usual_layout(config)
+    if layout not in LAYOUTS:
+        raise UserError(f"layout={layout!r} is unknown; choose one of {', '.join(LAYOUTS)}.")
     free = ["vocab_size", "block_size", "n_layer", "n_head", "n_embd", "l1"]
     if layout == "gpt":
-        free.append("bias")
+        free += ["bias", "activation"]
     sizes = {name: getattr(config, name) for name in free}
     plain = Config(**{**LAYOUTS[layout].config, **sizes})
     for f in fields(Config):
@@ -179,6 +229,12 @@ def export_foreign(model):
         theirs[key] = (value.T if transposed else value).contiguous()
     theirs["lm_head.weight"] = theirs["transformer.wte.weight"]
     return theirs
+
+
+def _usual_layout(config):
+    if config.sparsifier == "ista":
+        return "crate"
+    return "hf" if config.activation == "gelu" and config.bias else "gpt"
 
 
 # ---- names and shapes ----------------------------------------------------------------------------
@@ -205,11 +261,14 @@ def _plain_names(content, place):
         )
     theirs = {}
     for key, value in content.items():
-        key = str(key).removeprefix("module.").removeprefix("_orig_mod.")
+        key = ".".join(part for part in str(key).split(".") if part not in WRAPPERS)
         if key.startswith(("wte.", "wpe.", "h.", "ln_f.")):  # Hugging Face's model without a head
             key = "transformer." + key
-        if not key.endswith((".attn.bias", ".attn.masked_bias")):
-            theirs[key] = value
+        if key.endswith((".attn.bias", ".attn.masked_bias")):
+            continue
+        if key in theirs and not torch.equal(theirs[key], value):
+            raise UserError(f"{place} holds two different tensors for {key}; keep one of them.")
+        theirs[key] = value
     head = theirs.pop("lm_head.weight", None)
     if head is not None:
         embedding = theirs.get("transformer.wte.weight", head)
@@ -256,69 +315,3 @@ def _recognize(theirs, place):
         "bias": "transformer.ln_f.bias" in theirs,
     }
     return layout, config
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def _open(path):
-    """(content, facts) of a file or a Hugging Face folder; facts: n_head, if it is known."""
-    facts = {}
-    try:
-        if path.is_dir():
-            facts = _hugging_face_facts(path)
-            path = next(path / name for name in HF_FILES if (path / name).is_file())
-        if path.suffix == ".safetensors":
-            content = _safetensors(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(
-            f"Cannot read {path}: {error.strerror or error}; expected a checkpoint."
-        ) from None
-    except Exception as error:  # damaged files fail in any way inside torch, json and pickle
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise UserError(
-                f"{path} would run code when loaded, so it was refused; if you trust it, save its "
-                "tensors alone: torch.save(model.state_dict(), path)."
-            ) from None
-        advice = "download it again"
-        if path.suffix == ".json":
-            advice = "give the folder that holds it"
-        raise UserError(f"{path} is damaged, truncated or not a checkpoint; {advice}.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected a dict of tensors.")
-    return content, facts
-
-
-def _hugging_face_facts(folder):
-    """{"n_head": heads}, or {}, of a config.json. Raises UserError for another kind of model."""
-    config = json.loads((folder / "config.json").read_bytes())
-    for name, expected in HF_CONFIG.items():
-        if config.get(name, expected) != expected:
-            raise UserError(
-                f"{folder}/config.json has {name}={config[name]!r}; only GPT-2 with {expected!r} "
-                "can be imported."
-            )
-    return {"n_head": config["n_head"]} if "n_head" in config else {}
-
-
-def _safetensors(path):
-    """Tensors by name: 8 bytes of length, a JSON of dtypes, shapes and offsets, raw data."""
-    with open(path, "rb") as file:
-        header_length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_length))
-        data = bytearray(file.read())
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        flat = torch.frombuffer(
-            data,
-            dtype=SAFETENSORS_DTYPES[entry["dtype"]],
-            count=math.prod(entry["shape"]),
-            offset=entry["data_offsets"][0],
-        )
-        tensors[name] = flat.reshape(entry["shape"])
-    return tensors

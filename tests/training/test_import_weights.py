@@ -18,7 +18,8 @@ from refusals import refused
 from crate_mini import UserError
 from crate_mini.model import LM, preset
 from crate_mini.training import checkpoint
-from crate_mini.training.foreign_weights import export_foreign, import_foreign
+from crate_mini.training.import_weights import export_foreign, import_foreign
+from crate_mini.training.settings import parse
 
 D = 12
 HEADS = 3
@@ -164,7 +165,39 @@ def test_nanogpt_with_gelu_and_imported_weights_are_copies():
     torch.testing.assert_close(lm.double()(IDS), want, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
+def test_a_model_is_exported_in_the_layout_that_it_came_in():
+    """nanoGPT's biased GELU model has the numbers of Hugging Face's, not its layout."""
+    sd = foreign("gpt", True)
+    lm = import_foreign(sd, n_head=HEADS, activation="gelu")
+    back = export_foreign(lm)
+    assert back.keys() == sd.keys() and all(torch.equal(back[name], sd[name]) for name in sd)
+    again = import_foreign(back, n_head=HEADS, activation="gelu")
+    assert again.config == lm.config and torch.equal(again(IDS), lm(IDS))
+    theirs = export_foreign(lm, "hf")
+    first = "transformer.h.0.attn.c_attn.weight"
+    assert torch.equal(theirs[first], sd[first].T)
+    assert torch.equal(import_foreign(theirs, n_head=HEADS)(IDS), lm(IDS))
+    plain = import_foreign(foreign("gpt"), n_head=HEADS, activation="gelu")
+    del plain.foreign_layout  # as after a checkpoint of ours
+    assert export_foreign(plain).keys() == foreign("gpt").keys()
+    refused("bias=False", export_foreign, plain, "hf")
+    refused("attention=", export_foreign, plain, "crate")
+    refused("choose one of crate, gpt, hf", export_foreign, plain, "onnx")
+
+
+PREFIXES = [
+    "",
+    "_orig_mod.",
+    "module.",
+    "_orig_mod.module.",
+    "module._orig_mod.",
+    "model.",
+    "model._orig_mod.",
+    "module.model._fsdp_wrapped_module.",
+]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_a_training_checkpoint_with_its_arguments(tmp_path, prefix):
     sd = foreign("crate", True)
     args = dict(
@@ -186,7 +219,7 @@ def test_a_training_checkpoint_with_its_arguments(tmp_path, prefix):
     wrapped = {prefix + name: value for name, value in sd.items()}
     torch.save({"model": wrapped, "model_args": args, **extra}, path)
     lm, meta = checkpoint.load(path)
-    assert meta["tokenizer"]["spec"] == "gpt2" and meta["config"]["n_head"] == HEADS
+    assert meta["tokenizer"]["spec"] is None and meta["config"]["n_head"] == HEADS
     assert not lm.training
     torch.testing.assert_close(lm.double()(IDS), forward(sd, "crate"), rtol=1e-9, atol=1e-9)
     torch.save({"model": sd, "model_args": args}, path)
@@ -194,6 +227,130 @@ def test_a_training_checkpoint_with_its_arguments(tmp_path, prefix):
     next(iter(sd.values())).view(-1)[0] += 1
     torch.save({"model": sd, "model_args": args}, path)
     assert checkpoint.load(path)[1]["sha256"] != meta["sha256"]
+
+
+def test_names_of_blocks_that_were_compiled_alone_and_of_two_copies():
+    sd = foreign("crate", True)
+    blocks = {name.replace(".h.0.", ".h.0._orig_mod."): value for name, value in sd.items()}
+    logits = import_foreign(sd, n_head=HEADS)(IDS)
+    assert torch.equal(import_foreign(blocks, n_head=HEADS)(IDS), logits)
+    copies = {**sd, **{f"module.{name}": value for name, value in sd.items()}}
+    assert torch.equal(import_foreign(copies, n_head=HEADS)(IDS), logits)
+    copies["module.transformer.ln_f.weight"] = sd["transformer.ln_f.weight"] + 1
+    refused("two different tensors for transformer.ln_f.weight", import_foreign, copies)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda sd: {"state_dict": sd, "hyper_parameters": {"n_head": HEADS}},
+        lambda sd: {"model": {"state_dict": sd}, "config": {"n_head": HEADS, "lr": 0.1}},
+        lambda sd: {"state_dict": {"model": sd, "model_args": {"n_head": HEADS}}},
+        lambda sd: {"module": sd, "epoch": 3, "config": {"num_attention_heads": HEADS}},
+        lambda sd: {"model": sd, "config": {"n_head": 1}, "model_args": {"n_head": HEADS}},
+    ],
+)
+def test_dicts_around_a_state_dict_tell_the_heads(wrap):
+    sd = foreign("crate", True)
+    lm = import_foreign(wrap(sd))
+    assert lm.config.n_head == HEADS
+    torch.testing.assert_close(lm.double()(IDS), forward(sd, "crate"), rtol=1e-9, atol=1e-9)
+
+
+def test_what_weights_do_not_show_is_told_or_given_or_noted(tmp_path):
+    path = tmp_path / "nano.pt"
+    torch.save({"model": foreign("gpt"), "model_args": {"n_head": HEADS}}, path)
+    lines = []
+    assert checkpoint.load(path, log=lines.append)[0].config.activation == "relu"
+    assert len(lines) == 1 and "activation: relu is assumed" in lines[0]
+    assert "--activation gelu" in lines[0]
+    lm, _ = checkpoint.load(path, log=lines.append, activation="gelu", block_size=4)
+    assert (lm.config.activation, lm.config.block_size, len(lines)) == ("gelu", 4, 1)
+    want = forward(foreign("gpt"), "gpt", gelu)[:, :4]
+    torch.testing.assert_close(lm.double()(IDS[:, :4]), want, rtol=1e-9, atol=1e-9)
+    facts = tmp_path / "config.json"
+    facts.write_text('{"activation": "gelu", "n_layer": 2}')
+    assert checkpoint.load(path, log=lines.append)[0].config.activation == "gelu"
+    assert len(lines) == 1
+    refused("activation='relu' differs from the 'gelu'", checkpoint.load, path, activation="relu")
+    refused("n_head=2 differs from the 3", checkpoint.load, path, n_head=2)
+    refused(f"block_size=8 is more than the {CONTEXT} pos", checkpoint.load, path, block_size=8)
+    for content, words in (
+        ('{"activation": "swish"}', "expected relu or gelu"),
+        ('{"n_head": "3"}', "n_head='3'; expected a number"),
+        ('{"n_head": true}', "n_head=True; expected a number"),
+        ("[1]", "move it away"),
+        ("{", "move it away"),
+    ):
+        facts.write_text(content)
+        refused(words, checkpoint.load, path)
+    facts.write_text('{"n_head": 2}')
+    assert checkpoint.load(path)[0].config.n_head == HEADS  # what the file itself says counts
+    torch.save(foreign("crate", True), path)
+    facts.write_text(json.dumps({"n_head": HEADS}))
+    assert checkpoint.load(path)[0].config.n_head == HEADS
+    refused("has no effect", checkpoint.load, path, activation="gelu")
+
+
+def test_usual_heads_are_assumed_with_a_note_only_where_nothing_tells_them(tmp_path):
+    wide = LM(preset("1L", vocab_size=300, block_size=8))
+    path = tmp_path / "crate.pt"
+    torch.save(export_foreign(wide), path)
+    lines = []
+    assert checkpoint.load(path, log=lines.append)[0].config.n_head == 4
+    assert len(lines) == 1 and "4 are assumed" in lines[0]
+    assert checkpoint.load(path, log=lines.append, n_head=8)[0].config.n_head == 8
+    (tmp_path / "config.json").write_text('{"n_head": 2}')
+    assert checkpoint.load(path, log=lines.append)[0].config.n_head == 2
+    assert len(lines) == 1
+
+
+# ---- tokenizers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [257, 320, 50256, 50257, 50304, 50305])
+def test_only_a_vocabulary_of_gpt2s_size_is_taken_for_gpt2s(tmp_path, rows):
+    lm = LM(preset("1L", n_embd=8, n_head=2, vocab_size=rows, block_size=4))
+    torch.save({"model": export_foreign(lm), "model_args": {"n_head": 2}}, tmp_path / "a.pt")
+    _, meta = checkpoint.load(tmp_path / "a.pt")
+    if 50257 <= rows <= 50304:
+        assert meta["tokenizer"]["spec"] == "gpt2"
+        refused("--tokenizer gpt2", checkpoint.open_tokenizer, "a.pt", meta, "bytes")
+        return
+    refused("does not name its tokenizer", checkpoint.open_tokenizer, "a.pt", meta)
+    assert checkpoint.open_tokenizer("a.pt", meta, "bytes").name == "bytes"
+    assert meta["tokenizer"]["spec"] == "bytes"  # for whatever opens it next
+    if rows < 4096:
+        advice = f"FILE:{rows - 1}"
+        refused(advice, checkpoint.open_tokenizer, "a.pt", meta, "pydocs:4095")
+
+
+def test_a_vocabulary_too_small_for_any_tokenizer_is_refused_without_impossible_advice(tmp_path):
+    path = tmp_path / "characters.pt"
+    torch.save({"model": foreign("gpt"), "model_args": {"n_head": HEADS}}, path)
+    refused(f"has {VOCAB} ids, and every tokenizer here has 257", checkpoint.open_model, path)
+
+
+def test_train_takes_what_import_weights_do_not_tell(tmp_path, capsys):
+    path = tmp_path / "nano.pt"
+    torch.save({"state_dict": foreign("gpt")}, path)
+    init = ["--init", str(path), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"]
+    refused("number of heads; give it, as in train.py --n-head 4", parse, init)
+    refused(f"has {VOCAB} ids", parse, [*init, "--n-head", "3"])
+    lm = LM(preset("1L", "gpt2", n_embd=12, n_head=3, vocab_size=300, block_size=16))
+    torch.save(export_foreign(lm), path)
+    flags = ["--n-head", "2", "--activation", "gelu", "--block-size", "8"]
+    capsys.readouterr()
+    s, config, start = parse([*init, *flags])
+    assert (config.n_head, config.activation, config.block_size) == (2, "gelu", 8)
+    assert len(start["weights"]["positions.weight"]) == 8 and s.tokenizer == "bytes"
+    assert capsys.readouterr().out == ""
+    refused("--block-size 32 is more than the 16", parse, [*init, *flags, "--block-size", "32"])
+    refused("--n-embd 24 differs from the 12", parse, [*init, *flags, "--n-embd", "24"])
+    refused("does not name its tokenizer", parse, [*init[:-2], *flags])
+
+
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def safetensors(sd):
@@ -228,6 +385,42 @@ def test_a_hugging_face_folder(tmp_path, kind, stem):
     lm, _ = checkpoint.load(tmp_path)
     want = forward(foreign("hf", True), "hf", gelu)
     torch.testing.assert_close(lm.double()(IDS), want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_hugging_face_folder_of_several_parts(tmp_path, suffix, index):
+    sd = foreign("hf", True)
+    del sd["lm_head.weight"]
+    names = sorted(sd)
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    files = [f"{stem}-0000{i}-of-00003{suffix}" for i in (1, 2, 3)]
+    weight_map = {}
+    for i, file in enumerate(files):
+        part = {name: sd[name] for name in names[i::3]}
+        weight_map |= dict.fromkeys(part, file)
+        if suffix == ".bin":
+            torch.save(part, tmp_path / file)
+        else:
+            (tmp_path / file).write_bytes(safetensors(part))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_head": HEADS}))
+    table = tmp_path / f"{stem}{suffix}.index.json"
+    if index:
+        table.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    want = forward(sd | {"lm_head.weight": sd["transformer.wte.weight"]}, "hf", gelu)
+    for path in [tmp_path, table] if index else [tmp_path]:
+        lm, _ = checkpoint.load(path)
+        torch.testing.assert_close(lm.double()(IDS), want, rtol=1e-9, atol=1e-9)
+    refused("give the folder of all parts", checkpoint.load, tmp_path / files[1])
+    if index:
+        table.write_text(json.dumps({"weight_map": {**weight_map, "other": files[0]}}))
+        refused("names other, which .* lacks", checkpoint.load, tmp_path)
+        for content in ({"weight_map": {"a": "../a.bin"}}, {"weight_map": [1]}, [], {}):
+            table.write_text(json.dumps(content))
+            refused("index.json is damaged", checkpoint.load, tmp_path)
+        table.write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / files[2]).unlink()
+    refused(f"{files[2]} is missing, one of 3 parts", checkpoint.load, tmp_path)
 
 
 def test_transformers_itself(tmp_path):
