@@ -392,15 +392,18 @@ class Trainer:
             print(*words, flush=True)
 
 
-def main(argv=None):
-    """Run the command line's task, training or classification; returns the exit code."""
+def main(argv=None, command=None):
+    """Run the command line's task, training or classification; returns the exit code.
+
+    argv: its words, by default this process's. command: what checkpoints record instead of them.
+    """
     task, words = split_task(sys.argv[1:] if argv is None else argv)
     if task == "classify":
         from crate_mini.concepts import finetune
 
         return finetune.main(words)
     s, config, start = parse(words)
-    command = sys.argv if argv is None else ["train.py", *argv]
+    command = command or (sys.argv if argv is None else ["train.py", *argv])
     rank, _ = rank_and_world()
     trainer = None
     try:

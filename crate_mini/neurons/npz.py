@@ -1,8 +1,9 @@
 """Arrays read back from an .npz, or one sentence: a later stage must not go on with damaged ones.
 
-np.savez stores arrays uncompressed, each with its CRC-32. numpy checks that only after it has read
-as many bytes as the array's header names, so a damaged header could make it read fewer, or ask for
-any amount of memory. Here a member must be stored, as long as its header says, and is read whole.
+np.savez stores arrays uncompressed, each with its CRC-32. It is checked only when a member has been
+read to its end, and numpy reads as many bytes as the array's header names: a damaged header could
+make it read fewer, or ask for any amount of memory. Here a member must be stored, and exactly as
+long as its header says.
 """
 
 import zipfile
@@ -57,5 +58,4 @@ def _read(archive, info):
         for start in range(0, len(place), CHUNK):
             block = member.read(min(CHUNK, len(place) - start))
             place[start : start + len(block)] = block
-        member.read(1)  # at its end the CRC is checked, even that of an empty array
     return values.reshape(shape, order="F" if by_columns else "C")

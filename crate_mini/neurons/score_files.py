@@ -82,7 +82,7 @@ def read(folder):
     neurons = []
     for row in rows:
         name = row["site"], row["neuron"]
-        if False:
+        if name not in shown:
             raise UserError(
                 f"{folder / 'excerpts.jsonl'} lacks neuron {name[1]} of {name[0]}; score again "
                 "with `python interpret.py neurons CKPT --from score`."

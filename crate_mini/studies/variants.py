@@ -443,8 +443,7 @@ def main():
         if len(sys.argv) > 1:
             return 0
         raise UserError(f"no variant given; choose {one_of(VARIANTS)}.")
-    # Checkpoints keep these words as their command.
-    sys.argv = ["-m", "crate_mini.studies.variants", name, *flags]
+    command = ["-m", "crate_mini.studies.variants", name, *flags]
     with installed(name) as variant:
         print(f"variant   {name}: {variant.summary}", flush=True)
         if variant.extra_products:
@@ -452,7 +451,7 @@ def main():
             print(
                 f"          {extra} d^2 products per token and layer not counted below", flush=True
             )
-        return runpy.run_path(str(results.ROOT / "train.py"))["main"](flags)
+        return runpy.run_path(str(results.ROOT / "train.py"))["main"](flags, command)
 
 
 if __name__ == "__main__":
