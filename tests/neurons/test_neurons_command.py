@@ -14,6 +14,7 @@ from crate_mini.console import terminal
 from crate_mini.data.batches import open_corpus
 from crate_mini.data.tokenizer import load_tokenizer
 from crate_mini.judges import language_model
+from crate_mini.neurons import record
 from crate_mini.neurons.score_files import read_rows
 from crate_mini.training import checkpoint
 
@@ -182,6 +183,16 @@ def test_stages_with_other_settings_refuse_or_do_as_a_fresh_run(place, call):
         assert scores(place / "choices") == scores(place / "fresh"), changes
     code, _, err = call(f"{words} --n 5 --trie 1 --from score")
     assert code == 2 and "made without --controls init" in err
+
+
+def test_one_layer_of_a_record_that_had_no_room_for_all_bigrams(place, call, monkeypatch):
+    """Alone it would have had room for more, and so have another table."""
+    monkeypatch.setattr(record, "BIGRAM_BYTES", 4 * 2 * 128 * 10)  # ten for two layers of 128
+    words = "neurons best --n 2 --tokens 9000 --controls none --out bigrams"
+    assert not call(f"{words} --until record")[0]
+    code, _, err = call(f"{words} --from select --layers 0")
+    assert code == 2 and "is of L0, L1, which share its room for bigrams" in err
+    assert not call(f"{words} --from select")[0]
 
 
 def test_features_of_an_autoencoder_that_was_trained_again(place, call):
