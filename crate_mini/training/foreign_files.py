@@ -41,9 +41,9 @@ SAFETENSORS_DTYPES = {
 
 def is_foreign(path):
     """Whether this path is for `read`: any file, or a folder with Hugging Face's names."""
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
         return True
-    names = os.listdir(path) if path.is_dir() else []
+    names = os.listdir(path) if os.path.isdir(path) else []
     return any(name in FILES or _is_index(name) or PART.fullmatch(name) for name in names)
 
 

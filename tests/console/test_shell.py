@@ -95,11 +95,14 @@ def test_a_stop_request_notes_signals_and_puts_handlers_back():
 
 def test_a_second_ctrl_c_does_not_end_an_interactive_python(monkeypatch):
     monkeypatch.setattr(sys, "ps1", "> ", raising=False)
-    monkeypatch.setattr(signal, "default_int_handler", signal.getsignal(signal.SIGINT))
-    with terminal.StopRequest():
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    try:
+        with terminal.StopRequest():
             signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_another_thread_leaves_signals_alone():
