@@ -208,8 +208,8 @@ def ista(x, D, eta, lam, steps, decoder=None):
 def ista_codes(x, D, eta, lam, steps, debias=False):
     """The codes a (..., h) of `ista` alone, for a model that makes them sparser before decoding.
 
-    debias: undo the shrinkage of the last step. Always in PyTorch: what the kernels win is less
-    than the y that nobody needs costs.
+    debias: undo the shrinkage of the last step. Always in PyTorch, because the kernels compute y
+    too, which is not needed here.
     """
     _check_ista("ista_codes", x, D, eta, lam, steps)
     if isinstance(lam, Tensor):

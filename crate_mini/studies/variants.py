@@ -1,4 +1,4 @@
-"""Variants of the model that were tried for the study and lost; train one of them with
+"""Variants of the model that only the study trains; train one of them with
 
     python -m crate_mini.studies.variants NAME [flags of train.py]
 
