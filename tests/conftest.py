@@ -1,6 +1,7 @@
 """Options, hypothesis profiles and fixtures of all tests.
 
-python -m pytest                      the fixed examples of CI
+python -m pytest                      the fixed examples of CI, on two cores if there are two
+python -m pytest --workers 1          everything in one process
 python -m pytest --fuzz-minutes 10    new random examples for ten minutes; a failure prints the
                                       command that repeats it
 """
@@ -15,6 +16,7 @@ import time
 import background_builds
 import hypothesis
 import pytest
+import side_by_side
 import torch
 from compiled import load_extension
 from hypothesis import settings
@@ -56,6 +58,13 @@ def extension():
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
     parser.addoption(
+        "--workers",
+        type=int,
+        default=min(2, os.cpu_count() or 1),
+        metavar="N",
+        help="run the tests of different files in N processes (default 2 on two cores)",
+    )
+    parser.addoption(
         "--fuzz-minutes",
         type=float,
         default=0,
@@ -94,10 +103,22 @@ def pytest_unconfigure():
 
 
 def pytest_runtestloop(session):
-    """With --fuzz-minutes: run the fuzz tests again and again, each round with a new seed."""
-    minutes, config = session.config.getoption("--fuzz-minutes"), session.config
-    if not minutes or not session.items or config.option.collectonly:
+    """Run the tests side by side, or with --fuzz-minutes the fuzz tests again and again."""
+    config = session.config
+    if not session.items or config.option.collectonly:
         return None
+    if config.getoption("--fuzz-minutes"):
+        return fuzz(session, config.getoption("--fuzz-minutes"))
+    workers = config.getoption("--workers")
+    if workers < 2 or config.option.usepdb or not side_by_side.can_fork():
+        return None
+    side_by_side.run(session, workers)
+    return True
+
+
+def fuzz(session, minutes):
+    """Run the tests until one fails or time is up, each round with a new seed."""
+    config = session.config
     end = time.monotonic() + 60 * minutes
     seed = time.time_ns() % 2**32
     following = session.items[1:] + session.items[:1]

@@ -37,7 +37,7 @@ def test_tests_leave_nothing_and_need_nothing(tests, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     home.mkdir()
     elsewhere.mkdir()
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--workers", "1"]
     command += [f"--rootdir={checkout}", f"--config-file={checkout / 'pyproject.toml'}"]
     command += [str(checkout / test) for test in tests]
     env = {**os.environ, "HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
