@@ -80,17 +80,6 @@ const firstRows = 200, moreRows = 400;
 const view = { site: "", status: "", text: "", sort: 0, down: false, draw: 0, rows: firstRows };
 let order = [];  // the neurons in the table, by their place in `neurons`; "next" follows it
 
-// mulberry32: the same draws on every machine, from the page's seed and the number of the draw.
-function generator(seed) {
-  let a = seed >>> 0;
-  return () => {
-    a = a + 0x6D2B79F5 | 0;
-    let t = Math.imul(a ^ a >>> 15, 1 | a);
-    t = t + Math.imul(t ^ t >>> 7, 61 | t) ^ t;
-    return ((t ^ t >>> 14) >>> 0) / 4294967296;
-  };
-}
-
 function sample(list, count, seed) {
   const random = generator(seed), pool = list.slice();
   const taken = Math.min(count, pool.length);

@@ -327,17 +327,6 @@ function divergence(before, after) {
   return Math.max(0, sum);
 }
 
-// mulberry32: numbers in [0, 1), the same on every machine.
-function generator(seed) {
-  let a = seed >>> 0;
-  return () => {
-    a = a + 0x6D2B79F5 | 0;
-    let t = Math.imul(a ^ a >>> 15, 1 | a);
-    t = t + Math.imul(t ^ t >>> 7, 61 | t) ^ t;
-    return ((t ^ t >>> 14) >>> 0) / 4294967296;
-  };
-}
-
 // An id drawn with probability proportional to p ** (1 / temperature); the likeliest at 0.
 function draw(logProbs, temperature, random) {
   let best = 0;

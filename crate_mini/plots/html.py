@@ -22,6 +22,11 @@ def quiz_script():
     return asset("crate_mini.plots", "quiz.js")
 
 
+def random_script():
+    """The script that pages with random draws begin with."""
+    return asset("crate_mini.plots", "random.js")
+
+
 def inline(data):
     """Data as JSON that cannot end its <script> element: <, > and & are escaped."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
