@@ -8,6 +8,7 @@ Every op checks its arguments, allocates its results (the function that does so 
 for torch.compile) and calls `launch`. Gradients are ops too. All are registered at the end.
 """
 
+import inspect
 import math
 
 import torch
@@ -23,8 +24,29 @@ except ImportError as error:
     _C, import_error = None, str(error)
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # Dtype of kernels.h
-OPTIONAL = ("decoder", "lam", "bias", "gy", "ga")  # tensors that may be None
 CUDA_VERSION = 0  # of the CUDA kernels: 0 the best, 1 to 3 from naive to fast, for the benchmark
+SHAPES = {  # shape: the tensors that have it; "..." are the leading dimensions, N their product
+    "... d": "x z gy",
+    "... h": "a ga",
+    "... K p": "gu",
+    "d h": "D decoder",
+    "h d": "atoms decoder_atoms",
+    "d d": "U",
+    "d": "weight bias",
+    "h": "lam",
+    "steps-1 N h": "codes",
+    "steps-1 N d": "residuals",
+}
+SHAPE_OF = {name: shape for shape, names in SHAPES.items() for name in names.split()}
+OPTIONAL = ("decoder", "lam", "lams", "bias", "gy", "ga")  # tensors that may be None
+WIDE = ("lam", "weight", "bias")  # tensors in the dtype of sums
+NUMBERS = {  # type: the arguments that have it
+    "float": "eta lam eps",
+    "int": "steps n_head",
+    "bool": "keep needs_grad",
+    "ScalarType": "dtype",
+}
+TYPE_OF = {name: kind for kind, names in NUMBERS.items() for name in names.split()}
 
 
 def acc_dtype(dtype):
@@ -45,53 +67,46 @@ def misfit(op, problem):
     return UserError(f"{op}: {problem}.")
 
 
-def check_same(op, name, t, dtype, device):
-    """A tensor must have this dtype (None: any) and device. Torch lets None pass for a tensor."""
-    if t is None and name in OPTIONAL:
-        return
-    if not isinstance(t, torch.Tensor):
-        raise misfit(op, f"{name} is {type(t).__name__}, not a tensor")
-    if t.layout != torch.strided:
-        raise misfit(op, f"{name} is {t.layout}, expected a dense tensor")
-    if dtype not in (None, t.dtype):
-        raise misfit(op, f"{name} is {t.dtype}, expected {dtype}; convert it")
-    if t.device != device:
-        raise misfit(op, f"{name} is on {t.device}, expected {device}; move it")
+def check_kinds(op, tensors, dtype=None, wide=None):
+    """Tensors must be dense, and like the first in device. Torch lets None pass for a tensor.
 
-
-def check_shape(op, name, t, like, sizes, letters):
-    """A tensor (None: absent) of floats must have the shape that these letters stand for.
-
-    letters: names in `sizes`, like "d h"; "..." stands for the leading dimensions of `like`.
+    dtype: of all tensors but the first and those of WIDE, whose dtype is wide; None: any.
     """
-    if t is None:
-        return
-    shape = []
-    for letter in letters.split():
-        shape += like.shape[:-1] if letter == "..." else [sizes[letter]]
-    if list(t.shape) != shape:
-        expected = f"({', '.join(letters.split())}) = {tuple(shape)}"
-        raise misfit(op, f"{name} has shape {tuple(t.shape)}, expected {expected}")
-    if not t.is_floating_point():
-        raise misfit(op, f"{name} is {t.dtype}, expected floating-point numbers")
+    first = next(iter(tensors.values()))
+    for name, t in tensors.items():
+        if t is None and name in OPTIONAL:
+            continue
+        if not isinstance(t, torch.Tensor):
+            raise misfit(op, f"{name} is {type(t).__name__}, not a tensor")
+        if t.layout != torch.strided:
+            raise misfit(op, f"{name} is {t.layout}, expected a dense tensor")
+        expected = wide if name in WIDE else dtype
+        if t is not first and expected not in (None, t.dtype):
+            raise misfit(op, f"{name} is {t.dtype}, expected {expected}; convert it")
+        if t.device != first.device:
+            raise misfit(op, f"{name} is on {t.device}, expected {first.device}; move it")
 
 
-def check_tensors(op, like, dtype, sizes, **tensors):
-    """Tensors must have like's device, this dtype, and shapes (see check_shape).
-
-    dtype None: any floats, on any device, as PyTorch takes them. tensors: name=(tensor, letters).
-    """
+def check_shapes(op, tensors, sizes, kernels):
+    """Tensors must hold floats and have the shape of their name, whose letters `sizes` explains."""
+    like = next(iter(tensors.values()))
     on_cpu = like.device.type == "cpu"
     runs = on_cpu or (like.is_cuda and like.dtype != torch.float64)
-    if dtype is not None and not (runs and like.dtype in DTYPE_CODES):
+    if kernels and not (runs and like.dtype in DTYPE_CODES):
         use = "use float32 or bfloat16, or float64 on the CPU"
         raise misfit(op, f"{like.dtype} on {like.device} is not supported; {use}")
-    if not like.is_floating_point():
-        raise misfit(op, f"{like.dtype} is not supported; use float32 or bfloat16")
-    for name, (t, letters) in tensors.items():
-        check_same(op, name, t, dtype, like.device)
-        check_shape(op, name, t, like, sizes, letters)
-        if t is not None and not on_cpu and t.numel() >= 2**31:
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if not t.is_floating_point():
+            raise misfit(op, f"{name} is {t.dtype}, expected floating-point numbers")
+        letters, shape = SHAPE_OF[name].split(), []
+        for letter in letters:
+            shape += like.shape[:-1] if letter == "..." else [sizes[letter]]
+        if list(t.shape) != shape:
+            expected = f"({', '.join(letters)}) = {tuple(shape)}"
+            raise misfit(op, f"{name} has shape {tuple(t.shape)}, expected {expected}")
+        if not on_cpu and t.numel() >= 2**31:
             problem = f"{name} has {t.numel()} elements, expected fewer than 2^31 on a GPU"
             raise misfit(op, f"{problem}; use fewer rows")
 
@@ -104,11 +119,16 @@ def check_number(op, name, value, example, low=0.0):
         raise misfit(op, f"{name}={value} must be finite{sign}, like {example}")
 
 
-def check_ista(op, x, D, eta, lam, steps, lams=None, kernels=True, **tensors):
-    """Check what the ISTA ops share, and further tensors; returns (dtype, N, d, h, steps, eta).
+def check_ista(op, x, D, eta, lam, steps, lams=None, kernels=True, cast=False, **others):
+    """Check what the ISTA ops share, and other tensors; returns (dtype, N, d, h, steps, eta).
 
-    kernels: whether they will run; PyTorch takes more dtypes and devices.
+    kernels: whether they will run; PyTorch takes more dtypes and devices. cast: dtypes may differ.
     """
+    tensors = dict(x=x, D=D, lam=lams, **others)
+    dtype = getattr(x, "dtype", None)  # what is not a tensor has none
+    check_kinds(op, tensors, None if cast else dtype, acc_dtype(dtype) if kernels else None)
+    if torch.compiler.is_compiling():  # shapes in sentences would be compiled in
+        return None
     if x.dim() == 0 or D.dim() != 2:
         shapes = f"got shapes {tuple(x.shape)} and {tuple(D.shape)}"
         raise misfit(op, f"expected x (..., d) and D (d, h), {shapes}")
@@ -116,41 +136,36 @@ def check_ista(op, x, D, eta, lam, steps, lams=None, kernels=True, **tensors):
     check_number(op, "lam", lam, 0.1)
     if type(steps) is not int or not 1 <= steps <= 1000:
         raise misfit(op, f"steps={steps} must lie in 1 to 1000, like 2")
-    N = count_rows(x)
-    d, h = x.shape[-1], D.shape[1]
-    sizes = {"N": N, "d": d, "h": h, "steps-1": steps - 1}
-    check_tensors(op, x, x.dtype if kernels else None, sizes, D=(D, "d h"), **tensors)
-    check_tensors(op, x, acc_dtype(x.dtype) if kernels else None, sizes, lam=(lams, "h"))
-    return DTYPE_CODES.get(x.dtype), N, d, h, steps, eta
-
-
-def check_rows(op, x):
-    """ista_decode is for few rows."""
-    if count_rows(x) >= 2**16:
-        raise misfit(op, f"{count_rows(x)} rows, expected fewer than 65536; use ista")
+    N, d, h = count_rows(x), x.shape[-1], D.shape[1]
+    if op == "ista_decode" and N >= 2**16:
+        raise misfit(op, f"{N} rows, expected fewer than 65536; use ista")
+    check_shapes(op, tensors, {"N": N, "d": d, "h": h, "steps-1": steps - 1}, kernels)
+    return DTYPE_CODES.get(dtype), N, d, h, steps, eta
 
 
 def mssa_dtype(z, U):
     """The dtype that U must have next to this z, and that u gets."""
-    return U.dtype if (z.dtype, U.dtype) == (torch.float32, torch.bfloat16) else z.dtype
+    dtypes = [getattr(t, "dtype", None) for t in (z, U)]
+    return U.dtype if dtypes == [torch.float32, torch.bfloat16] else dtypes[0]
 
 
-def check_mssa(op, z, weight, bias, U, n_head, eps, kernels=True, **tensors):
-    """Check what the MSSA ops share, and further tensors; returns (zdtype, dtype, N, d, eps).
+def check_mssa(op, z, weight, bias, U, n_head, eps, kernels=True, cast=False, **others):
+    """Check what the MSSA ops share, and other tensors; returns (zdtype, dtype, N, d, eps).
 
-    kernels: as for check_ista.
+    kernels, cast: as for check_ista.
     """
+    tensors = dict(z=z, weight=weight, bias=bias, U=U, **others)
+    dtype = mssa_dtype(z, U)
+    check_kinds(op, tensors, None if cast else dtype, acc_dtype(dtype) if kernels else None)
+    if torch.compiler.is_compiling():
+        return None
     if z.dim() == 0:
         raise misfit(op, "z must have at least one dimension, (..., d)")
     d = z.shape[-1]
     if type(n_head) is not int or n_head < 1 or d % n_head:
         raise misfit(op, f"n_head={n_head} does not divide d={d}")
     check_number(op, "eps", eps, 1e-5)
-    dtype = mssa_dtype(z, U)
-    sizes = {"d": d, "K": n_head, "p": d // n_head}
-    check_tensors(op, z, dtype if kernels else None, sizes, U=(U, "d d"), **tensors)
-    normed = acc_dtype(dtype) if kernels else None
-    check_tensors(op, z, normed, sizes, weight=(weight, "d"), bias=(bias, "d"))
+    check_shapes(op, tensors, {"d": d, "K": n_head, "p": d // n_head}, kernels)
     return DTYPE_CODES.get(z.dtype), DTYPE_CODES.get(dtype), count_rows(z), d, eps
 
 
@@ -158,18 +173,18 @@ def check_mssa(op, z, weight, bias, U, n_head, eps, kernels=True, **tensors):
 
 
 def launch(kernel, scalars, inputs, outputs):
-    """Call a function of kernels.h, on the device of its outputs.
+    """Call a function of kernels.h, on the device of its outputs; returns the outputs.
 
-    inputs, outputs: tensors, or None for null pointers. Raises UserError if this build has no CUDA
-    kernels, RuntimeError for an error that CUDA reports.
+    None and empty tensors become null pointers. Raises UserError if this build has no CUDA kernels,
+    RuntimeError for an error that CUDA reports.
     """
     # The lists keep copies alive while C reads them.
     inputs = [None if t is None else t.contiguous() for t in inputs]
     tensors = [*inputs, *outputs]
-    addresses = [None if t is None else t.data_ptr() for t in tensors]
+    addresses = [None if t is None or not t.numel() else t.data_ptr() for t in tensors]
     if outputs[0].device.type == "cpu":
         getattr(_C, f"{kernel}_cpu")(*scalars, *addresses, torch.get_num_threads())
-        return
+        return outputs
     if not _C.build_info()["cuda"]:
         rebuild = "`pip install -e .` with nvcc on the PATH builds them"
         raise misfit(kernel, f"this build has no CUDA kernels; {rebuild}")
@@ -181,6 +196,7 @@ def launch(kernel, scalars, inputs, outputs):
         error = function(*scalars, *addresses, workspace.data_ptr(), CUDA_VERSION, stream)
     if error:
         raise RuntimeError(f"{kernel}: CUDA error {error}, a cudaError_t.")
+    return outputs
 
 
 def empty_gradients(*arguments):
@@ -192,12 +208,21 @@ def empty_gradients(*arguments):
     return tuple(absent(0) if t is None else t.new_empty(t.shape) for t in arguments[:4])
 
 
+def save(ctx, inputs, output):
+    """Keep the four tensors that an op begins with, its results but the first, and its numbers."""
+    single = isinstance(output, torch.Tensor)
+    # Of several results, such as y and a, an absent gradient is None, not a matrix of zeros.
+    ctx.set_materialize_grads(single)
+    ctx.save_for_backward(*inputs[:4], *(() if single else output[1:]))
+    ctx.numbers = inputs[4:]
+
+
 def if_given(gradients, inputs):
     """The gradients of inputs, with None for an input that is None."""
     return [None if t is None else g for g, t in zip(gradients, inputs)]
 
 
-# ---- ista ----------------------------------------------------------------------------------------
+# ---- the ops -------------------------------------------------------------------------------------
 
 
 def ista(x, D, decoder, lams, eta, lam, steps, keep):
@@ -206,11 +231,9 @@ def ista(x, D, decoder, lams, eta, lam, steps, keep):
     decoder None: D. lams (h,) replaces lam. The last two results are for the gradient; without
     `keep` they are empty.
     """
-    scalars = check_ista("ista", x, D, eta, lam, steps, lams, decoder=(decoder, "d h"))
+    scalars = check_ista("ista", x, D, eta, lam, steps, lams, decoder=decoder)
     results = ista_results(x, D, decoder, lams, eta, lam, steps, keep)
-    outputs = results if keep else (*results[:2], None, None)
-    launch("ista_forward", (*scalars, lam), (x, D, decoder, lams), outputs)
-    return results
+    return launch("ista_forward", (*scalars, lam), (x, D, decoder, lams), results)
 
 
 def ista_results(x, D, decoder, lams, eta, lam, steps, keep):
@@ -225,63 +248,38 @@ def ista_backward(x, D, decoder, lams, a, codes, residuals, gy, ga, eta, steps):
 
     a, codes, residuals: what ista(keep=True) returned; gy, ga: gradients of y and a, None for zero.
     """
-    tensors = dict(
-        decoder=(decoder, "d h"),
-        gy=(gy, "... d"),
-        ga=(ga, "... h"),
-        a=(a, "... h"),
-        codes=(codes, "steps-1 N h"),
-        residuals=(residuals, "steps-1 N d"),
-    )
-    scalars = check_ista("ista_backward", x, D, eta, 0.0, steps, lams, **tensors)
-    gradients = empty_gradients(x, D, decoder, lams)
+    others = dict(decoder=decoder, gy=gy, ga=ga, a=a, codes=codes, residuals=residuals)
+    scalars = check_ista("ista_backward", x, D, eta, 0.0, steps, lams, **others)
     inputs = gy, ga, x, D, decoder, a, codes, residuals
-    launch("ista_backward", scalars, inputs, if_given(gradients, (x, D, decoder, lams)))
-    return gradients
-
-
-def ista_save(ctx, inputs, output):
-    x, D, decoder, lams, ctx.eta, _, ctx.steps, _ = inputs
-    ctx.set_materialize_grads(False)  # an absent gradient of a is None, not a matrix of zeros
-    ctx.save_for_backward(x, D, decoder, lams, *output[1:])
+    return launch("ista_backward", scalars, inputs, empty_gradients(x, D, decoder, lams))
 
 
 def ista_gradient(ctx, gy, ga, *_):
+    eta, _, steps, _ = ctx.numbers
     op, saved = torch.ops.crate_kernels.ista_backward, ctx.saved_tensors
-    gradients = op(*saved, gy, ga, ctx.eta, ctx.steps)
-    return *if_given(gradients, saved), None, None, None, None
-
-
-# ---- ista_decode: without gradient ---------------------------------------------------------------
+    return *if_given(op(*saved, gy, ga, eta, steps), saved), None, None, None, None
 
 
 def ista_decode(x, D, atoms, decoder_atoms, lams, eta, lam, steps):
     """(y, a) of a few rows; atoms and decoder_atoms (h, d) are D and the decoder transposed."""
     op = "ista_decode"
-    transposed = dict(atoms=(atoms, "h d"), decoder_atoms=(decoder_atoms, "h d"))
+    transposed = dict(atoms=atoms, decoder_atoms=decoder_atoms)
     scalars = check_ista(op, x, D, eta, lam, steps, lams, **transposed)
-    check_rows(op, x)
-    results = decode_results(x, D, atoms, decoder_atoms, lams, eta, lam, steps)
-    launch(op, (*scalars, lam), (x, D, atoms, decoder_atoms, lams), results)
-    return results
+    return launch(op, (*scalars, lam), (x, D, atoms, decoder_atoms, lams), decode_results(x, D))
 
 
-def decode_results(x, D, atoms, decoder_atoms, lams, eta, lam, steps):
+def decode_results(x, D, *_):
     return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], D.shape[1])
-
-
-# ---- mssa_project --------------------------------------------------------------------------------
 
 
 def mssa_project(z, weight, bias, U, n_head, eps):
     """LN(z) U as (..., K, p), in U's dtype. z has that dtype or is float32."""
     scalars = check_mssa("mssa_project", z, weight, bias, U, n_head, eps)
-    u = mssa_results(z, weight, bias, U, n_head, eps)
-    launch("mssa_project_forward", scalars, (z, weight, bias, U), (u,))
-    return u
+    u = mssa_results(z, weight, bias, U, n_head)
+    return launch("mssa_project_forward", scalars, (z, weight, bias, U), (u,))[0]
 
 
-def mssa_results(z, weight, bias, U, n_head, eps):
+def mssa_results(z, weight, bias, U, n_head, *_):
     return z.new_empty(*z.shape[:-1], n_head, z.shape[-1] // n_head, dtype=U.dtype)
 
 
@@ -289,58 +287,38 @@ def mssa_project_backward(z, weight, bias, U, gu, eps):
     """Gradients of z, weight, bias (empty if it is None) and U from gu (..., K, p)."""
     op = "mssa_project_backward"
     n_head = gu.shape[-2] if gu.dim() > 1 else 0
-    scalars = check_mssa(op, z, weight, bias, U, n_head, eps, gu=(gu, "... K p"))
-    gradients = empty_gradients(z, weight, bias, U)
-    launch(op, scalars, (gu, z, weight, bias, U), if_given(gradients, (z, weight, bias, U)))
-    return gradients
-
-
-def mssa_save(ctx, inputs, output):
-    z, weight, bias, U, _, ctx.eps = inputs
-    ctx.save_for_backward(z, weight, bias, U)
+    scalars = check_mssa(op, z, weight, bias, U, n_head, eps, gu=gu)
+    return launch(op, scalars, (gu, z, weight, bias, U), empty_gradients(z, weight, bias, U))
 
 
 def mssa_gradient(ctx, gu):
     op, saved = torch.ops.crate_kernels.mssa_project_backward, ctx.saved_tensors
-    return *if_given(op(*saved, gu, ctx.eps), saved), None, None
+    return *if_given(op(*saved, gu, ctx.numbers[-1]), saved), None, None
 
 
 # ---- registration --------------------------------------------------------------------------------
 
 
-def register(function, fake, schema):
-    """Make a function the op torch.ops.crate_kernels.NAME; its fake only allocates the results."""
+def register(function, fake, outputs, gradient=None, setup=save):
+    """Make a function the op torch.ops.crate_kernels.NAME; its fake only allocates the results.
+
+    outputs: how many tensors it returns. The names of its arguments tell their types. gradient and
+    setup: how autograd goes back through it, and what that keeps.
+    """
+    arguments = []
+    for name in inspect.signature(function).parameters:
+        kind = TYPE_OF.get(name, "Tensor?" if name in OPTIONAL else "Tensor")
+        arguments.append(f"{kind} {name}")
+    schema = f"({', '.join(arguments)}) -> ({', '.join(['Tensor'] * outputs)})"
     op = custom_op(f"crate_kernels::{function.__name__}", function, mutates_args=(), schema=schema)
     op.register_fake(fake)
+    if gradient:
+        op.register_autograd(gradient, setup_context=setup)
     return op
 
 
-register(
-    ista,
-    ista_results,
-    "(Tensor x, Tensor D, Tensor? decoder, Tensor? lams, float eta, float lam, int steps, "
-    "bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
-).register_autograd(ista_gradient, setup_context=ista_save)
-register(
-    ista_backward,
-    empty_gradients,
-    "(Tensor x, Tensor D, Tensor? decoder, Tensor? lams, Tensor a, Tensor codes, Tensor residuals, "
-    "Tensor? gy, Tensor? ga, float eta, int steps) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-register(
-    ista_decode,
-    decode_results,
-    "(Tensor x, Tensor D, Tensor atoms, Tensor decoder_atoms, Tensor? lams, float eta, float lam, "
-    "int steps) -> (Tensor, Tensor)",
-)
-register(
-    mssa_project,
-    mssa_results,
-    "(Tensor z, Tensor weight, Tensor? bias, Tensor U, int n_head, float eps) -> Tensor",
-).register_autograd(mssa_gradient, setup_context=mssa_save)
-register(
-    mssa_project_backward,
-    empty_gradients,
-    "(Tensor z, Tensor weight, Tensor? bias, Tensor U, Tensor gu, float eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
+register(ista, ista_results, 4, ista_gradient)
+register(ista_backward, empty_gradients, 4)
+register(ista_decode, decode_results, 2)
+register(mssa_project, mssa_results, 1, mssa_gradient)
+register(mssa_project_backward, empty_gradients, 4)

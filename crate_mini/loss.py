@@ -7,6 +7,8 @@ computed and then overwritten by the next chunk's.
 
 import torch
 
+from crate_mini import fused
+
 CHUNK = {"cpu": 2**20, "cuda": 2**26}  # logits at a time: they fit a CPU's cache, they fill a GPU
 
 
@@ -19,10 +21,11 @@ def cross_entropy(x, W, targets):
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
-    return _head(x.flatten(0, -2), W, targets.flatten(), dtype, needs_grad)[0]
+    op = torch.ops.crate_kernels.head
+    return op(x.flatten(0, -2), W, targets.flatten(), dtype, needs_grad)[0]
 
 
-def _head_forward(x, W, targets, dtype, needs_grad):
+def head(x, W, targets, dtype, needs_grad):
     """Loss () float32 and its gradients in x (N, d) and W (V, d), which are empty unless needed."""
     N = len(x)
     rows = max(32, CHUNK.get(x.device.type, 2**20) // len(W))
@@ -46,7 +49,7 @@ def _head_forward(x, W, targets, dtype, needs_grad):
     return loss / N, dx.div_(N), dW.div_(N).to(W.dtype)
 
 
-def _head_fake(x, W, targets, dtype, needs_grad):
+def head_results(x, W, targets, dtype, needs_grad):
     loss = x.new_empty((), dtype=torch.promote_types(torch.float32, dtype))
     dx = torch.empty_like(x if needs_grad else x[:0])
     dW = torch.empty_like(W if needs_grad else W[:0])
@@ -63,12 +66,4 @@ def _backward(ctx, g, *_):
     return g.to(dx.dtype) * dx, g.to(dW.dtype) * dW, None, None, None
 
 
-_head = torch.library.custom_op(
-    "crate_mini::head",
-    _head_forward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor W, Tensor targets, ScalarType dtype, bool needs_grad) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-_head.register_fake(_head_fake)
-_head.register_autograd(_backward, setup_context=_save)
+fused.register(head, head_results, 3, _backward, _save)

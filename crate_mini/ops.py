@@ -123,6 +123,8 @@ def _is_faster(op, t, dtype):
 
 def _autocast(t):
     """Whether autocast casts t. It does not know the meta device, on which models are sized."""
+    if not isinstance(t, Tensor):  # the checks will say so
+        return False
     return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
 
 
@@ -133,35 +135,15 @@ def _compute_dtype(t):
     return t.dtype
 
 
-def _check(op, any_dtype=False, **tensors):
-    """Tensors must have one device and, unless autocast casts them, one dtype."""
-    first = next(iter(tensors.values()))
-    if not isinstance(first, Tensor):
-        raise fused.misfit(op, f"{next(iter(tensors))} must be a tensor")
-    dtype = None if any_dtype or _autocast(first) else first.dtype
-    for name, t in tensors.items():
-        fused.check_same(op, name, t, dtype, first.device)
-
-
 def _check_ista(op, x, D, eta, lam, steps, decoder=None):
     """Check all arguments, whichever backend will run, so that each says the same of them."""
-    _check(op, x=x, D=D, decoder=decoder)
-    if torch.compiler.is_compiling():  # shapes in sentences would be compiled in
-        return
     lams, number = (lam, 0.0) if isinstance(lam, Tensor) else (None, lam)
-    more = dict(decoder=(decoder, "d h"))
-    fused.check_ista(op, x, D, eta, number, steps, lams, kernels=False, **more)
+    kinds = dict(kernels=False, cast=_autocast(x))
+    fused.check_ista(op, x, D, eta, number, steps, lams, **kinds, decoder=decoder)
 
 
 def _cast(dtype, *tensors):
     return [None if t is None else t.to(dtype) for t in tensors]
-
-
-def _threshold(lam, dtype):
-    """(lams, lam) as the kernels take them: a tensor or None, and a number."""
-    if isinstance(lam, Tensor):
-        return lam.to(fused.acc_dtype(dtype)), 0.0
-    return None, float(lam)
 
 
 # ---- the operations ------------------------------------------------------------------------------
@@ -173,18 +155,15 @@ def mssa_project(z, weight, bias, U, n_head, eps=1e-5):
     Raises UserError if shapes, dtypes or devices do not fit, as all functions here do.
     """
     op = "mssa_project"
-    _check(op, any_dtype=True, z=z, weight=weight, bias=bias, U=U)
-    if not torch.compiler.is_compiling():
-        fused.check_mssa(op, z, weight, bias, U, n_head, eps, kernels=False)
-    if not _autocast(z):
-        fused.check_same(op, "U", U, fused.mssa_dtype(z, U), z.device)
+    kinds = dict(kernels=False, cast=_autocast(z))
+    fused.check_mssa(op, z, weight, bias, U, n_head, eps, **kinds)
     dtype = _compute_dtype(U)
     if not _runs_fused(op, z, dtype):
         if any(t is not None and t.dtype != z.dtype for t in (weight, bias)):
             weight, bias = _cast(fused.acc_dtype(z.dtype), weight, bias)
-        if _autocast(z) or U.dtype == z.dtype:
-            return reference.mssa_project(z, weight, bias, U, n_head, eps)
-        return reference.mssa_project(z, weight, bias, U.to(z.dtype), n_head, eps).to(dtype)
+        if not _autocast(z):
+            U = U.to(z.dtype)
+        return reference.mssa_project(z, weight, bias, U, n_head, eps).to(dtype)
     weight, bias = _cast(fused.acc_dtype(dtype), weight, bias)
     return torch.ops.crate_kernels.mssa_project(z, weight, bias, U.to(dtype), n_head, eps)
 
@@ -195,14 +174,9 @@ def ista(x, D, eta, lam, steps, decoder=None):
     tensors = [t for t in (x, D, lam, decoder) if isinstance(t, Tensor)]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     few = fused.count_rows(x) <= DECODE_ROWS
-    if few and not needs_grad and not torch.compiler.is_compiling():
-        return _decode(x, D, eta, lam, steps, decoder)
-    dtype = _compute_dtype(x)
-    if not _runs_fused("ista", x, dtype):
-        return _reference_ista(x, D, eta, lam, steps, decoder, dtype)
-    x, D, decoder = _cast(dtype, x, D, decoder)
-    lams, lam = _threshold(lam, dtype)
-    return torch.ops.crate_kernels.ista(x, D, decoder, lams, eta, lam, steps, needs_grad)[:2]
+    decodes = few and not needs_grad and not torch.compiler.is_compiling()
+    op = "ista_decode" if decodes else "ista"
+    return _run_ista(op, x, D, eta, lam, steps, decoder, needs_grad)
 
 
 def ista_codes(x, D, eta, lam, steps, debias=False):
@@ -220,37 +194,38 @@ def ista_codes(x, D, eta, lam, steps, debias=False):
 
 def top_k(a, k):
     """a (..., h) with all but the k largest codes of each token 0; in PyTorch."""
-    _check("top_k", a=a)
+    fused.check_kinds("top_k", dict(a=a))
     if a.dim() == 0 or type(k) is not int or not 1 <= k <= a.shape[-1]:
         raise fused.misfit("top_k", f"k={k} must lie in 1 to h, the codes of a token")
     return reference.top_k(a, k)
 
 
+@torch.no_grad()
 def ista_decode(x, D, eta, lam, steps, decoder=None):
     """`ista` of a few rows without gradient: products that read codes skip those that are zero."""
     _check_ista("ista_decode", x, D, eta, lam, steps, decoder)
-    fused.check_rows("ista_decode", x)
-    return _decode(x, D, eta, lam, steps, decoder)
+    return _run_ista("ista_decode", x, D, eta, lam, steps, decoder, needs_grad=False)
 
 
-@torch.no_grad()
-def _decode(x, D, eta, lam, steps, decoder):
+def _run_ista(op, x, D, eta, lam, steps, decoder, needs_grad):
     dtype = _compute_dtype(x)
-    if not _runs_fused("ista_decode", x, dtype):
-        return _reference_ista(x, D, eta, lam, steps, decoder, dtype)
+    lams = lam if isinstance(lam, Tensor) else None
+    if not _runs_fused(op, x, dtype):  # float32 thresholds would make bf16 codes float32
+        lam = lam if lams is None else lams.to(dtype)
+        return reference.ista(x, D, eta, lam, steps, decoder)
+    if lams is None:
+        lam = float(lam)
+    else:  # as the kernels take them: a tensor or None, and a number
+        lams, lam = lams.to(fused.acc_dtype(dtype)), 0.0
+    if op == "ista":
+        x, D, decoder = _cast(dtype, x, D, decoder)
+        return torch.ops.crate_kernels.ista(x, D, decoder, lams, eta, lam, steps, needs_grad)[:2]
     D, atoms = _with_transpose(D, dtype)
     decoder_atoms = atoms if decoder is None else _with_transpose(decoder, dtype)[1]
-    lams, lam = _threshold(lam, dtype)
-    op = fused.ista_decode  # directly, because the dispatcher costs as much as the work
+    kernel = fused.ista_decode  # directly, because the dispatcher costs as much as the work
     if torch.compiler.is_compiling():
-        op = torch.ops.crate_kernels.ista_decode
-    return op(x.to(dtype), D, atoms, decoder_atoms, lams, eta, lam, steps)
-
-
-def _reference_ista(x, D, eta, lam, steps, decoder, dtype):
-    if isinstance(lam, Tensor):  # float32 thresholds would make its bf16 codes float32
-        lam = lam.to(dtype)
-    return reference.ista(x, D, eta, lam, steps, decoder)
+        kernel = torch.ops.crate_kernels.ista_decode
+    return kernel(x.to(dtype), D, atoms, decoder_atoms, lams, eta, lam, steps)
 
 
 _transposes = WeakTensorKeyDictionary()  # weight -> (its state, it in a dtype, that transposed)

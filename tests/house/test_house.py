@@ -121,7 +121,7 @@ def test_arrows_point_down(path):
         ("reference", set()),
         ("_stamp", set()),
         ("stats", set()),
-        ("loss", {"ops"}),
+        ("loss", {"ops", "fused"}),
         ("fused", {"_C"}),
         ("generate", set()),
         ("intervene", set()),

@@ -241,7 +241,7 @@ class OnCuda:
     device = torch.device("cuda")
 
     def __init__(self, t):
-        self.data_ptr, self.new_empty = t.data_ptr, t.new_empty
+        self.data_ptr, self.new_empty, self.numel = t.data_ptr, t.new_empty, t.numel
 
 
 @needs_gcc
@@ -251,8 +251,8 @@ def test_ops_reach_the_kernels(emulated, monkeypatch):
 
     def launch_on_cuda(kernel, scalars, inputs, outputs):
         kernels.append(kernel)
-        outputs = [None if t is None else OnCuda(t) for t in outputs]
-        launch(kernel, scalars, inputs, outputs)
+        launch(kernel, scalars, inputs, [OnCuda(t) for t in outputs])
+        return outputs
 
     emulated.schedule(0)
     functions = {name: emulated.function(name) for name in SIGNATURES}

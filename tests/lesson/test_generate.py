@@ -81,13 +81,14 @@ def test_a_text_longer_than_the_context_is_refused_and_errors_leave_no_cache():
 
 def test_single_tokens_take_the_path_measured_for_few_rows(monkeypatch):
     lm, rows = tiny("crate"), []
-    decode = ops._decode
+    run_ista = ops._run_ista
 
-    def counted(x, *rest):
-        rows.append(x.shape[1])
-        return decode(x, *rest)
+    def counted(op, x, *rest):
+        if op == "ista_decode":
+            rows.append(x.shape[1])
+        return run_ista(op, x, *rest)
 
-    monkeypatch.setattr(ops, "_decode", counted)
+    monkeypatch.setattr(ops, "_run_ista", counted)
     generate(lm, torch.arange(5)[None], 4)
     assert rows == [1] * 3 * 2  # three new tokens read, in two layers
 
