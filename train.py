@@ -54,22 +54,27 @@ class Trainer:
         self.seen_log = None  # of a resumed run: the fingerprint of its log.csv
         self.undo = ExitStack()  # undone when the run ends
         self.stopping = 0  # the signal on which all processes stop, or 0
+        self.next_batch = None  # of the step to come, already on its way to the device
         device.keep_memory()
         self.processes = Processes(s.device)
         self.device = self.processes.device
         first = self.processes.is_first
         self.stop = terminal.StopRequest("finishing this step, then saving" if first else "")
         self.share = self.processes.share(s.batch_size)
-        self.processes.connect()
-        self.dtype, dtype_reason = self.processes.agree(device.choose_dtype(self.device, s.dtype))
+        dtype_choice = device.choose_dtype(self.device, s.dtype, scaled=True)
+        self.dtype, dtype_reason = self.processes.agree(dtype_choice)
         s.dtype = str(self.dtype).removeprefix("torch.")  # a resume keeps this choice
-        compiled, mode_reason = device.choose_compile(self.device, s.compile)
+        in_fp16 = self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=in_fp16)
         device.check_memory(config, min(self.share, s.micro_batch), self.device, self.dtype)
         if state is None and not s.overwrite:
             run_log.refuse_occupied(s.out)
         self.machine = device.machine(self.device)  # once, so that no save waits for git
         self.tokenizer = load_tokenizer(s.tokenizer)
         self.corpus = self.open_corpus(meta, resumed=state is not None)
+        compile_choice = device.choose_compile(self.device, s.compile)
+        self.compiles, mode_reason = self.processes.agree(compile_choice)
+        self.processes.connect()
 
         torch.manual_seed(s.seed)
         self.lm = model.LM(config)
@@ -79,13 +84,9 @@ class Trainer:
         self.optimizer = self.make_optimizer()
         if state:
             self.restore(state, meta["training"])
-        forward = self.lm
-        if compiled:
-            forward = torch.compile(self.lm)
-            # Top-k compiles again when it keeps fewer codes.
-            self.undo.enter_context(torch._dynamo.config.patch(recompile_limit=32))
-        self.forward = self.processes.wrap(forward)
-        self.introduce("torch.compile" if compiled else "eager", mode_reason, dtype_reason)
+        self.forward = self.processes.wrap(self.lm)
+        self.undo.enter_context(device.tf32(self.device, self.dtype))
+        self.introduce(mode_reason, dtype_reason)
 
     # ---- training --------------------------------------------------------------------------------
 
@@ -95,7 +96,8 @@ class Trainer:
             run_log.make_room(self)
             self.log = run_log.Log(self)
             while self.step < self.s.train_steps:
-                loss, norm, lr = self.one_step()
+                with self.log.pace.step():
+                    loss, norm, lr = self.one_step()
                 self.keep(loss, norm, lr)
                 if self.stopping and self.step < self.s.train_steps:
                     resume = terminal.flag_words("--resume", self.s.out)
@@ -136,7 +138,7 @@ class Trainer:
         s = self.s
         lr = s.lr_at(self.step)
         self.anneal_top_k()
-        x, y = self.batch()  # (share, T) token ids; y is one token ahead
+        x, y = self.next_batch or self.batch(self.step)  # (share, T) ids; y is one token ahead
         self.lm.train()
         totals = torch.zeros(2, device=self.device)  # loss; nonzero if a signal was caught
         micro_batches = list(zip(x.split(s.micro_batch), y.split(s.micro_batch)))
@@ -145,14 +147,18 @@ class Trainer:
                 self.forward.require_backward_grad_sync = i == len(micro_batches)
             with self.autocast():
                 loss = self.forward(xs, ys) * (len(xs) / self.share)
-            loss.backward()
+            self.scaler.scale(loss).backward()
             totals[0] += loss.detach()
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.lm.parameters(), s.clip or math.inf)
         totals[1] = self.stop.caught  # read once: a signal may come at any time
         self.processes.add(totals)
-        totals[0] /= self.processes.world
-        loss, norm = totals[0].item(), norm.item()
-        if totals[1]:
+        is_last = self.step + 1 == s.train_steps
+        self.next_batch = None if is_last else self.batch(self.step + 1)
+        # The one place where a step waits for its GPU.
+        loss, stop, norm = torch.cat((totals, norm.view(1))).tolist()
+        loss /= self.processes.world
+        if stop:
             self.stopping = self.stop.caught or signal.SIGTERM
         self.step += 1
         self.tokens += s.batch_size * self.config.block_size
@@ -165,21 +171,32 @@ class Trainer:
         for block in self.lm.blocks:
             block.sparsifier.top_k.training_k = kept
 
-    def batch(self):
-        """This process's rows of the global batch of self.step: (x, y), on its device."""
-        s = self.s
+    def batch(self, step):
+        """This process's rows of the global batch of a step: (x, y), on its device."""
+        s, T = self.s, self.config.block_size
         first = self.processes.rank * self.share
         rows = slice(first, first + self.share)
-        batch = self.corpus.batch(s.seed, "train", self.step, s.batch_size, self.config.block_size)
-        x, y = (ids[rows].to(self.device, non_blocking=True) for ids in batch)
-        return x, y
+        batch = self.corpus.batch(s.seed, "train", step, s.batch_size, T, rows)
+        return device.send(batch, self.device)
 
     def update(self, loss, norm, lr):
-        """Update the weights, unless loss or gradient is not finite: then stop or skip the step."""
+        """Update the weights, unless loss or gradient is not finite: then stop or skip the step.
+
+        In float16 a gradient that is not finite is expected now and then: it is skipped, and the
+        loss is scaled by half as much from then on.
+        """
         if math.isfinite(loss) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif math.isfinite(loss) and self.scaler.is_enabled() and self.scaler.get_scale() > 1:
+            self.skipped += 1
+            self.scaler.update()
+            self.note(
+                f"step {self.step} skipped: a gradient was beyond float16's range; the loss is "
+                f"scaled by {self.scaler.get_scale():g} now"
+            )
         elif self.s.on_nonfinite == "stop":
             raise UserError(
                 f"loss {loss}, gradient norm {norm} at step {self.step}, learning rate {lr:.2g}; "
@@ -187,6 +204,7 @@ class Trainer:
             )
         else:
             self.skipped += 1
+            self.scaler.update()
         self.optimizer.zero_grad()
 
     def autocast(self):
@@ -204,17 +222,27 @@ class Trainer:
         sums = torch.zeros(2, 2, dtype=wide, device=self.device)
         losses, codes = sums  # (loss, tokens) and (nonzero codes, all codes)
         self.lm.eval()
-        blocks = self.corpus.blocks("val", self.s.micro_batch, self.config.block_size, limit)
-        for i, (x, y) in enumerate(blocks):
+        full = min(self.share, self.s.micro_batch), self.config.block_size
+        done, total = 0, self.corpus.n_tokens["val"] - 1
+        progress = None
+        if limit is None and self.processes.is_first:
+            progress = terminal.Progress("validate", total)
+        for i, (x, y) in enumerate(self.corpus.blocks("val", *full, limit)):
+            done += y.numel()
             if i % self.processes.world != self.processes.rank:
                 continue
-            x, y = x.to(self.device), y.to(self.device)
+            x, y = device.send((x, y), self.device)
+            # What training runs, compiled or not; a new shape would compile again.
+            forward = self.forward if x.shape == full else self.lm
             with self.autocast():
                 if self.s.log_sparsity:
                     for a in self.lm.trunk(x)[1]:
-                        codes += torch.tensor([a.count_nonzero(), a.numel()], device=self.device)
-                loss = self.lm(x, y)
-            losses += torch.tensor([loss.item() * y.numel(), y.numel()], device=self.device)
+                        codes[0] += a.count_nonzero()
+                        codes[1] += a.numel()
+                losses[0] += forward(x, y).to(wide) * y.numel()
+            losses[1] += y.numel()
+            if progress:
+                progress.update(done)
         self.processes.add(sums)
         loss = (losses[0] / losses[1]).item()
         bits = loss / math.log(2) * self.corpus.n_tokens["val"]
@@ -240,6 +268,8 @@ class Trainer:
             state["tokens"] = self.tokens
             state["log"] = self.log.fingerprint()
             state["optimizer"] = self.optimizer.state_dict()
+            if self.scaler.is_enabled():
+                state["scaler"] = self.scaler.state_dict()
         training = {
             "settings": asdict(self.s),
             "step": self.step,
@@ -269,6 +299,7 @@ class Trainer:
         self.seen_log = state.get("log")  # older checkpoints have none
         try:
             self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state.get("scaler", self.scaler.state_dict()))
         except (ValueError, LookupError, TypeError, AttributeError):
             raise UserError(
                 f"the optimizer's state in {self.s.out}/last does not fit the model; start a new "
@@ -332,18 +363,19 @@ class Trainer:
         s = self.s
         if meta:
             checkpoint.check_tokenizer(meta, self.tokenizer)
-        if not self.processes.is_first:
-            self.processes.wait()
-        corpus = batches.open_corpus(
-            s.data,
-            self.tokenizer,
-            val_fraction=s.val_fraction,
-            log=self.say,
-            text_field=s.text_field,
-        )
-        corpus.batch(s.seed, "train", 0, 1, self.config.block_size)  # raises if too short
-        if self.processes.is_first:
-            self.processes.wait()
+
+        def prepare():
+            corpus = batches.open_corpus(
+                s.data,
+                self.tokenizer,
+                val_fraction=s.val_fraction,
+                log=self.say,
+                text_field=s.text_field,
+            )
+            corpus.batch(s.seed, "train", 0, 1, self.config.block_size)  # raises if too short
+            return corpus
+
+        corpus = self.processes.first_then_others(prepare)
         before = meta["training"].get("corpus", {}) if resumed else corpus.meta
         names = ("text_sha256", "tokens", "bytes")
         if any(corpus.meta[name] != before.get(name) for name in names):
@@ -363,28 +395,74 @@ class Trainer:
         fused = self.device.type != "mps"
         return torch.optim.AdamW([decayed, others], s.lr, (s.beta1, s.beta2), fused=fused)
 
-    def introduce(self, mode, mode_reason, dtype_reason):
+    def introduce(self, mode_reason, dtype_reason):
         """Print what will run and why, and an estimate of time and memory from one trial step."""
         s = self.s
         self.flops = device.flops_per_token(self.config)
         self.peak, peak_reason = device.peak_flops(self.device, self.dtype)
+        mode = "torch.compile" if self.compiles else "eager"
         self.say(run_log.introduction(self, mode, mode_reason, dtype_reason, peak_reason))
+        seconds = None
+        if not self.compiles or s.compile == "auto":
+            seconds = self.trial()
+        if self.compiles:
+            seconds = self.compile(seconds)
+        moments = 8 * sum(w.numel() for w in self.lm.parameters())  # Adam's, not allocated yet
+        memory = device.peak_memory(self.device) + moments
+        self.say(
+            f"expected  {seconds / 60:.1f} minutes, {memory / 2**30:.1f} GiB, from one trial step"
+        )
+
+    def compile(self, eager_seconds):
+        """Compile self.forward, if that works and pays; returns the seconds of all steps to come.
+
+        eager_seconds: what they take otherwise; None: compile in any case.
+        """
+        eager = self.forward
+        problem = None
+        if eager_seconds is not None:
+            problem = self.processes.agree(device.compile_loses(eager_seconds))
+        if problem is None:
+            self.forward = torch.compile(eager)
+            # Top-k compiles again when it keeps fewer codes.
+            self.undo.enter_context(torch._dynamo.config.patch(recompile_limit=32))
+            try:
+                return self.trial()
+            except (UserError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # of a compiler: it must not end a run that can do without
+                problem = terminal.compiler_message(error)
+                if eager_seconds is None:
+                    raise device.cannot_compile(problem) from error
+            self.forward = eager
+            self.lm.zero_grad()
+        self.compiles = False
+        self.note(f"eager after all: {problem}")
+        return eager_seconds
+
+    def trial(self):
+        """Try a step without its update; returns the seconds that all steps to come would take."""
+        s = self.s
         rows = min(self.share, s.micro_batch)
         batch = self.corpus.batch(s.seed, "train", 0, rows, self.config.block_size)
-        x, y = (ids.to(self.device) for ids in batch)
-        self.lm.eval()
+        x, y = device.send(batch, self.device)
+        device.forget_peak(self.device)
+        self.anneal_top_k()
+        self.lm.train()
         for _ in range(2):  # the first one warms up
             start = time.perf_counter()
             with self.autocast():
-                loss = self.lm(x, y)
+                loss = self.forward(x, y)
             loss.backward()
             loss.item()
             seconds = time.perf_counter() - start
         self.lm.zero_grad()
-        minutes = seconds / rows * self.share * (s.train_steps - self.step) / 60
-        moments = 8 * sum(w.numel() for w in self.lm.parameters())  # Adam's, not allocated yet
-        memory = device.peak_memory(self.device) + moments
-        self.say(f"expected  {minutes:.1f} minutes, {memory / 2**30:.1f} GiB, from one trial step")
+        return seconds / rows * self.share * (s.train_steps - self.step)
+
+    def note(self, text):
+        """Print a remark on a line of its own, in the first process only."""
+        if self.processes.is_first:
+            terminal.show_line(f"note      {text}", last=True)
 
     def say(self, *words):
         """Print, in the first process only."""
@@ -413,7 +491,9 @@ def main(argv=None, command=None):
     finally:
         if trainer:
             trainer.undo.close()
-            trainer.forward = None  # DistributedDataParallel holds the process group
+            trainer.forward = None  # DistributedDataParallel holds the process group,
+            if trainer.compiles:
+                torch.compiler.reset()  # and compiled code holds that
         disconnect()
 
 

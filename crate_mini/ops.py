@@ -72,17 +72,20 @@ _faster = FASTER.get(fused._C.isa_name(), {}) if fused._C else {}
 _has_cuda = bool(fused._C) and fused._C.build_info()["cuda"]
 
 
-def backend():
-    """(name, reason): which implementation runs the ops, and why; scripts print both at start.
+def backend(kind="cpu"):
+    """(name, reason): what runs the ops on this kind of device, and why; scripts print both.
 
     Raises UserError if CRATE_BACKEND asks for one that does not exist or cannot run.
     """
     if _backend is None:
         raise UserError(_reason)
-    if _backend == "fused" and torch.cuda.is_available():
-        on_gpu = "CUDA kernels" if _mode == "fused" and _has_cuda else "PyTorch"
-        return _backend, f"{_reason}; {on_gpu} on the GPU"
-    return _backend, _reason
+    if _backend == "reference" or kind == "cpu":
+        return _backend, _reason
+    if kind == "cuda" and _has_cuda and _mode == "fused":
+        return _backend, "compiled CUDA kernels, as asked"
+    measured = "our kernels are not measured there yet"
+    why = measured if kind == "cuda" and _has_cuda else "this build has no kernels for it"
+    return "reference", f"plain PyTorch on {kind}: {why}"
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from crate_mini.cli import check, flag_name, kind_of, nearest, one_of, takes_sev
 from crate_mini.console import INTERRUPTED, signals
 
 SMALLER_RUNS = "like train.py's --micro-batch 1 or interpret.py's --n 100"
+COMPILER_ERRORS = {"BackendCompilerFailed", "GPUTooOldForTriton", "TritonMissing"}
 OUT_OF_MEMORY = "out of memory|an.t allocate|not enough memory|Storage size calculation overflowed"
 
 
@@ -298,15 +299,22 @@ def _sentence(error):
     lines = str(error).splitlines() or ["allocation failed"]
     if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
         return f"not enough memory ({lines[0][:120]}); take less at a time, {SMALLER_RUNS}."
-    # By name: importing the class would take seconds.
-    if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):
-        signs = (" error: ", "Error: ", "")
-        reason = next(line for sign in signs for line in lines if sign in line).strip()
+    # By name: importing the classes would take seconds.
+    if COMPILER_ERRORS & {kind.__name__ for kind in type(error).__mro__}:
         return (
-            f"torch.compile cannot compile here ({reason[:200]}); "
+            f"torch.compile cannot compile here ({compiler_message(error)}); "
             "`--compile off` trains without it."
         )
     return None
+
+
+def compiler_message(error):
+    """The line of a compiler's long message that names the problem; its type if it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    signs = ("fatal error: ", " error: ", "Error: ", "")
+    return next(line for sign in signs for line in lines if sign in line)[:200]
 
 
 def silence_stdout():

@@ -78,14 +78,23 @@ class Corpus:
         dtype = np.dtype(meta["dtype"])
         self.streams = {split: TokenStream(folder, parts, split, dtype) for split in SPLITS}
 
-    def batch(self, seed: int, split: str, step: int, batch_size: int, block_size: int):
+    def batch(
+        self,
+        seed: int,
+        split: str,
+        step: int,
+        batch_size: int,
+        block_size: int,
+        rows: slice = slice(None),
+    ):
         """Random windows (x, y), int64 (B, T) each, where y is one token ahead of x.
 
         Pure: the same arguments give the same batch. The B starts are uniform over all n - T
         windows, from a counter-based generator (Philox) keyed by the first three arguments. There
         is no state, so resuming is exact and evaluation cannot disturb training. numpy guarantees
         that Philox's raw output never changes, which it does not for `integers`; the bias of the
-        modulo is below n / 2^64. Raises UserError if the split is too short.
+        modulo is below n / 2^64. rows: those to read, of the B. Raises UserError if the split is
+        too short.
         """
         windows = self.n_tokens[split] - block_size
         if windows < 1:
@@ -95,10 +104,11 @@ class Corpus:
             )
         key = hashlib.blake2b(f"{seed}/{split}/{step}".encode(), digest_size=16).digest()
         raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(batch_size)
-        starts = (raw % np.uint64(windows)).tolist()
+        starts = (raw[rows] % np.uint64(windows)).tolist()
         stream = self.streams[split]
-        rows = np.stack([stream.read(start, block_size + 1) for start in starts])
-        tokens = torch.from_numpy(rows)
+        tokens = torch.from_numpy(
+            np.stack([stream.read(start, block_size + 1) for start in starts])
+        )
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def blocks(

@@ -78,8 +78,9 @@ def show_row(row):
 
 def run(settings):
     device = choose_device(settings.device)
-    with ops.use_backend("fused") as backend:
-        print(": ".join(backend))
+    with ops.use_backend("fused"):
+        backend = ops.backend(device.type)
+    print(": ".join(backend))
     keep_memory()  # as train.py does; it serves all contestants
     titles = [f"{name}, ms" for name in CONTESTANTS]
     show_row(["", *titles, "eager/", "compile/", "GFLOP/s", "GB/s", "note"])

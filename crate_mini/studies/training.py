@@ -152,9 +152,9 @@ def train_rate(text, spec, mode, dtype, kind, steps=14):
     run_script(["train.py", *words, "--overwrite"], folder.with_suffix(".log"))
     with open(folder / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    rows.pop()  # the last row's time includes the validation
-    ends = [int(row["tokens"]) / float(row["tokens_per_s"]) for row in rows]
-    return round(4096 / statistics.median(np.diff(ends[1:])))
+    # After n steps, the first of which does not count, a rate is the mean over n - 1.
+    ends = [n * 4096 / float(row["tokens_per_s"]) for n, row in enumerate(rows[1:], 1)]
+    return round(4096 / statistics.median(np.diff(ends)))
 
 
 def bare_loop(steps=12):

@@ -9,17 +9,18 @@ import platform
 import re
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from crate_mini import UserError
-from crate_mini.console import results
+from crate_mini.console import results, terminal
 from crate_mini.model import LM
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Dense bf16 FLOP/s of tensor cores, from the data sheets; the first key in the GPU's name counts.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Dense FLOP/s of tensor cores in bf16 and fp16, from the data sheets; the first key in the GPU's
+# name counts. T4 and V100 have no bf16.
 PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -34,10 +35,15 @@ PEAKS = {
     "RTX 5090": 209e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
+    "V100-SXM2": 125e12,
+    "T4": 65e12,
 }
 OTHER_GPUS = " (?:Ti|D|NVL|Laptop|Mobile)"  # what follows a key in the name of a slower GPU
 FASTER = 1.2  # on a CPU bf16 is chosen if it is at least this many times as fast
 GROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of control groups 2 and 1
+# What torch.compile is taken to cost and to save on a GPU; by arithmetic, not measured.
+COMPILE_SECONDS = 60
+COMPILE_SAVES = 0.4  # share of an eager step
 
 
 # ---- choices -------------------------------------------------------------------------------------
@@ -59,16 +65,22 @@ def choose_device(spec="auto"):
     return device
 
 
-def choose_dtype(device, spec="auto"):
-    """(dtype of the matrix products, reason) for auto | float32 | bfloat16.
+def choose_dtype(device, spec="auto", scaled=False):
+    """(dtype of the matrix products, reason) for auto | float32 | bfloat16 | float16.
 
-    auto: bf16 on a GPU that has it, and on a CPU where it measures faster.
+    auto: on a GPU bf16 if it has that, else fp16 if it has tensor cores at all and the caller
+    scales its loss; on a CPU bf16 where it measures faster.
+
+    scaled: whether the caller does so, without which small gradients are zero in fp16.
     """
     if spec != "auto":
-        return DTYPES[spec], "as asked"
+        in_tf32 = ", in TF32" if spec == "float32" and has_tf32(device) else ""
+        return DTYPES[spec], f"as asked{in_tf32}"
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if has_bf16(device):
             return torch.bfloat16, "the GPU has bf16 tensor cores"
+        if scaled and torch.cuda.get_device_capability(device) >= (7, 0):
+            return torch.float16, "the GPU has no bf16, but fp16 tensor cores; the loss is scaled"
         return torch.float32, "the GPU has no bf16 tensor cores"
     if device.type != "cpu":
         return torch.float32, f"bf16 is not tried on {device.type}"
@@ -78,15 +90,81 @@ def choose_dtype(device, spec="auto"):
     return torch.float32, f"a 512-cubed product runs only {ratio:.1f}x as fast in bf16 here"
 
 
+def has_bf16(device):
+    """Whether this GPU multiplies bf16 matrices itself; asked of it, not of the current one."""
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def has_tf32(device):
+    """Whether this GPU takes float32 products in TF32, as NVIDIA's do since Ampere."""
+    is_nvidia = device.type == "cuda" and not torch.version.hip
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@contextmanager
+def tf32(device, dtype):
+    """In this block float32 products run in TF32, if they are asked for and the GPU has it."""
+    before = torch.get_float32_matmul_precision()
+    if dtype == torch.float32 and has_tf32(device):
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def choose_compile(device, spec="auto"):
-    """(whether to use torch.compile, reason) for auto | on | off."""
-    if spec != "auto":
-        return spec == "on", "as asked"
-    if device.type != "cuda":
+    """(whether to use torch.compile, reason) for auto | on | off.
+
+    Raises UserError if it is asked for and cannot work here; auto then chooses eager.
+    """
+    if spec == "off":
+        return False, "as asked"
+    if spec == "auto" and device.type != "cuda":
         return False, "on a CPU it takes half a minute to start and gains nothing over our kernels"
-    if importlib.util.find_spec("triton") is None:
-        return False, "Triton, which it needs on a GPU, is not installed"
+    problem = compile_problem(device)
+    if problem and spec == "on":
+        raise cannot_compile(problem)
+    if problem:
+        return False, f"torch.compile cannot work here ({problem})"
+    if spec == "on":
+        return True, "as asked"
     return True, "it fuses what lies between the products; the first step takes about a minute"
+
+
+def compile_problem(device):
+    """Why torch.compile cannot work on this device, or None: it compiles a tiny function first."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if not torch.version.hip and capability < (7, 0):
+            found = ".".join(map(str, capability))
+            return f"Triton needs a GPU of capability 7.0 or more, and this one has {found}"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton, which it needs on a GPU, is not installed"
+
+    def tiny(x):
+        y = (x * 2).relu()
+        return y.sum()
+
+    try:
+        torch.compile(tiny)(torch.ones(64, device=device)).item()
+    except Exception as error:  # of the C compiler, Python.h, the driver, Triton, PyTorch
+        return terminal.compiler_message(error)
+
+
+def cannot_compile(problem):
+    """The UserError for --compile on where that fails."""
+    return UserError(
+        f"torch.compile cannot compile here ({problem}); `--compile off` trains without it."
+    )
+
+
+def compile_loses(seconds):
+    """Why compiling does not pay for a run that takes so many seconds without it, or None."""
+    saved = COMPILE_SAVES * seconds
+    if saved >= COMPILE_SECONDS:
+        return None
+    return f"compiling would take about {COMPILE_SECONDS} s and save about {saved:.0f} s"
 
 
 # ---- speed ---------------------------------------------------------------------------------------
@@ -106,9 +184,9 @@ def product_rate(device, dtype, n=1024, repeats=5):
 
 def peak_flops(device, dtype):
     """(peak FLOP/s or None, where it comes from)."""
-    if device.type == "cpu":
+    if device.type == "cpu" and dtype != torch.float16:  # which takes a CPU minutes
         return product_rate(device, dtype), "measured 1024-cubed product"
-    if device.type == "cuda" and dtype == torch.bfloat16:
+    if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for key, peak in PEAKS.items():
             if re.search(rf"\b{key}\b(?!{OTHER_GPUS})", name):
@@ -118,6 +196,14 @@ def peak_flops(device, dtype):
 
 
 # ---- memory --------------------------------------------------------------------------------------
+
+
+def send(tensors, device):
+    """CPU tensors, on the device; to a GPU they travel while this process goes on."""
+    if device.type != "cuda":
+        return [t.to(device) for t in tensors]
+    # From pageable memory the copy would wait for the GPU.
+    return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
 
 
 def keep_memory():
@@ -155,6 +241,12 @@ def flops_per_token(config, T=None, training=True):
     head = d * config.vocab_size
     products = config.n_layer * (attention + sparsifier) + head
     return 2 * products * (3 if training else 1)
+
+
+def forget_peak(device):
+    """Let peak_memory count from here on, where that is possible."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device):

@@ -6,6 +6,7 @@ result. In a single process, the methods that communicate do nothing.
 
 import gc
 import os
+import pickle
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -19,20 +20,29 @@ from torch.nn.parallel import DistributedDataParallel
 from crate_mini import UserError
 from crate_mini.training.device import choose_device
 
+PREPARING = timedelta(days=7)  # the first process may tokenize a large text while the others wait
+
 
 class Processes:
     """This process among all processes of its run.
 
     rank: its number, from 0; world: the number of processes; device: its torch.device, a different
-    GPU for each of several processes.
+    GPU for each of several processes. They first meet at a store, a server of keys and values that
+    waits as long as it takes; `connect` then starts the process group, which exchanges gradients.
     """
 
     def __init__(self, device):
         """device: the value of --device."""
         self.rank, self.world = rank_and_world()
         if self.world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            place = os.environ.get("LOCAL_RANK", self.rank % torch.cuda.device_count())
+            device = f"cuda:{place}"
         self.device = choose_device(device)
+        self.n_agreed = 0
+        if self.world > 1:
+            self.store = next(dist.rendezvous("env://"))[0]
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
 
     @property
     def is_first(self):
@@ -49,16 +59,29 @@ class Processes:
             )
         return batch_size // self.world
 
+    def first_then_others(self, prepare):
+        """The result of prepare(), which the first process calls before all others do.
+
+        All return together. There is no process group yet, whose timeout a long wait would break.
+        """
+        if not self.is_first:
+            self.store.wait(["prepared"], PREPARING)
+        result = prepare()
+        if self.world > 1:
+            self.store.set("prepared" if self.is_first else f"prepared {self.rank}", "")
+            others = [f"prepared {rank}" for rank in range(1, self.world)]
+            self.store.wait(others, PREPARING)
+        return result
+
     def connect(self):
-        """Start the process group."""
+        """Start the process group: NCCL between GPUs, Gloo between CPUs or where NCCL is absent."""
         if self.world == 1:
             return
-        backend = "gloo"
-        if self.device.type == "cuda":
-            backend = "nccl"
-            torch.cuda.set_device(self.device)
-        # A day: the first process may tokenize a large text while the others wait.
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+        place = dict(rank=self.rank, world_size=self.world, store=self.store)
+        if self.device.type == "cuda" and dist.is_nccl_available():
+            dist.init_process_group("nccl", device_id=self.device, **place)
+        else:
+            dist.init_process_group("gloo", **place)
 
     def wait(self):
         """Return when all processes have reached this call."""
@@ -66,11 +89,14 @@ class Processes:
             dist.barrier()
 
     def agree(self, value):
-        """The first process's value, in all processes."""
-        values = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(values, 0)
-        return values[0]
+        """The first process's value, in all processes; it needs no process group."""
+        if self.world == 1:
+            return value
+        self.n_agreed += 1
+        key = f"agreed {self.n_agreed}"
+        if self.is_first:
+            self.store.set(key, pickle.dumps(value))
+        return pickle.loads(self.store.get(key))
 
     def add(self, tensor):
         """Replace a tensor by its sum over all processes."""
@@ -78,8 +104,13 @@ class Processes:
             dist.all_reduce(tensor)
 
     def wrap(self, model):
-        """The model, with gradients averaged over all processes."""
-        return DistributedDataParallel(model) if self.world > 1 else model
+        """The model, with gradients averaged over all processes.
+
+        torch.compile belongs around it: it then splits the backward pass where gradients travel.
+        """
+        if self.world == 1:
+            return model
+        return DistributedDataParallel(model)
 
 
 def rank_and_world():

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -199,7 +200,7 @@ def introduction(trainer, mode, mode_reason, dtype_reason, peak_reason):
         f"device    {trainer.machine['device']}; {trainer.processes.world} process(es)",
         f"mode      {mode}: {mode_reason}",
         f"dtype     {s.dtype}: {dtype_reason}",
-        f"backend   {': '.join(ops.backend())}",
+        f"backend   {': '.join(ops.backend(trainer.device.type))}",
         f"step      {s.batch_size} x {c.block_size} tokens of {trainer.flops / 1e6:.1f} MFLOP",
         f"peak      {peak}{peak_reason}",
         f"corpus    {s.data}: {n_tokens['train']:,} tokens to train on for {epochs:.1f} epochs, "
@@ -254,6 +255,40 @@ def how_to_resume(out):
 # ---- progress ------------------------------------------------------------------------------------
 
 
+class Pace:
+    """How fast a run is now: the mean over its last steps.
+
+    The first step, which may compile, does not count; nor does what lies between steps, such as
+    validations, except in `remaining`.
+    """
+
+    def __init__(self, window=20):
+        self.seconds = deque(maxlen=window)  # of each of the last steps
+        self.n_steps = 0
+        self.between = 0.0  # seconds that were not spent in steps
+        self.end = None  # of the last step
+
+    @contextmanager
+    def step(self):
+        """Its block is one step."""
+        start = time.perf_counter()
+        if self.end is not None:
+            self.between += start - self.end
+        yield
+        self.end = time.perf_counter()
+        if self.n_steps:
+            self.seconds.append(self.end - start)
+        self.n_steps += 1
+
+    def step_seconds(self):
+        """The mean time of a step; None as long as there was only the first."""
+        return sum(self.seconds) / len(self.seconds) if self.seconds else None
+
+    def remaining(self, n_steps):
+        """Seconds that so many steps will take, with validations as often as so far."""
+        return n_steps * (self.step_seconds() + self.between / self.n_steps)
+
+
 class Log:
     """log.csv and the progress line."""
 
@@ -271,8 +306,7 @@ class Log:
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self.start_time = time.perf_counter()
-        self.start_step = trainer.step
+        self.pace = Pace()
         self.validation = {}  # the latest scores
         self.folder = Path(trainer.s.out)
         self.path = self.folder / "log.csv"
@@ -361,10 +395,9 @@ class Log:
         due = validation or trainer.step % s.log_every == 0 or trainer.stopping
         if not trainer.processes.is_first or not (due or sys.stdout.isatty()):
             return
-        seconds = time.perf_counter() - self.start_time
-        steps = trainer.step - self.start_step
-        tokens = s.batch_size * trainer.config.block_size
-        rate = steps * tokens / seconds
+        rate = None  # tokens per second
+        if step_seconds := self.pace.step_seconds():
+            rate = s.batch_size * trainer.config.block_size / step_seconds
         if due:
             values = {
                 "step": trainer.step,
@@ -372,13 +405,12 @@ class Log:
                 "loss": loss,
                 "lr": lr,
                 "grad_norm": norm,
-                "tokens_per_s": round(rate),
+                "tokens_per_s": round(rate) if rate else "",
                 **validation,
             }
             self._append([str(values.get(name, "")) for name in self.COLUMNS])
-        remaining = seconds / steps * (s.train_steps - trainer.step)
         try:
-            terminal.show_line(self._line(loss, rate, remaining), last=bool(validation))
+            terminal.show_line(self._line(loss, rate), last=bool(validation))
         except OSError:
             # The reader has left, as in `train.py | head`, or the disk is full: stop as for a
             # signal.
@@ -395,15 +427,18 @@ class Log:
         except OSError as error:
             raise UserError(f"Cannot write {self.path}: {error.strerror}; make room.") from None
 
-    def _line(self, loss, rate, remaining):
-        """The progress line; rate: tokens per second, remaining: seconds."""
+    def _line(self, loss, rate):
+        """The progress line; rate: tokens per second, None after the first step."""
         trainer = self.trainer
         words = [f"step {trainer.step}/{trainer.s.train_steps}", f"loss {loss:.4f}"]
         for name, value in self.validation.items():
             words.append(f"{name.replace('_loss', '')} {value:.4f}")
+        if rate is None:
+            return "  ".join(words)
         words.append(f"{rate:,.0f} tokens/s")
         if trainer.peak:
             mfu = rate * trainer.flops / trainer.peak / trainer.processes.world
             words.append(f"MFU {100 * mfu:.0f} %")
+        remaining = self.pace.remaining(trainer.s.train_steps - trainer.step)
         words.append(f"ETA {terminal.eta(remaining)}")
         return "  ".join(words)

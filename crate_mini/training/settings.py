@@ -113,7 +113,7 @@ class Settings:
     dtype: str = setting(
         "auto",
         "dtype of the matrix products; weights stay float32",
-        choices=("auto", "bfloat16", "float32"),
+        choices=("auto", "bfloat16", "float16", "float32"),
     )
     compile: str = setting("auto", "whether to use torch.compile", choices=("auto", "on", "off"))
     val_fraction: float = setting(
@@ -358,6 +358,7 @@ def is_state(state):
         return False
     fits = [isinstance(state.get(name), kind) for name, kind in kinds.items()]
     log = state.get("log", {"bytes": 0, "sha256": ""})  # older ones have neither log nor tokens
+    fits += [isinstance(state.get("scaler", {}), dict)]  # and only those in float16 have this
     fits += [isinstance(log, dict) and log.keys() == {"bytes", "sha256"}]
     fits += [isinstance(state.get("tokens", 0), int)]
     return all(fits) and state["step"] >= 0 and isinstance(log["bytes"], int)

@@ -108,6 +108,16 @@ def corpus(tmp_path_factory):
         return open_corpus(write(folder, stories(300)), BYTES, folder / "cache", log=quiet)
 
 
+def test_a_process_reads_only_its_rows_of_a_batch(corpus, monkeypatch):
+    x, y = corpus.batch(7, "train", 3, 6, 64)
+    stream, lengths = corpus.streams["train"], []
+    read = stream.read
+    monkeypatch.setattr(stream, "read", lambda *place: lengths.append(place) or read(*place))
+    mine, next_ids = corpus.batch(7, "train", 3, 6, 64, slice(2, 4))
+    assert torch.equal(mine, x[2:4]) and torch.equal(next_ids, y[2:4])
+    assert len(lengths) == 2
+
+
 def test_a_batch_is_a_function_of_its_arguments(corpus):
     numpy_state = np.random.get_state()[1].copy()
     torch_state = torch.get_rng_state()

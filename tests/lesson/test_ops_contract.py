@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,17 +273,20 @@ def test_the_backend_can_be_chosen_and_gives_its_reason():
 
 
 @pytest.mark.parametrize("mode", ["auto", "fused", "reference"])
-@pytest.mark.parametrize("gpu", [False, True])
-def test_the_reason_names_a_gpu_only_where_there_is_one(mode, gpu, monkeypatch):
-    """And says where its calls go: `auto` leaves a GPU to PyTorch."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    with ops.use_backend(mode) as (name, reason):
-        assert ("GPU" in reason) == (gpu and name == "fused")
-        assert gpu or "CUDA" not in reason
-        if gpu and name == "fused":
-            runs_kernels = mode == "fused" and ops._has_cuda
-            on_gpu = "CUDA kernels" if runs_kernels else "PyTorch"
-            assert reason.endswith(f"{on_gpu} on the GPU")
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
+def test_the_name_is_of_what_runs_on_the_device(kind, built, mode, monkeypatch):
+    """As _runs_fused decides it: `auto` leaves a GPU to PyTorch, and only CUDA has kernels."""
+    monkeypatch.setattr(ops, "_has_cuda", built)
+    place = dict(device=torch.device(kind), is_cuda=kind == "cuda")
+    x = SimpleNamespace(**place, shape=(4096, 128), dim=lambda: 2)
+    with ops.use_backend(mode):
+        name, reason = ops.backend(kind)
+        assert (name == "fused") == ops._runs_fused("ista", x, torch.float32)
+    assert ("CUDA" in reason) == (kind == "cuda" and name == "fused")
+    if kind != "cpu" and mode != "reference":
+        assert name == "fused" or reason.startswith(f"plain PyTorch on {kind}: ")
+        assert ("no kernels" in reason) == (kind == "mps" or not built)
 
 
 @pytest.mark.parametrize(

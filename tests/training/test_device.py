@@ -1,10 +1,17 @@
-"""Estimates of memory and speed: about right, or None; never a guess."""
+"""What a device can do: estimates of memory and speed, and choices made from what a GPU is.
+
+GPUs are fakes here: a capability, a name, a compiler that fails.
+"""
+
+import subprocess
 
 import pytest
 import torch
 
 from crate_mini import UserError, model
 from crate_mini.training import device
+
+CUDA = torch.device("cuda:1")
 
 
 @pytest.mark.parametrize(
@@ -56,6 +63,9 @@ def test_peaks_are_not_guessed():
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
+        ("Tesla T4", 65e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("Tesla V100-PCIE-16GB", None),
         ("NVIDIA H100 NVL", None),
         ("NVIDIA L40", None),
         ("NVIDIA A10G", None),
@@ -66,3 +76,125 @@ def test_peaks_are_not_guessed():
 def test_the_table_of_peaks_knows_names_exactly(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: name)
     assert device.peak_flops(torch.device("cuda"), torch.bfloat16)[0] == peak
+
+
+# ---- choices -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that puts a GPU of some capability at cuda:1, next to an old one at cuda:0."""
+
+    def install(*capability):
+        capabilities = {CUDA: capability}
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda where: capabilities.get(where, (3, 5))
+        )
+        monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: name)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    "capability, scaled, unscaled",
+    [
+        ((9, 0), torch.bfloat16, torch.bfloat16),
+        ((8, 0), torch.bfloat16, torch.bfloat16),
+        ((7, 5), torch.float16, torch.float32),
+        ((7, 0), torch.float16, torch.float32),
+        ((6, 1), torch.float32, torch.float32),
+    ],
+)
+def test_the_dtype_is_that_of_the_device_asked_for(capability, scaled, unscaled, gpu):
+    gpu(*capability)
+    assert device.choose_dtype(CUDA, scaled=True)[0] == scaled
+    assert device.choose_dtype(CUDA)[0] == unscaled, "who does not scale a loss must not get fp16"
+    assert device.choose_dtype(CUDA, "float16") == (torch.float16, "as asked")
+
+
+def test_tf32_is_told_and_ends_with_the_run(gpu):
+    for capability, precision in (((8, 6), "high"), ((7, 5), "highest")):
+        gpu(*capability)
+        in_tf32 = precision == "high"
+        assert ("TF32" in device.choose_dtype(CUDA, "float32")[1]) == in_tf32
+        with device.tf32(CUDA, torch.float32):
+            assert torch.get_float32_matmul_precision() == precision
+        for dtype in (torch.bfloat16, torch.float16):
+            with device.tf32(CUDA, dtype):
+                assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def missing_header(*_, **__):
+    raise RuntimeError("gcc failed:\n  a.c:5: fatal error: Python.h: No such file\nexit status 1")
+
+
+def missing_compiler(*_, **__):
+    raise subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"])
+
+
+def silent(*_, **__):
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "compiler, reason",
+    [
+        (missing_header, "a.c:5: fatal error: Python.h: No such file"),
+        (missing_compiler, "gcc.*returned non-zero exit status 1"),
+        (silent, "AssertionError"),
+    ],
+)
+def test_a_compiler_that_fails_on_three_lines_is_not_chosen(compiler, reason, gpu, monkeypatch):
+    gpu(8, 0)
+    monkeypatch.setattr(torch, "compile", lambda function: compiler)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
+    chosen, why = device.choose_compile(CUDA)
+    assert not chosen and "torch.compile cannot work here" in why
+    with pytest.raises(UserError, match=f"cannot compile here .*{reason}.*--compile off` trains"):
+        device.choose_compile(CUDA, "on")
+
+
+def test_compiling_needs_a_new_gpu_and_triton(gpu, monkeypatch):
+    gpu(6, 1)
+    assert "capability 7.0 or more, and this one has 6.1" in device.choose_compile(CUDA)[1]
+    gpu(7, 0)
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
+    assert "Triton, which it needs on a GPU, is not" in device.choose_compile(CUDA)[1]
+    with pytest.raises(UserError, match="Triton"):
+        device.choose_compile(CUDA, "on")
+    assert device.choose_compile(CUDA, "off") == (False, "as asked")
+
+
+def test_a_gpu_whose_compiler_works_compiles(gpu, monkeypatch):
+    gpu(7, 5)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(64))
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert device.choose_compile(CUDA)[0]
+
+
+def test_compiling_must_pay():
+    assert device.compile_loses(10) == "compiling would take about 60 s and save about 4 s"
+    assert device.compile_loses(3600) is None
+
+
+class Recorded:
+    """A tensor that notes how it is moved."""
+
+    def __init__(self):
+        self.moves = []
+
+    def pin_memory(self):
+        self.moves.append("pinned")
+        return self
+
+    def to(self, where, **options):
+        self.moves.append((where, options))
+        return self
+
+
+def test_batches_reach_a_gpu_from_pinned_memory():
+    [t] = device.send([Recorded()], CUDA)
+    assert t.moves == ["pinned", (CUDA, {"non_blocking": True})]
+    [t] = device.send([Recorded()], torch.device("cpu"))
+    assert t.moves == [(torch.device("cpu"), {})]

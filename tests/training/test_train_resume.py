@@ -161,7 +161,7 @@ import math, os
 forward, calls = train.model.LM.forward, []
 def poisoned(self, ids, targets=None):
     calls.append(self.training)
-    bad = sum(calls) == 5 and os.environ["RANK"] == "1"
+    bad = sum(calls) == 7 and os.environ["RANK"] == "1"  # two of them tried a step
     return forward(self, ids, targets) * (math.nan if bad else 1)
 train.model.LM.forward = poisoned
 """
@@ -237,7 +237,7 @@ def test_a_loss_that_is_not_finite_stops_or_is_skipped(text, tmp_path, monkeypat
 
     def poisoned(self, ids, targets=None):
         calls.append(self.training and targets is not None)
-        bad = sum(calls) == 5 and self.training
+        bad = sum(calls) == 7 and self.training  # two of them tried a step
         return forward(self, ids, targets) * (math.nan if bad else 1)
 
     monkeypatch.setattr(train.model.LM, "forward", poisoned)
