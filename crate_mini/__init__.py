@@ -18,3 +18,10 @@ def load(checkpoint, **options):
     from crate_mini.lab import Lab
 
     return Lab(checkpoint, **options)
+
+
+def train(**settings):
+    """A lab.Lab of a model trained now, with the settings of train.py by name, like lr=1e-3."""
+    from crate_mini.lab import train
+
+    return train(**settings)

@@ -33,13 +33,14 @@ def must_exist(name, number, n):
 
 
 @contextmanager
-def hook_codes(model, layer, function):
+def hook_codes(model, layer, function, subspace=False):
     """In the block, function(codes) runs whenever a layer's codes (B, T, h) are computed.
 
     If it returns a tensor, the model goes on with that instead; if it returns None or its argument,
     the codes keep their bits. It runs outside autocast. Yields an object with `.calls`, the number
     of passes. Nested hooks act in the order in which they were set; the hook is removed when the
-    block ends, however it ends. Raises UserError for a layer that does not exist.
+    block ends, however it ends. subspace: hooks MSSA's projections u (B, T, d), heads side by side,
+    in place of the codes. Raises UserError for a layer that does not exist.
     """
     must_exist("layer", layer, len(model.blocks))
     counter = SimpleNamespace(calls=0)
@@ -49,7 +50,9 @@ def hook_codes(model, layer, function):
         with torch.autocast(codes.device.type, enabled=False):
             return function(codes)
 
-    handle = model.blocks[layer].sparsifier.code.register_forward_hook(hook)
+    block = model.blocks[layer]
+    point = block.attention.subspace if subspace else block.sparsifier.code
+    handle = point.register_forward_hook(hook)
     try:
         yield counter
     finally:
@@ -64,6 +67,7 @@ class Intervention:
     positions: "all"; "last", the prompt's last token and every generated token; or a bool mask (T,)
     or (B, T) over the tokens of the text; its last column also decides for tokens beyond it.
     along: a direction (h,) of codes that takes the neuron's change in place of the neuron itself.
+    subspace: `neuron` is a coordinate of MSSA's u (d,): of head k from k p to k p + p - 1.
     """
 
     layer: int
@@ -74,10 +78,13 @@ class Intervention:
     sae: object = None
     keep_error: bool = False
     along: torch.Tensor | None = None
+    subspace: bool = False
 
     @property
     def kind(self):
-        """Whether `neuron` is the number of a "neuron" or of a "feature" of an autoencoder."""
+        """What `neuron` numbers: a "neuron", a "coordinate" of u, or a "feature" of `sae`."""
+        if self.subspace:
+            return "coordinate"
         return "neuron" if self.sae is None else "feature"
 
     def __str__(self):
@@ -85,7 +92,10 @@ class Intervention:
 
     def check(self, config):
         """Raise UserError unless a model of this config can take the intervention."""
-        width = config.n_code if self.sae is None else self.sae.c.numel()
+        if self.subspace and (config.attention != "mssa" or self.sae is not None):
+            raise UserError("subspace=True steers the u of attention mssa, without an autoencoder.")
+        widths = {"neuron": config.n_code, "coordinate": config.n_embd}
+        width = widths.get(self.kind) or self.sae.c.numel()
         must_exist("layer", self.layer, config.n_layer)
         must_exist(self.kind, self.neuron, width)
         if self.sae is not None and not self._sae_fits(config):
@@ -191,13 +201,13 @@ def steer(model, interventions, lengths=None):
     steering = Steering(model, interventions, lengths)
 
     def site(n):
-        intervention = interventions[n]
-        return intervention.layer, id(intervention.sae), intervention.keep_error
+        change = interventions[n]
+        return change.layer, change.subspace, id(change.sae), change.keep_error
 
     with ExitStack() as hooks:
-        for (layer, *_), group in itertools.groupby(range(len(interventions)), site):
+        for (layer, subspace, *_), group in itertools.groupby(range(len(interventions)), site):
             change = partial(steering.changed, numbers=list(group))
-            hooks.enter_context(hook_codes(model, layer, change))
+            hooks.enter_context(hook_codes(model, layer, change, subspace))
         yield steering
     for intervention, fired in zip(interventions, steering.fired):
         if not fired:

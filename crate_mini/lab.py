@@ -1,17 +1,17 @@
-"""A checkpoint to experiment with: codes of a text, next tokens, steering, generation.
+"""A checkpoint to experiment with: text in, text and numbers out; no gradients, no printing.
 
     lab = crate_mini.load("out/crate-3L/best")
-    lab.codes("1 2 3")                              # (L, T, h)
-    lab.next_tokens("1 2 3", 5)                     # [(" 4", 0.61), ...]
-    with lab.steer(lab.intervention(2, 40, "4x")):  # neuron 40 of layer 2
-        print(lab.generate("1 2 3", 20))
+    lab.codes("1 2 3")                                    # (L, T, h), with the text's tokens
+    lab.generate("1 2 3", 20, steer={(2, 40): "4x"})      # neuron 40 of layer 2
+    with lab.steer(2, 40, "4x"):
+        print(lab.loss("1 2 3 4 5"))                      # everything in the block is steered
 
-`lab.known` holds the labels and maxima of its neurons.
+`lab.known` holds the labels and maxima of its neurons, `lab.reader` what computes the answers.
 """
 
 import torch
 
-from crate_mini import UserError, intervene
+from crate_mini import intervene
 from crate_mini.generate import generate
 
 
@@ -20,91 +20,82 @@ class Lab:
 
     data: text to observe maxima on, instead of the held-out part of the training text.
     sae: a file of `interpret.py sae`; its features then take the place of neurons. log: called with
-    a note if recorded labels belong to another checkpoint. tokenizer: its name, to replace theirs.
+    notes (labels of another checkpoint, ...), by default a warning. tokenizer: to replace theirs.
     """
 
-    def __init__(self, checkpoint, data=None, device="auto", sae=None, log=print, tokenizer=None):
+    def __init__(self, checkpoint, data=None, device="auto", sae=None, log=None, tokenizer=None):
         from crate_mini.sae import autoencoder
         from crate_mini.steering.known import KnownNeurons
+        from crate_mini.steering.reader import Reader, as_warning
         from crate_mini.training.checkpoint import open_model
 
-        self.checkpoint, self.data = checkpoint, data
-        self.model, self.meta, self.tokenizer = open_model(checkpoint, device, tokenizer)
+        self.checkpoint, self.data, self.log = checkpoint, data, log or as_warning
+        self.model, self.meta, self.tokenizer = open_model(checkpoint, device, tokenizer, self.log)
         self.sae = autoencoder.load(sae, self.model)[0] if sae else None
-        self.known = KnownNeurons(self, log)
-        self._corpus = None
+        self.known = KnownNeurons(self)
+        self.reader = Reader(self)
 
     def ids(self, prompt):
         """Token ids of a prompt. Raises UserError if it is empty, too long, or no text."""
-        if any("\ud800" <= c <= "\udfff" for c in prompt):
-            raise UserError("the prompt holds bytes that are not UTF-8 text; type it again.")
-        ids = self.tokenizer.encode(prompt)
-        window = self.model.config.block_size
-        if not ids:
-            raise UserError('the prompt is empty; give some text, like --prompt "1 2 3 4 5".')
-        if len(ids) > window:
-            raise UserError(
-                f"the prompt has {len(ids)} tokens, the model reads {window}; shorten it."
-            )
-        return ids
-
-    def _batch(self, prompt):
-        return torch.tensor([self.ids(prompt)], device=self.model.tokens.weight.device)
+        return self.reader.prompt(prompt)[0].tolist()
 
     def token(self, id):
         """A token as printable text; `id 300` for an id that the tokenizer does not have."""
-        from crate_mini.data.tokenizer import visible
-
-        if id >= self.tokenizer.vocab_size:
-            return f"id {id}"
-        return visible(self.tokenizer.token_bytes(id))
+        return self.reader.token(id)
 
     def text(self, ids):
         """The text of a list of ids; U+FFFD stands for characters that a terminal cannot show."""
-        from crate_mini.console.terminal import printable
-
-        return printable(self.tokenizer.decode(id for id in ids if id < self.tokenizer.vocab_size))
+        return self.reader.text(ids)
 
     def held_out(self):
         """The Corpus with a "val" split that the model has not seen; opened when first needed."""
-        from crate_mini.training.checkpoint import held_out
+        return self.reader.held_out()
 
-        if self._corpus is None:
-            self._corpus = held_out(self.checkpoint, self.meta, self.tokenizer, self.data)
-        return self._corpus
-
-    @torch.no_grad()
     def codes(self, text):
-        """(L, T, h): the codes of a text in every layer."""
-        _, codes = self.model.trunk(self._batch(text))
-        return torch.cat(codes)
+        """(L, T, h): the codes of a text in every layer; `.tokens` are its T tokens."""
+        return self.reader.codes(text)
 
-    @torch.no_grad()
+    def top_neurons(self, text, k=10):
+        """[Firing]: the k neurons that fire most specifically on a text, see steering/reader.py."""
+        return self.reader.top_neurons(text, k)
+
     def next_tokens(self, prompt, k=10):
         """[(token, probability)] of the k most likely tokens after a prompt."""
-        probabilities = self.model(self._batch(prompt))[0, -1].float().softmax(-1)
-        top = probabilities.topk(min(k, len(probabilities)))
-        return [(self.token(i), p) for i, p in zip(top.indices.tolist(), top.values.tolist())]
+        return self.reader.next_tokens(prompt, k)
 
-    def generate(self, prompt, n=40, temperature=0.8, top_k=None, seed=1337):
-        """The prompt continued by n tokens; temperature 0 is greedy."""
-        ids = self._batch(prompt)
+    def loss(self, text):
+        """Nats per token of a text of any length: the mean over its tokens but the first."""
+        return self.reader.loss(text)
+
+    def score(self, layer, tokens=100_000, seed=0):
+        """{"ngram_r", its control "null_r", "density"}: (h,) each, measured on held-out tokens."""
+        return self.reader.score(layer, tokens, seed)
+
+    def generate(self, prompt, n=40, temperature=0.8, top_k=None, seed=1337, steer=()):
+        """The prompt continued by n tokens; temperature 0 is greedy. steer: {(2, 40): "4x"}."""
+        ids = self.reader.prompt(prompt)
         draws = torch.Generator(ids.device).manual_seed(seed)
-        ids = generate(self.model, ids, n, temperature, top_k, draws)
+        with self.steer(dict(steer)):
+            ids = generate(self.model, ids, n, temperature, top_k, draws)
         return self.text(ids[0].tolist())
 
-    def steer(self, *interventions):
-        """A context in which the model runs with these interventions; see intervene.steer."""
-        return intervene.steer(self.model, interventions)
+    def steer(self, *neurons, **options):
+        """A context in which the model runs steered; yields intervene.Steering.
+
+        steer(2, 40, "4x"): as for `intervention`; steer({(2, 40): "4x"}); or steer(intervention).
+        """
+        return intervene.steer(self.model, self.known.interventions(neurons, options))
 
     def intervention(self, layer, neuron, value="2x", op="set", **options):
         """An Intervention on one neuron; value as in steer.py, options: further fields of it.
 
         Raises UserError if the model cannot take it.
         """
-        from crate_mini.steering.choose import amount
+        return self.known.intervention(layer, neuron, value, op, **options)
 
-        number, _ = amount(self, layer, neuron, value, op)
-        change = intervene.Intervention(layer, neuron, op, number, sae=self.sae, **options)
-        change.check(self.model.config)
-        return change
+
+def train(**settings):
+    """A Lab of the best checkpoint of a run that this trains, see training/from_python.py."""
+    from crate_mini.training import from_python
+
+    return Lab(from_python.train(**settings))

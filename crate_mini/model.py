@@ -188,10 +188,12 @@ class MSSA(nn.Module):
         if rank:
             self.query = nn.ParameterList([torch.empty(d, rank), torch.empty(rank, d)])
         self.key_gate = nn.Parameter(torch.zeros(d)) if config.key_shift else None
+        self.subspace = nn.Identity()  # where intervene.py hooks u
 
     def forward(self, z):
         # (B, T, K, p)
         u = ops.mssa_project(z, self.norm.weight, self.norm.bias, self.U, self.n_head)
+        u = self.subspace(u.flatten(-2)).view_as(u)
         q = u
         if self.query is not None:  # B starts at zero: training starts from the paper's attention
             A, B = self.query

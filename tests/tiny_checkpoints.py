@@ -24,10 +24,10 @@ def write_text(path):
     return path
 
 
-def save_checkpoint(folder, text, kind="crate"):
+def save_checkpoint(folder, text, kind="crate", context=T):
     """A two-layer model of bytes; neuron 3 of layer 0 is dead. Returns the folder."""
     torch.manual_seed(0)
-    config = model.preset("2L", kind, vocab_size=320, block_size=T, n_embd=32, n_head=2)
+    config = model.preset("2L", kind, vocab_size=320, block_size=context, n_embd=32, n_head=2)
     lm = model.LM(config)
     sparsifier = lm.blocks[0].sparsifier
     with torch.no_grad():

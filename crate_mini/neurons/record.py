@@ -141,12 +141,14 @@ def record(
     dtype="auto",
     split="val",
     log=print,
+    show_every=3.0,
 ):
     """Record `sites` over about `tokens` tokens of a corpus split, in the folder `out`.
 
     Returns the Record. meta: from checkpoint.load; path, command: for the header. dedup: at most
     one top window per document (the paper's code does not dedup). dtype: of the model's products,
-    see choose_dtype; everything is counted in float32, powers in float64. The files are replaced
+    see choose_dtype; everything is counted in float32, powers in float64. show_every: seconds
+    between progress lines. The files are replaced
     all together or not at all. Raises UserError if there are too few documents or windows, too
     little memory, or no room on the disk.
     """
@@ -165,7 +167,8 @@ def record(
     log(f"record    {n_sites}{control}, {total:,} tokens; {products}")
     windows = {part: (UNIFORM[part], counts["windows"][part]) for part in PARTS}
     shared = Shared(token_counts, bigrams, V, windows, seed, device)
-    arrays = _run(model, documents, sites, shared, dedup, dtype, terminal.Progress("record", total))
+    progress = terminal.Progress("record", total, show_every)
+    arrays = _run(model, documents, sites, shared, dedup, dtype, progress)
     header = {
         "schema": record_files.SCHEMA,
         "command": command,

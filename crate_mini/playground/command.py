@@ -67,7 +67,7 @@ def run(settings):
 
 def open_lab(path, data, tokenizer=None):
     """The Lab of a checkpoint, on the CPU. Raises UserError for a model that no page can run."""
-    lab = Lab(path, data=data, device="cpu", tokenizer=tokenizer)
+    lab = Lab(path, data=data, device="cpu", log=print, tokenizer=tokenizer)
     export.check(lab.model.config, path)
     return lab
 

@@ -76,14 +76,15 @@ def _share(lab, label, text):
     return sum(shares) + (label.get("class") == text)
 
 
-def amount(lab, layer, neuron, value, op="set"):
+def amount(lab, layer, neuron, value, op="set", subspace=False):
     """(number, origin): the number that --value stands for, and how it follows from the maximum.
 
     2 and 2x are twice the neuron's maximum; 1.5abs is in the code's own unit, and for --op scale
-    the number is a factor: then origin is ''. Raises UserError for a value that cannot be parsed,
-    or a neuron that never fired.
+    the number is a factor: then origin is ''. subspace: `neuron` is a coordinate of u. Raises
+    UserError for a value that cannot be parsed, or a neuron that never fired.
     """
-    match = VALUE.fullmatch(value.strip())
+    text = value.strip() if isinstance(value, str) else str(value)
+    match = VALUE.fullmatch(text)
     if not match or not math.isfinite(float(match[1])) or (op == "scale" and match[2] == "abs"):
         raise UserError(
             f"--value {value!r} is not a value; give multiples of the neuron's maximum like 2x, "
@@ -92,10 +93,10 @@ def amount(lab, layer, neuron, value, op="set"):
     number = float(match[1])
     if op not in ("set", "add") or match[2] == "abs":
         return number, ""
-    largest, text = lab.known.maximum(layer, neuron)
+    largest, source = lab.known.maximum(layer, neuron, subspace)
     if not largest > 0:
         raise UserError(
-            f"neuron {neuron} of layer {layer} never fired on {text}, so it has no maximum to "
+            f"neuron {neuron} of layer {layer} never fired on {source}, so it has no maximum to "
             "multiply; give --value in its own unit, like 1abs."
         )
-    return number * largest, f"{number:g} x {largest:.3g}, its maximum in {text}"
+    return number * largest, f"{number:g} x {largest:.3g}, its maximum in {source}"

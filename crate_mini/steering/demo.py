@@ -32,7 +32,7 @@ class Settings:
 
 def run(settings, ckpt):
     """Print a Markdown table: a row for each neuron, a column for each prompt."""
-    lab = Lab(ckpt, settings.data, settings.device, tokenizer=settings.tokenizer)
+    lab = Lab(ckpt, settings.data, settings.device, log=print, tokenizer=settings.tokenizer)
     prompts = settings.prompts.split("|")
     head = ["layer:neuron", *(f"“{prompt}”" for prompt in prompts)]
     rows = [["none", *(likely(lab, prompt) for prompt in prompts)]]

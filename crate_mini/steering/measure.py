@@ -42,7 +42,7 @@ class Settings:
 
 def run(settings, ckpt):
     """Write steering.json and steering.png; print the tables."""
-    lab = Lab(ckpt, settings.data, settings.device, tokenizer=settings.tokenizer)
+    lab = Lab(ckpt, settings.data, settings.device, log=print, tokenizer=settings.tokenizer)
     doses = parse_doses(settings.doses)
     beside = terminal.file_list(settings.beside, "--beside")
     others = [read_other(path) for path in beside]

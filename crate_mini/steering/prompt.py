@@ -63,7 +63,7 @@ class Settings:
 def run(settings, ckpt):
     """Answer --prompt, or the prompts that are typed."""
     tokenizer = settings.tokenizer
-    lab = Lab(ckpt, settings.data, settings.device, settings.sae, tokenizer=tokenizer)
+    lab = Lab(ckpt, settings.data, settings.device, settings.sae, print, tokenizer)
     if settings.prompt is None:
         converse(lab, settings)
     else:

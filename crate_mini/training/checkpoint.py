@@ -157,12 +157,12 @@ def results_folder_setting():
     return setting(None, "folder of the results", shown="`interpret` next to the checkpoint")
 
 
-def open_model(ckpt, device="auto", tokenizer=None):
+def open_model(ckpt, device="auto", tokenizer=None, log=print):
     """(model, meta, tokenizer) of a checkpoint.
 
-    tokenizer: its specification, if not the one that the checkpoint names.
+    tokenizer: its specification, if not the one that the checkpoint names. log: as for `load`.
     """
-    model, meta = load(ckpt, choose_device(device))
+    model, meta = load(ckpt, choose_device(device), log)
     return model, meta, open_tokenizer(ckpt, meta, tokenizer)
 
 
@@ -216,11 +216,12 @@ def check_tokenizer(meta, tokenizer):
         )
 
 
-def held_out(ckpt, meta, tokenizer, source=None, val_fraction=None):
+def held_out(ckpt, meta, tokenizer, source=None, val_fraction=None, log=print):
     """A Corpus with a "val" split that the model has not seen, split as in training.
 
     source, val_fraction: another text or share than in training. Raises UserError if no source is
-    given and the checkpoint does not name one. Prints a note if the training text has changed.
+    given and the checkpoint does not name one. log: called with progress and, if the training text
+    has changed, with a note.
     """
     settings = meta["training"].get("settings", {})
     chosen = source or settings.get("data")
@@ -231,10 +232,12 @@ def held_out(ckpt, meta, tokenizer, source=None, val_fraction=None):
     if val_fraction is None:
         val_fraction = settings.get("val_fraction", 0.1)
     text_field = settings.get("text_field") if chosen == settings.get("data") else None
-    corpus = open_corpus(chosen, tokenizer, val_fraction=val_fraction, text_field=text_field)
+    corpus = open_corpus(
+        chosen, tokenizer, val_fraction=val_fraction, log=log, text_field=text_field
+    )
     trained_on = meta["training"].get("corpus", {}).get("text_sha256")
     if source is None and corpus.meta["text_sha256"] != trained_on:
-        print(
+        log(
             f"note      {chosen} has changed since {ckpt} was trained on it; the model may have "
             "seen parts of the text that is now held out"
         )
