@@ -10,19 +10,31 @@ import numpy as np
 from crate_mini.stats import CONSTANT, columns
 
 LEVELS = {str(i): i for i in range(11)}  # the answers that count as a quantised activation
+FIRES = 0.1  # share of its maximum from which a neuron fires: level 1 of 0 to 10
 
 
 # ---- firing --------------------------------------------------------------------------------------
 
 
+def fires(acts, maxima):
+    """(.., h): whether each activation is one at which its neuron fires; maxima (h,).
+
+    That is a tenth of the neuron's maximum or more, which Bills et al. 2023 show to a language
+    model as level 1 or more, while anything below is a 0. Any value above 0 would count rounding,
+    noise and the foot of a dense neuron as firing. Others draw the line at 0.01 of the maximum
+    (SAEBench), 0.3 (delphi) or 0.5 (Neuron2Graph); NeuronEval tunes a quantile.
+    """
+    return (acts > 0) & (acts >= FIRES * np.asarray(maxima, np.float64))
+
+
 def firing(fires, y):
-    """Does a high simulated value predict firing? {"f1", "auprc"} of fires, y (n, h).
+    """Does a high simulated value predict firing? {"f1", "auprc", "f1_chance"}; fires, y (n, h).
 
     Each is (values, reasons). auprc: average precision, the sum over thresholds of precision times
     gain in recall; equal values of y pass together. f1: at the threshold that passes as many tokens
     as truly fire, or the nearest to it that ties in y allow (the looser of two equally near), so
-    that no threshold is tuned to the score. Chance is the density for both. Undefined if no token
-    or every token fires.
+    that no threshold is tuned to the score. f1_chance: what both are worth for a simulator that
+    knows nothing, the share of tokens that fire. Undefined if no token or every token fires.
     """
     fires, y = columns(fires) > 0, columns(y)
     n, positives = len(y), fires.sum(0)
@@ -48,6 +60,7 @@ def firing(fires, y):
     return {
         "f1": (np.where(defined, f1, np.nan), reasons),
         "auprc": (np.where(defined, auprc, np.nan), reasons),
+        "f1_chance": (np.where(defined, positives / n, np.nan), reasons),
     }
 
 

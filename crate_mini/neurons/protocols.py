@@ -12,7 +12,12 @@ excerpts.py and simulated activations from any simulator:
     openai_tar       5 top and 5 random excerpts, Pearson over all their tokens
     openai_random    the random excerpts alone
     anthropic_crate  47 excerpts of 8 tokens by rank interval, Pearson (the paper's code)
-    anthropic_2023   60 excerpts by value interval, Spearman of average ranks, truth as 0..9
+    anthropic_2023   60 excerpts by value interval, Spearman of average ranks, both sides as 0..9
+
+Both sides, because a Spearman of whole levels against any finer numbers is capped: most tokens are
+silent, all of them tie in the truth, and a simulator that is right to the last digit but one has
+them in a random order. Each side is divided by its own maximum, as a language model answers on its
+own scale, and rounded down.
 """
 
 import numpy as np
@@ -32,12 +37,12 @@ DEAD = "dead: never above 0 on the recorded tokens"
 # ---- protocols -----------------------------------------------------------------------------------
 
 
-def score_uniform(true, simulated, firing=False, draws=0, seed=0):
+def score_uniform(true, simulated, maxima=None, draws=0, seed=0):
     """Scores on uniform windows, for all neurons at once; true, simulated (W, T, h) of any float.
 
-    {"r": (values, reasons)}, with firing also "f1" and "auprc" (a neuron fires where true is above
-    0), with draws also "ci95" (h, 2), from redrawing windows that often. Values and reasons as in
-    metrics.py.
+    {"r": (values, reasons)}, with maxima (h,), the largest activations known, also what
+    metrics.firing returns (a neuron fires at a tenth of its maximum, metrics.fires), with draws
+    also "ci95" (h, 2), from redrawing windows that often. Values and reasons as in metrics.py.
     """
     blocks = []
     for start in range(0, true.shape[2], BLOCK):
@@ -45,8 +50,9 @@ def score_uniform(true, simulated, firing=False, draws=0, seed=0):
         y = np.asarray(simulated[..., start : start + BLOCK], np.float64)
         x_flat, y_flat = x.reshape(-1, x.shape[2]), y.reshape(-1, y.shape[2])
         block = {"r": stats.pearson(x_flat, y_flat)}
-        if firing:
-            block |= metrics.firing(x_flat, y_flat)
+        if maxima is not None:
+            fires = metrics.fires(x_flat, maxima[start : start + BLOCK])
+            block |= metrics.firing(fires, y_flat)
         if draws:
             block["ci95"] = metrics.excerpt_intervals(x, y, draws, seed)
         blocks.append(block)
@@ -86,12 +92,17 @@ def score_excerpts(protocol, excerpts, simulated):
         return None, f"failed: {message}"
     x, y = np.concatenate(true), np.concatenate(answers)
     if protocol == "anthropic_2023":
-        values, reasons = stats.spearman(metrics.quantise(x, highest=9), y)
+        values, reasons = stats.spearman(_levels(x), _levels(y))
     else:
         values, reasons = stats.pearson(x, y)
     if reasons[0]:
         return None, reasons[0]
     return float(values[0]), f"{message}, left out" if missing else None
+
+
+def _levels(acts):
+    """Activations as 0..9; unchanged if one is not finite, for which there is no level."""
+    return metrics.quantise(acts, highest=9) if np.isfinite(acts).all() else acts
 
 
 def _answer(simulated, i, real):

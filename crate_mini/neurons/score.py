@@ -2,7 +2,8 @@
 
 token_r, ngram_r, label_r@10     Pearson r of a simulator on the uniform windows
 null_r, init_r                   its controls: another neuron's table; the untrained model
-f1, auprc                        does the n-gram table predict when the neuron fires?
+f1, auprc                        does the n-gram table predict when the neuron fires (at a tenth
+                                 of its maximum)? f1_chance: what a blind guess gets in both
 PROTOCOL[SIMULATOR]              a published protocol (protocols.py) with a simulator
 trie_r, trie_precision, ...      only for neurons that have a trie
 """
@@ -90,8 +91,9 @@ def uniform_scores(work, site, simulated, neurons):
     """
     arrays = work.record.site(site.name)
     true = arrays["uniform_score_acts"][..., neurons]
+    maxima = arrays["max"][neurons]
     ngram = protocols.score_uniform(
-        true, simulated.uniform_ngram, firing=True, draws=DRAWS, seed=work.seed
+        true, simulated.uniform_ngram, maxima, draws=DRAWS, seed=work.seed
     )
     scores = {
         "token_r": protocols.score_uniform(true, simulated.uniform_token)["r"],
@@ -99,7 +101,7 @@ def uniform_scores(work, site, simulated, neurons):
         f"label_r@{LABEL_TOKENS}": protocols.score_uniform(true, simulated.uniform_label)["r"],
     }
     if "shuffle" in work.controls and len(neurons) > 1:
-        partner = partners(len(neurons), arrays["max"][neurons] > 0, work.rng(site, "null"))
+        partner = partners(len(neurons), maxima > 0, work.rng(site, "null"))
         shuffled = simulated.uniform_ngram[..., partner]
         scores["null_r"] = protocols.score_uniform(true, shuffled)["r"]
     if work.has_init and site.sae is None:
@@ -110,7 +112,7 @@ def uniform_scores(work, site, simulated, neurons):
             )
         init = work.init_record.site(site.name)["uniform_score_acts"][..., neurons]
         scores["init_r"] = protocols.score_uniform(init, simulated.uniform_init)["r"]
-    scores |= {"f1": ngram["f1"], "auprc": ngram["auprc"]}
+    scores |= {name: ngram[name] for name in ("f1", "auprc", "f1_chance")}
     return scores, ngram["ci95"]
 
 

@@ -4,7 +4,9 @@
                 it says. A simulator is given an explanation by making it from that neuron; with
                 the true one it must predict the planted neuron better than with any false one.
     metrics     A perfect prediction must lose score when half of the places where it fires are
-                removed, and when half as many are added (Oikarinen, Yan & Weng 2025).
+                removed, and when half as many are added (Oikarinen, Yan & Weng 2025). One that is
+                wrong by a millionth must score 1 like a perfect one, however seldom the neuron
+                fires.
 
 The planted neurons go through the stages record, select, explain, simulate and score like those of
 any model.
@@ -33,6 +35,8 @@ MARGIN = 0.05  # in r, by which the true explanation must win
 EXPRESSES = 0.9  # r from which a simulator is said to express an explanation
 DRAWS = 20  # of the places to remove or add, for each neuron
 PASS = 0.95  # share of the draws in which the score must fall
+NEARLY = 1e-6  # error of a nearly perfect prediction, in units of the neuron's maximum
+CEILING = 0.99  # what that must score at least
 
 
 @dataclass
@@ -180,11 +184,16 @@ def _judge(simulator, expect, status, acts, expected):
 
 
 def judge_metrics(work):
-    """{metric: {"removed", "added": share of draws in which the score falls, "passes"}}."""
+    """{metric: what became of its score when a perfect prediction was changed}.
+
+    "removed", "added": the share of draws in which it fell, which "passes" asks for; "nearly": the
+    lowest score, over planted neurons, of the truth with an error of NEARLY, expected to be 1;
+    "reaches_1": whether it is, within 1 - CEILING.
+    """
     site, rng = work.sites[0], np.random.default_rng(work.seed)
     arrays, selected = work.record.site(site.name), work.read("select", site)
     acts = arrays["uniform_score_acts"].astype(np.float64)
-    falls = {}  # {metric: {"removed" or "added": [whether the score fell, ...]}}
+    falls, nearly = {}, {}
     for j, (neuron, _) in enumerate(planted.EXPLANATIONS):
         if neuron.expect != "true wins":
             continue
@@ -192,23 +201,39 @@ def judge_metrics(work):
         truths = {"uniform": acts[..., [j]]}
         for protocol in _selected_protocols(selected):
             truths[protocol] = work.selected(selected, protocol, "score", j)
-        perfect = {}
         for name, truth in truths.items():
-            perfect[name] = scores(name, truth, truth if name == "uniform" else truth.acts)
-        for how in ("removed", "added"):
-            for _ in range(DRAWS):
-                for name, truth in truths.items():
-                    real = truth if name == "uniform" else np.nan_to_num(truth.acts)
-                    worse = scores(name, truth, spoil((real > 0) * 1.0, how, density, rng))
-                    for metric, best in perfect[name].items():
-                        if best is not None:
-                            fell = worse[metric] is None or worse[metric] < best - 1e-9
-                            falls.setdefault(metric, {}).setdefault(how, []).append(fell)
+            _note_falls(name, truth, density, rng, falls)
+            values = _values(name, truth)
+            error = NEARLY * np.nanmax(values, initial=0) * rng.random(values.shape)
+            for metric, score in scores(name, truth, values + error).items():
+                nearly.setdefault(metric, []).append(score)
     judged = {}
     for metric, by_change in falls.items():
         judged[metric] = {how: round(float(np.mean(fell)), 4) for how, fell in by_change.items()}
         judged[metric]["passes"] = all(np.mean(fell) >= PASS for fell in by_change.values())
+        lowest = min((score for score in nearly[metric] if score is not None), default=None)
+        judged[metric]["nearly"] = lowest
+        judged[metric]["reaches_1"] = lowest is not None and lowest >= CEILING
     return judged
+
+
+def _note_falls(name, truth, density, rng, falls):
+    """Note in falls {metric: {"removed" or "added": [whether the score fell, ...]}}."""
+    values = _values(name, truth)
+    perfect = scores(name, truth, values)
+    for how in ("removed", "added"):
+        for _ in range(DRAWS):
+            fires = (np.nan_to_num(values) > 0) * 1.0
+            worse = scores(name, truth, spoil(fires, how, density, rng))
+            for metric, best in perfect.items():
+                if best is not None:
+                    fell = worse[metric] is None or worse[metric] < best - 1e-9
+                    falls.setdefault(metric, {}).setdefault(how, []).append(fell)
+
+
+def _values(name, truth):
+    """The true activations of one set of excerpts, NaN where padded; arguments as `scores`."""
+    return truth if name == "uniform" else truth.acts
 
 
 def _selected_protocols(selected):
@@ -226,7 +251,9 @@ def scores(name, truth, predicted):
         names = ("openai_tar", "openai_random") if name == "openai_tar" else (name,)
         return {key: protocols.score_excerpts(key, truth, predicted)[0] for key in names}
     by_metric = {}
-    for key, (values, reasons) in protocols.score_uniform(truth, predicted, firing=True).items():
+    uniform = protocols.score_uniform(truth, predicted, [truth.max()])
+    for key in ("r", "f1", "auprc"):
+        values, reasons = uniform[key]
         by_metric[f"uniform {key}"] = None if reasons[0] else float(values[0])
     return by_metric
 
@@ -258,11 +285,18 @@ def table(outcome):
         "",
         "ok: truth beats every lie; noise scores nothing; dead and constant neurons count as such",
         "",
-        f"{'lower score with firing places':30}{'half removed':>18}{'half as many added':>20}",
+        f"{'lower score with firing places':30}{'half removed':>18}{'half as many added':>20}"
+        f"{'truth off by 1e-6':>23}",
     ]
     for metric, result in outcome["metrics"].items():
         verdict = "ok" if result["passes"] else "--"
-        lines.append(f"{metric:30}{result['removed']:18.1%}{result['added']:20.1%}  {verdict}")
+        nearly = "none" if result["nearly"] is None else f"{result['nearly']:.3f}"
+        ceiling = "ok" if result["reaches_1"] else "--"
+        lines.append(
+            f"{metric:30}{result['removed']:18.1%}{result['added']:20.1%}  {verdict}"
+            f"{nearly:>16}  {ceiling}"
+        )
+    lines += ["", "ok: lower in 95 % of draws; a truth off by 1e-6 scores 1, the lowest is shown"]
     return "\n".join(lines)
 
 

@@ -14,7 +14,8 @@ from crate_mini import stats
 from crate_mini.neurons.protocols import FEWER, PROTOCOLS, flat_scores, status_of
 
 STATUS = ("live", "dead", "undefined", "failed")
-ORDER = ("token_r", "ngram_r", "label_r@10", "null_r", "init_r", "f1", "auprc", *PROTOCOLS)
+CORRELATIONS = ("token_r", "ngram_r", "label_r@10", "null_r", "init_r")
+ORDER = (*CORRELATIONS, "f1", "auprc", "f1_chance", *PROTOCOLS)
 SPARSE = 0.01  # density below which more windows are wanted
 WINDOWS = {"dense": 50, "sparse": 200}  # uniform windows wanted for dense and sparse neurons
 PAPER_DROPS_LAST = (6, 12)  # layers of the models whose last layer the paper leaves out

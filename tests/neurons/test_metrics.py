@@ -61,7 +61,18 @@ def test_firing_ignores_order_and_increasing_maps(seed, f):
     perfect = metrics.firing(x, x)
     for name in scores:
         np.testing.assert_allclose(mapped[name][0], scores[name][0], atol=1e-12)
+    for name in ("f1", "auprc"):
         assert perfect[name][0] == pytest.approx(1)
+
+
+def test_a_neuron_fires_from_a_tenth_of_its_maximum():
+    acts = np.array([[-3, 0, 0.099, 0.1, 1], [0, 0, 0, 0, 0], [5, 5, 5, 5, 50]]).T
+    fires = metrics.fires(acts, acts.max(0)).T
+    assert fires[0].tolist() == [False, False, False, True, True]
+    assert not fires[1].any()
+    assert fires[2].all()
+    levels = metrics.quantise(acts[:, 0])
+    assert ((levels > 0) == fires[0]).all()  # where a language model is shown more than a 0
 
 
 def test_detection():

@@ -25,8 +25,8 @@ def every_metric(true, simulated, windows=slice(None), origin=None):
 
     windows: those that serve as excerpts of every protocol; origin: theirs.
     """
-    uniform = score_uniform(true[..., None], simulated[..., None], firing=True)
-    scores = {name: values[0] for name, (values, _) in uniform.items()}
+    uniform = score_uniform(true[..., None], simulated[..., None], [true.max()])
+    scores = {name: uniform[name][0][0] for name in ("r", "f1", "auprc")}
     tokens = np.ones((len(true), true.shape[1] + 1), int)
     excerpts = SimpleNamespace(
         tokens=tokens[windows], acts=true[windows], origin=origin or ["random"] * len(true)
@@ -71,6 +71,47 @@ def test_top_and_random_hardly_notices_invented_firings():
     assert np.mean(tar < 0.05) > 0.2 and min(falls["r"]) > 0.1
 
 
+# ---- the ceiling ---------------------------------------------------------------------------------
+
+
+@given(SEEDS, st.sampled_from([0.003, 0.03, 0.3]), st.sampled_from([1e-6, 1e-4]))
+def test_a_truth_off_by_a_millionth_scores_1_in_every_metric_at_every_density(seed, share, error):
+    rng = np.random.default_rng(seed)
+    true = (rng.random((60, 64)) < share) * rng.uniform(0.05, 1, (60, 64))
+    true[0, 0] = 1
+    noisy = true + error * rng.random(true.shape)
+    for name, score in every_metric(true, noisy).items():
+        assert score > 0.98, name
+
+
+@given(SEEDS)
+def test_anthropic_2023_asks_for_levels_of_both_sides_on_their_own_scale(seed):
+    """A shrunk table, or a model's answers from 0 to 10, lose nothing against the activations."""
+    rng = np.random.default_rng(seed)
+    acts = np.where(rng.random((60, 8)) < 0.09, rng.integers(3, 10, (60, 8)), 0).astype(float)
+    tokens, origin = np.ones((60, 9), int), ["top"] * 60
+    excerpts = SimpleNamespace(tokens=tokens, acts=acts, origin=origin)
+    score, _ = score_excerpts("anthropic_2023", excerpts, 0.001 + 0.4 * acts)
+    assert score == pytest.approx(1, abs=0.01)
+    unreadable = np.where(np.arange(60)[:, None] == 3, np.inf, acts)
+    reason = "simulated activations are not finite"
+    assert score_excerpts("anthropic_2023", excerpts, unreadable) == (None, reason)
+
+
+def test_firing_is_not_any_positive_value():
+    """1 % of noise must not decide whether a neuron fires; f1 was 0.68 with r = 0.9994."""
+    rng = np.random.default_rng(0)
+    clean = (rng.random((200, 64, 1)) < 0.3) * rng.uniform(0.2, 1, (200, 64, 1))
+    noisy = clean + 0.01 * rng.normal(size=clean.shape)
+    scores = score_uniform(noisy, clean, noisy.max((0, 1)))
+    assert scores["r"][0][0] > 0.999
+    assert scores["f1"][0][0] > 0.99 and scores["auprc"][0][0] > 0.99
+    assert scores["f1_chance"][0][0] == pytest.approx(0.3, abs=0.02)
+    blind = score_uniform(noisy, rng.random(clean.shape), noisy.max((0, 1)))
+    for name in ("f1", "auprc"):
+        assert blind[name][0][0] == pytest.approx(blind["f1_chance"][0][0], abs=0.02)
+
+
 # ---- protocols -----------------------------------------------------------------------------------
 
 
@@ -90,7 +131,8 @@ def test_protocols_are_one_statistic_over_all_tokens():
     r_all = np.corrcoef(x.ravel(), y.ravel())[0, 1]
     r_random = np.corrcoef(x[5:].ravel(), y[5:].ravel())[0, 1]
     levels = np.minimum(np.floor(10 * (x / x.max())), 9).ravel()
-    rho = np.corrcoef(plain_ranks(levels), plain_ranks(y.ravel()))[0, 1]
+    answers = np.minimum(np.floor(10 * (y / y.max())), 9).ravel()
+    rho = np.corrcoef(plain_ranks(levels), plain_ranks(answers))[0, 1]
     expected = {
         "openai_tar": r_all,
         "openai_random": r_random,
@@ -139,7 +181,7 @@ def test_failed_answers_are_missing_not_zero():
 @pytest.mark.parametrize("h, dtype", [(1, np.float16), (64, np.float32), (70, np.float64)])
 def test_uniform_is_the_same_for_any_number_of_neurons_and_float_type(h, dtype):
     x, y = (values.reshape(20, 16, h).astype(dtype) for values in pair(3, 320, h))
-    scores = score_uniform(x, y, firing=True, draws=20)
+    scores = score_uniform(x, y, x.max((0, 1)), draws=20)
     x_columns, y_columns = x.reshape(-1, h).astype(float).T, y.reshape(-1, h).astype(float).T
     r = [np.corrcoef(a, b)[0, 1] for a, b in zip(x_columns, y_columns)]
     np.testing.assert_allclose(scores["r"][0], r, atol=1e-12)

@@ -50,6 +50,15 @@ def test_metrics_punish_missing_and_superfluous_activations(outcome):
     assert set(metrics) >= {"openai_tar", "openai_random", "anthropic_crate", "anthropic_2023"}
 
 
+def test_a_nearly_perfect_prediction_scores_1_in_every_metric(outcome):
+    printed, result = outcome
+    assert len(result["metrics"]) == 7
+    for metric, judged in result["metrics"].items():
+        assert judged["nearly"] == pytest.approx(1, abs=0.01), metric
+        assert judged["reaches_1"], metric
+    assert "truth off by 1e-6" in printed
+
+
 def test_spoiling_removes_or_adds_half():
     predicted, rng = np.zeros(200_000), np.random.default_rng(0)
     predicted[:20_000] = 1
