@@ -35,6 +35,8 @@ with interruptible_imports(__name__):
     from crate_mini.training.processes import Processes, disconnect, keep_process, rank_and_world
     from crate_mini.training.settings import parse, split_task
 
+TRIAL_TOKENS = 1024  # of a step that is tried to choose the dtype
+
 
 class Trainer:
     """One training run: build it, then call `train()`.
@@ -61,12 +63,9 @@ class Trainer:
         first = self.processes.is_first
         self.stop = terminal.StopRequest("finishing this step, then saving" if first else "")
         self.share = self.processes.share(s.batch_size)
-        dtype_choice = device.choose_dtype(self.device, s.dtype, scaled=True)
-        self.dtype, dtype_reason = self.processes.agree(dtype_choice)
-        s.dtype = str(self.dtype).removeprefix("torch.")  # a resume keeps this choice
-        in_fp16 = self.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=in_fp16)
-        device.check_memory(config, min(self.share, s.micro_batch), self.device, self.dtype)
+        # Of the smallest dtype that may be chosen.
+        smallest = torch.bfloat16 if s.dtype == "auto" else device.DTYPES[s.dtype]
+        device.check_memory(config, min(self.share, s.micro_batch), self.device, smallest)
         if state is None and not s.overwrite:
             run_log.refuse_occupied(s.out)
         self.machine = device.machine(self.device)  # once, so that no save waits for git
@@ -81,6 +80,7 @@ class Trainer:
         if weights:
             self.lm.load_state_dict(weights)
         self.lm.to(self.device)
+        dtype_reason = self.choose_dtype()
         self.optimizer = self.make_optimizer()
         if state:
             self.restore(state, meta["training"])
@@ -394,6 +394,28 @@ class Trainer:
         others = {"params": vectors, "weight_decay": 0.0}
         fused = self.device.type != "mps"
         return torch.optim.AdamW([decayed, others], s.lr, (s.beta1, s.beta2), fused=fused)
+
+    def choose_dtype(self):
+        """Choose the dtype of the products, and all that follows from it; returns the reason."""
+        s, T = self.s, self.config.block_size
+        rows = max(1, min(self.share, s.micro_batch, TRIAL_TOKENS // T))
+        x, y = self.corpus.batch(s.seed, "train", 0, rows, T)
+
+        def step_seconds(dtype):
+            start = time.perf_counter()
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = self.lm(x, y)
+            loss.backward()
+            return time.perf_counter() - start
+
+        choice = device.choose_dtype(self.device, s.dtype, True, step_seconds)
+        self.lm.zero_grad()
+        self.dtype, reason = self.processes.agree(choice)
+        s.dtype = str(self.dtype).removeprefix("torch.")  # a resume keeps this choice
+        in_fp16 = self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=in_fp16)
+        device.check_memory(self.config, min(self.share, s.micro_batch), self.device, self.dtype)
+        return reason
 
     def introduce(self, mode_reason, dtype_reason):
         """Print what will run and why, and an estimate of time and memory from one trial step."""

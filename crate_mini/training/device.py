@@ -65,13 +65,15 @@ def choose_device(spec="auto"):
     return device
 
 
-def choose_dtype(device, spec="auto", scaled=False):
+def choose_dtype(device, spec="auto", scaled=False, step_seconds=None):
     """(dtype of the matrix products, reason) for auto | float32 | bfloat16 | float16.
 
     auto: on a GPU bf16 if it has that, else fp16 if it has tensor cores at all and the caller
     scales its loss; on a CPU bf16 where it measures faster.
 
     scaled: whether the caller does so, without which small gradients are zero in fp16.
+    step_seconds: a function of a dtype that does a step of the caller's work and returns how long
+    it took; without it, products of matrices are measured.
     """
     if spec != "auto":
         in_tf32 = ", in TF32" if spec == "float32" and has_tf32(device) else ""
@@ -84,10 +86,28 @@ def choose_dtype(device, spec="auto", scaled=False):
         return torch.float32, "the GPU has no bf16 tensor cores"
     if device.type != "cpu":
         return torch.float32, f"bf16 is not tried on {device.type}"
-    ratio = product_rate(device, torch.bfloat16, 512) / product_rate(device, torch.float32, 512)
-    if ratio > FASTER:
-        return torch.bfloat16, f"a 512-cubed product runs {ratio:.1f}x as fast in bf16 here"
-    return torch.float32, f"a 512-cubed product runs only {ratio:.1f}x as fast in bf16 here"
+    work = "a step" if step_seconds else "a 512-cubed product"
+    times = best_times(step_seconds or product_seconds, (torch.bfloat16, torch.float32))
+    in_bf16, in_fp32 = times.values()
+    reason = f"{work} takes {1e3 * in_bf16:.2g} ms in bf16, {1e3 * in_fp32:.2g} in float32"
+    return (torch.bfloat16 if FASTER * in_bf16 < in_fp32 else torch.float32), reason
+
+
+def best_times(seconds, contestants, turns=5, limit=10.0):
+    """{contestant: the least of its seconds}, in several turns that measure one after the other.
+
+    A busy moment then slows one turn of all of them, and the least is what it did not touch. The
+    first turn warms up and does not count. No turn begins after `limit` seconds, but one counts.
+    seconds: a function of a contestant that does its work and returns how long that took.
+    """
+    times = {contestant: [] for contestant in contestants}
+    end = time.monotonic() + limit
+    for turn in range(1 + turns):
+        if turn > 1 and time.monotonic() > end:
+            break
+        for contestant in contestants:
+            times[contestant].append(seconds(contestant))
+    return {contestant: min(several[1:]) for contestant, several in times.items()}
 
 
 def has_bf16(device):
@@ -170,22 +190,25 @@ def compile_loses(seconds):
 # ---- speed ---------------------------------------------------------------------------------------
 
 
-def product_rate(device, dtype, n=1024, repeats=5):
-    """Measured FLOP/s of an n x n x n matrix product, the best of several repeats."""
+def product_seconds(dtype, n=512, device="cpu"):
+    """How long an n x n x n matrix product takes."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(n, n, generator=generator).to(device, dtype)
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    start = time.perf_counter()
+    a @ a
+    return time.perf_counter() - start
+
+
+def product_rate(dtype, n=1024):
+    """Measured FLOP/s of an n x n x n matrix product on the CPU, the best of several."""
+    (seconds,) = best_times(lambda dtype: product_seconds(dtype, n), [dtype]).values()
+    return 2 * n**3 / seconds
 
 
 def peak_flops(device, dtype):
     """(peak FLOP/s or None, where it comes from)."""
     if device.type == "cpu" and dtype != torch.float16:  # which takes a CPU minutes
-        return product_rate(device, dtype), "measured 1024-cubed product"
+        return product_rate(dtype), "measured 1024-cubed product"
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for key, peak in PEAKS.items():

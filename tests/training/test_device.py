@@ -112,6 +112,34 @@ def test_the_dtype_is_that_of_the_device_asked_for(capability, scaled, unscaled,
     assert device.choose_dtype(CUDA, "float16") == (torch.float16, "as asked")
 
 
+@pytest.mark.parametrize("ratio", [0.5, 0.8, 1.1, 1.3, 3.0])
+def test_the_dtype_is_the_faster_one_on_a_busy_machine(ratio):
+    """The first call is slow, whole turns are slow, and single calls are."""
+    calls = []
+    slow = {0: 50, 4: 3, 5: 3, 6: 9, 9: 4}  # the number of a call: how many times as slow
+
+    def step_seconds(dtype):
+        calls.append(dtype)
+        true_seconds = 0.1 if dtype == torch.bfloat16 else 0.1 * ratio
+        return true_seconds * slow.get(len(calls) - 1, 1)
+
+    dtype, reason = device.choose_dtype(torch.device("cpu"), step_seconds=step_seconds)
+    assert dtype == (torch.bfloat16 if ratio > device.FASTER else torch.float32)
+    assert reason == f"a step takes 1e+02 ms in bf16, {100 * ratio:.2g} in float32"
+    assert calls == [torch.bfloat16, torch.float32] * 6
+
+
+def test_slow_contestants_get_one_turn_that_counts(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(device.time, "monotonic", lambda: now[0])
+
+    def seconds(name):
+        now[0] += 30
+        return now[0]
+
+    assert device.best_times(seconds, "ab") == {"a": 90, "b": 120}
+
+
 def test_tf32_is_told_and_ends_with_the_run(gpu):
     for capability, precision in (((8, 6), "high"), ((7, 5), "highest")):
         gpu(*capability)

@@ -12,6 +12,7 @@ from tiny_runs import facts, rows, run, tiny, train, weights
 
 from crate_mini.data import batches
 from crate_mini.data.tokenizer import load_tokenizer
+from crate_mini.training import device
 from crate_mini.training.settings import Settings
 
 # Fixtures.
@@ -24,6 +25,22 @@ FIRST_WORDS = "model device mode dtype backend step peak corpus expected sample 
 
 
 # ---- a run ---------------------------------------------------------------------------------------
+
+
+def test_a_run_tries_steps_of_its_own_model_and_nothing_stays_of_them(text, tmp_path, monkeypatch):
+    seconds = []
+    choose = device.choose_dtype
+
+    def try_one(where, spec, scaled, step_seconds):
+        seconds.append(step_seconds(torch.bfloat16))
+        return choose(where, "float32")
+
+    given = run(*tiny(text, tmp_path / "given", 5, top_k=4, model="crate+"))
+    monkeypatch.setattr(device, "choose_dtype", try_one)
+    tried = run(*tiny(text, tmp_path / "tried", 5, top_k=4, model="crate+", dtype="auto"))
+    assert given == tried == 0 and 0 < seconds[0] < 5
+    assert rows(tmp_path / "given") == rows(tmp_path / "tried")
+    assert weights(tmp_path / "given") == weights(tmp_path / "tried")
 
 
 def test_a_run_writes_what_it_prints_and_learns(text, tmp_path, capsys, figures):
