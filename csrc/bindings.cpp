@@ -59,6 +59,8 @@ PYBIND11_MODULE(_C, m) {
   KERNEL(ista_decode_cpu);
   KERNEL(mssa_project_forward_cpu);
   KERNEL(mssa_project_backward_cpu);
+  KERNEL(attention_forward_cpu);
+  KERNEL(attention_backward_cpu);
 #ifdef CRATE_CUDA
   KERNEL(ista_workspace_cuda);
   KERNEL(ista_forward_cuda);

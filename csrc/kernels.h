@@ -10,6 +10,7 @@
 // caller (fused.py) checks shapes, types and devices; nothing here can. Specification:
 // reference.py.
 #pragma once
+#include <array>
 #include <cstdint>
 
 namespace crate_mini {
@@ -74,6 +75,24 @@ void mssa_project_backward_cpu(int zdtype, int dtype, int64_t N, int64_t d, doub
                                const void* gu, const void* z, const void* weight, const void* bias,
                                const void* U, void* gz, void* gweight, void* gbias, void* gU,
                                int threads);
+
+// ---- causal attention on the CPU ----
+
+using Strides = std::array<int64_t, 3>;  // elements between batches, heads and tokens of (B, K, T, P)
+
+// y_i = sum_{j <= i} w_ij v_j with w_i = softmax(q_i . k_j / sqrt(P)), for each of B * K heads of
+// width P. q, k, v (B, K, T, P) with these strides, the last one 1; y (B, T, K, P). stats
+// (B, K, 2, T) acc, for backward: the largest score of each row, and 1 / sum e^(score - largest).
+void attention_forward_cpu(int dtype, int64_t B, int64_t K, int64_t T, int64_t P, Strides q_strides,
+                           Strides k_strides, Strides v_strides, const void* q, const void* k,
+                           const void* v, void* y, void* stats, int threads);
+
+// Its gradients from gy: gq, gk, gv (B, T, K, P). gk null: added to gq; gv null: added to gk.
+void attention_backward_cpu(int dtype, int64_t B, int64_t K, int64_t T, int64_t P,
+                            Strides q_strides, Strides k_strides, Strides v_strides,
+                            Strides y_strides, Strides gy_strides, const void* q, const void* k,
+                            const void* v, const void* y, const void* stats, const void* gy,
+                            void* gq, void* gk, void* gv, int threads);
 
 // ---- instruction sets of the CPU kernels, slow to fast; see product_cpu.cpp ----
 

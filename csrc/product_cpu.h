@@ -102,6 +102,16 @@ template <class T> struct Isa {
   // One row A (K) times a matrix (K, n) of rows `stride` apart, skipping the rows where A is zero.
   void (*combine)(int64_t K, const Acc<T>* A, const T* rows, int64_t stride, int64_t n,
                   Acc<T>* sums);
+  // What attention does between its products, see softmax_cpu.h.
+  void (*softmax)(int64_t M, int64_t seen, int64_t ld, const Acc<T>* scores, T* weights,
+                  Acc<T>* maximum, Acc<T>* inverse);
+  void (*softmax_backward)(int64_t M, int64_t N, int64_t ahead, const Acc<T>* scores,
+                           const Acc<T>* gweights, const Acc<T>* maximum, const Acc<T>* inverse,
+                           const Acc<T>* mean, T* weights, T* gscores);
+  void (*row_dots)(int64_t M, int64_t n, const T* A, int64_t row_a, const T* B, int64_t row_b,
+                   Acc<T>* dots);
+  void (*round_rows)(int64_t M, int64_t n, const Acc<T>* sums, int64_t ld, const Acc<T>* scale,
+                     T* out, int64_t row);
 
   Left<T> plain(const T* A, int64_t columns) const { return {A, columns, group, rows * columns}; }
   Left<T> transposed(const T* strips, int64_t K) const {
@@ -122,7 +132,8 @@ template <class T> const Isa<T>& isa();  // the table in use, see use_isa in ker
 // slot.
 enum Slot {
   FORTH, BACK, DECODER_FORTH, DECODER_BACK, SHIFT, STEPS, RESIDUALS, LEFT, PARTIAL, PANELS,
-  DECODER_LEFT, DECODER_PARTIAL, DECODER_PANELS, ROWS_OUT, SUMS, PADDED, SLOTS
+  DECODER_LEFT, DECODER_PARTIAL, DECODER_PANELS, ROWS_OUT, SUMS, PADDED, QUERY_COLUMNS, KEY_COLUMNS,
+  GRADIENT_COLUMNS, QUERY_ROWS, KEY_ROWS, GRADIENT_ROWS, SCORES, WEIGHTS, GSCORES, GWEIGHTS, SLOTS
 };
 
 inline char* scratch_bytes(Slot slot, size_t size) {

@@ -1,21 +1,11 @@
 // Included by product_cpu.cpp after vector_cpu.h, once per instruction set: work on rows other than
 // the product (LayerNorm forward and backward, decoding), and the table of all functions.
+#include "softmax_cpu.h"
 
 namespace crate_mini {
 namespace ISA {
 
 // ---- LayerNorm, a row at a time ----
-#if VEC_BYTES == 64
-inline float total(VecF v) { return _mm512_reduce_add_ps((__m512)v); }
-inline double total(VecD v) { return _mm512_reduce_add_pd((__m512d)v); }
-#else
-template <class V> inline auto total(V v) {
-  auto sum = v[0];
-  for (unsigned i = 1; i < sizeof v / sizeof sum; i++) sum += v[i];
-  return sum;
-}
-#endif
-
 inline float root(float v) { return __builtin_sqrtf(v); }
 inline double root(double v) { return __builtin_sqrt(v); }
 
@@ -120,7 +110,8 @@ void combine(int64_t K, const Acc<T>* A, const T* rows, int64_t stride, int64_t 
 
 template <class T> constexpr Isa<T> table() {
   return {ROWS, 2 * W<T>, GROUP<T>, sizeof(Packed<T>), pack<T>, product<T>, interleave<T>,
-          norm<T>, norm_backward<T>, combine<T>};
+          norm<T>, norm_backward<T>, combine<T>, softmax<T>, softmax_backward<T>, row_dots<T>,
+          round_rows<T>};
 }
 
 }  // namespace ISA
