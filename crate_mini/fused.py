@@ -29,6 +29,8 @@ SHAPES = {  # shape: the tensors that have it; "..." are the leading dimensions,
     "... d": "x z gy",
     "... h": "a ga",
     "... K p": "gu",
+    "B K T p": "q k v y",
+    "B K 2 T": "stats",
     "d h": "D decoder",
     "h d": "atoms decoder_atoms",
     "d d": "U",
@@ -38,8 +40,8 @@ SHAPES = {  # shape: the tensors that have it; "..." are the leading dimensions,
     "steps-1 N d": "residuals",
 }
 SHAPE_OF = {name: shape for shape, names in SHAPES.items() for name in names.split()}
-OPTIONAL = ("decoder", "lam", "lams", "bias", "gy", "ga")  # tensors that may be None
-WIDE = ("lam", "weight", "bias")  # tensors in the dtype of sums
+OPTIONAL = ("decoder", "lam", "lams", "bias", "gy", "ga", "k", "v")  # tensors that may be None
+WIDE = ("lam", "weight", "bias", "stats")  # tensors in the dtype of sums
 NUMBERS = {  # type: the arguments that have it
     "float": "eta lam eps",
     "int": "steps n_head",
@@ -169,17 +171,32 @@ def check_mssa(op, z, weight, bias, U, n_head, eps, kernels=True, cast=False, **
     return DTYPE_CODES.get(z.dtype), DTYPE_CODES.get(dtype), count_rows(z), d, eps
 
 
+def check_attention(op, q, k, v, kernels=True, cast=False, **others):
+    """Check q, k, v (B, K, T, p), and other tensors; kernels, cast: as for check_ista."""
+    tensors = dict(q=q, k=k, v=v, **others)
+    dtype = getattr(q, "dtype", None)
+    check_kinds(op, tensors, None if cast else dtype, acc_dtype(dtype))
+    if torch.compiler.is_compiling():
+        return
+    if q.dim() != 4 or (kernels and not q.is_cpu):
+        problem = f"q has shape {tuple(q.shape)} on {q.device}"
+        raise misfit(op, f"{problem}, expected (B, K, T, p){' on the CPU' if kernels else ''}")
+    sizes = {**dict(zip("BKTp", q.shape)), "2": 2, "d": q.shape[-1]}
+    check_shapes(op, tensors, sizes, kernels)
+
+
 # ---- calling C -----------------------------------------------------------------------------------
 
 
-def launch(kernel, scalars, inputs, outputs):
+def launch(kernel, scalars, inputs, outputs, strided=False):
     """Call a function of kernels.h, on the device of its outputs; returns the outputs.
 
+    strided: scalars tell the layout of inputs, else they are copied if they are not contiguous.
     None and empty tensors become null pointers. Raises UserError if this build has no CUDA kernels,
     RuntimeError for an error that CUDA reports.
     """
     # The lists keep copies alive while C reads them.
-    inputs = [None if t is None else t.contiguous() for t in inputs]
+    inputs = [t if t is None or strided else t.contiguous() for t in inputs]
     tensors = [*inputs, *outputs]
     addresses = [None if t is None or not t.numel() else t.data_ptr() for t in tensors]
     if outputs[0].device.type == "cpu":
@@ -296,6 +313,54 @@ def mssa_gradient(ctx, gu):
     return *if_given(op(*saved, gu, ctx.numbers[-1]), saved), None, None
 
 
+def attention(q, k, v):
+    """(y (B, K, T, p), stats (B, K, 2, T): what backward needs of the scores).
+
+    k None: q; v None: k. Inputs are copied only if the p values of a head are not neighbours.
+    """
+    check_attention("attention", q, k, v)
+    return launch_attention("attention_forward", [q, k, v], attention_results(q, k, v))
+
+
+def attention_results(q, k, v):
+    return empty_heads(q), q.new_empty(*q.shape[:2], 2, q.shape[2], dtype=acc_dtype(q.dtype))
+
+
+def empty_heads(t):
+    """Room for (B, K, T, p), in memory (B, T, K, p), so that heads are joined without a copy."""
+    return t.new_empty(t.transpose(1, 2).shape).transpose(1, 2)
+
+
+def attention_backward(q, k, v, y, stats, gy):
+    """Gradients of q, k, v; one that is None has none, and its share is in that of what it is."""
+    check_attention("attention_backward", q, k, v, y=y, stats=stats, gy=gy)
+    gradients = attention_gradients(q, k, v)
+    launch_attention("attention_backward", [q, k, v, y, gy], (stats, *gradients))
+    return gradients
+
+
+def attention_gradients(q, k, v, *_):
+    return tuple(q.new_empty(0) if t is None else empty_heads(t) for t in (q, k, v))
+
+
+def launch_attention(kernel, heads, others):
+    """Call C with tensors (B, K, T, p) and their strides, then other tensors, which it returns."""
+    for i in (1, 2):
+        heads[i] = heads[i - 1] if heads[i] is None else heads[i]
+    heads = [t if t.stride(-1) == 1 else t.contiguous() for t in heads]
+    scalars = DTYPE_CODES[heads[0].dtype], *heads[0].shape, *(t.stride()[:3] for t in heads)
+    return launch(kernel, scalars, heads, others, strided=True)
+
+
+def attention_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+
+
+def attention_gradient(ctx, gy, _):
+    op, saved = torch.ops.crate_kernels.attention_backward, ctx.saved_tensors
+    return tuple(if_given(op(*saved, gy), saved))
+
+
 # ---- registration --------------------------------------------------------------------------------
 
 
@@ -322,3 +387,5 @@ register(ista_backward, empty_gradients, 4)
 register(ista_decode, decode_results, 2)
 register(mssa_project, mssa_results, 1, mssa_gradient)
 register(mssa_project_backward, empty_gradients, 4)
+register(attention, attention_results, 2, attention_gradient, attention_save)
+register(attention_backward, attention_gradients, 3)

@@ -149,7 +149,7 @@ def attend(q, k, v):
     """
     T, S = q.shape[2], k.shape[2]
     if T == S:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return ops.attention(q, k, v)
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if T > 1 else None
     return F.scaled_dot_product_attention(q, k, v, mask)
 
@@ -192,14 +192,12 @@ class MSSA(nn.Module):
 
     def forward(self, z):
         # (B, T, K, p)
-        u = ops.mssa_project(z, self.norm.weight, self.norm.bias, self.U, self.n_head)
-        u = self.subspace(u.flatten(-2)).view_as(u)
-        q = u
+        rows = ops.mssa_project(z, self.norm.weight, self.norm.bias, self.U, self.n_head)
+        rows = self.subspace(rows.flatten(-2)).view_as(rows)
+        u = q = rows.transpose(1, 2)  # (B, K, T, p)
         if self.query is not None:  # B starts at zero: training starts from the paper's attention
             A, B = self.query
-            q = u + (u.flatten(-2) @ A @ B).view_as(u)
-        q = q.transpose(1, 2)  # (B, K, T, p)
-        u = u.transpose(1, 2)
+            q = u + (rows.flatten(-2) @ A @ B).view_as(rows).transpose(1, 2)
         if self.cache:
             (u,) = self.cache.extend(self, u)
         k = u if self.key_gate is None else shift_keys(u, self.key_gate)

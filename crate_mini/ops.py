@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -104,7 +105,7 @@ def _runs_fused(op, t, dtype):
     """Whether the kernels take this call on t (..., d) and its device, computing in dtype."""
     if _backend is None:
         raise UserError(_reason)
-    runnable = t.device.type == "cpu" or (t.is_cuda and _has_cuda)
+    runnable = t.device.type == "cpu" or (t.is_cuda and _has_cuda and op != "attention")
     if _backend != "fused" or not runnable:
         return False
     return _mode == "fused" or _is_faster(op, t, dtype)
@@ -169,6 +170,17 @@ def mssa_project(z, weight, bias, U, n_head, eps=1e-5):
         return reference.mssa_project(z, weight, bias, U, n_head, eps).to(dtype)
     weight, bias = _cast(fused.acc_dtype(dtype), weight, bias)
     return torch.ops.crate_kernels.mssa_project(z, weight, bias, U.to(dtype), n_head, eps)
+
+
+def attention(q, k, v):
+    """softmax(causal(q k^T / sqrt(p))) v, head by head; q, k, v and the result (B, K, T, p)."""
+    fused.check_attention("attention", q, k, v, kernels=False, cast=_autocast(q))
+    dtype = _compute_dtype(q)
+    if not _runs_fused("attention", q, dtype):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # The kernel adds the gradients of arguments that are the same.
+    k, v = None if k is q else k, None if v is k else v
+    return torch.ops.crate_kernels.attention(*_cast(dtype, q, k, v))[0]
 
 
 def ista(x, D, eta, lam, steps, decoder=None):

@@ -205,7 +205,7 @@ void attention_forward_cpu(int dtype, int64_t B, int64_t K, int64_t n, int64_t P
 void attention_backward_cpu(int dtype, int64_t B, int64_t K, int64_t n, int64_t P,
                             Strides q_strides, Strides k_strides, Strides v_strides,
                             Strides y_strides, Strides g_strides, const void* q, const void* k,
-                            const void* v, const void* y, const void* stats, const void* gy,
+                            const void* v, const void* y, const void* gy, const void* stats,
                             void* gq, void* gk, void* gv, int threads) {
   const Strides rows = {n * K * P, P, K * P};
   with_type(dtype, [&](auto type) {

@@ -91,7 +91,7 @@ void attention_forward_cpu(int dtype, int64_t B, int64_t K, int64_t T, int64_t P
 void attention_backward_cpu(int dtype, int64_t B, int64_t K, int64_t T, int64_t P,
                             Strides q_strides, Strides k_strides, Strides v_strides,
                             Strides y_strides, Strides gy_strides, const void* q, const void* k,
-                            const void* v, const void* y, const void* stats, const void* gy,
+                            const void* v, const void* y, const void* gy, const void* stats,
                             void* gq, void* gk, void* gv, int threads);
 
 // ---- instruction sets of the CPU kernels, slow to fast; see product_cpu.cpp ----

@@ -22,19 +22,23 @@ def acc_dtype(dtype):
 class Guarded:
     """A contiguous tensor between two bands of NaN, itself filled with NaN: an output.
 
-    Guarded.copy(t) is an input: `check` also finds out whether it was written to.
+    Guarded.copy(t) is an input: `check` also finds out whether it was written to. With `strides`
+    there is NaN between the elements, too.
     """
 
-    def __init__(self, shape, dtype, device="cpu"):
+    def __init__(self, shape, dtype, device="cpu", strides=None):
         size = math.prod(shape)
+        if strides and size:
+            size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
         memory = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype, device=device)
         self.bands = {"before": memory[:GUARD], "after": memory[GUARD + size :]}
-        self.tensor = memory[GUARD : GUARD + size].view(shape)
+        self.tensor = memory[GUARD : GUARD + size]
+        self.tensor = self.tensor.as_strided(shape, strides) if strides else self.tensor.view(shape)
         self.original = None
 
     @classmethod
-    def copy(cls, t):
-        guarded = cls(t.shape, t.dtype, t.device)
+    def copy(cls, t, strides=None):
+        guarded = cls(t.shape, t.dtype, t.device, strides)
         guarded.tensor.copy_(t)
         guarded.original = t.clone()
         return guarded
@@ -143,6 +147,27 @@ class Kernels:
         self.run("mssa_project_backward", scalars, (gu, *inputs), outputs)
         return tensors(outputs)
 
+    def attention(self, q, k, v):
+        """(y (B, T, K, p), stats (B, K, 2, T)) of q, k, v (B, K, T, p), with their strides."""
+        y = self.out(*q.transpose(1, 2).shape, dtype=q.dtype)
+        stats = self.out(*q.shape[:2], 2, q.shape[2], dtype=acc_dtype(q.dtype))
+        inputs = guard_strided(q, k, v)
+        self.run("attention_forward", attention_scalars(q, k, v), inputs, (y, stats))
+        return y.tensor, stats.tensor
+
+    def attention_backward(self, q, k, v, y, stats, gy):
+        """(gq, gk or None, gv or None), (B, T, K, p); None: k is q, or v is k, and so their sums.
+
+        y and gy (B, K, T, p).
+        """
+        shape = q.transpose(1, 2).shape
+        gradients = [self.out(*shape, dtype=q.dtype) for _ in range(3)]
+        gradients[1] = None if k is q else gradients[1]
+        gradients[2] = None if v is k else gradients[2]
+        inputs = *guard_strided(q, k, v, y, gy), stats
+        self.run("attention_backward", attention_scalars(q, k, v, y, gy), inputs, gradients)
+        return tensors(gradients)
+
 
 class CpuKernels(Kernels):
     """The CPU kernels of a compiled module in the instruction set that it uses."""
@@ -192,6 +217,17 @@ class NaiveKernels(Kernels):
         function = self.module.ista_naive_backward
         self.call(function, N, d, h, len(codes), eta, *inputs, gx, gD, gdec, glam)
         return tensors([gx, gD, None if decoder is None else gdec, glam if want_lam else None])
+
+
+def guard_strided(*inputs):
+    """Guarded copies with the strides of the inputs; of a tensor that comes twice, the same one."""
+    copies = {id(t): Guarded.copy(t, t.stride()) for t in inputs}
+    return [copies[id(t)] for t in inputs]
+
+
+def attention_scalars(q, *others):
+    strides = [t.stride()[:3] for t in (q, *others)]
+    return DTYPE_CODES[q.dtype], *q.shape, *strides
 
 
 def tensors(guarded):

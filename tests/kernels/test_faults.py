@@ -2,6 +2,7 @@
 
 import functools
 
+import attention_properties
 import background_builds
 import kernel_properties
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import Phase, given, settings
 from planted_faults import CPU_FAULTS
 
 pytestmark = needs_compiler
+PROPERTIES = {**vars(kernel_properties), **vars(attention_properties)}
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +22,9 @@ def module_with_faults():
 
 
 def check(name, module, version):
-    """A property of kernel_properties on its fixed examples, until the first failure."""
+    """A property on its fixed examples, until the first failure."""
     kernels = NaiveKernels(module) if version == "naive" else CpuKernels(module)
-    check = getattr(kernel_properties, name).hypothesis
+    check = PROPERTIES[name].hypothesis
     phases = dict(phases=[Phase.generate], report_multiple_bugs=False)
     quick = settings(settings.get_profile("ci"), **phases)
     quick(given(**check._given_kwargs)(check.inner_test))(kernels=kernels)

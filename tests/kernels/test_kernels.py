@@ -1,5 +1,6 @@
 """Every CPU kernel, in every version that runs on this machine, against reference.py."""
 
+import attention_properties
 import kernel_properties
 import pytest
 import torch
@@ -70,3 +71,20 @@ def test_ista_decode(fast_kernels):
 
 def test_mssa_project(fast_kernels):
     kernel_properties.mssa_project(fast_kernels)
+
+
+def test_attention(fast_kernels):
+    attention_properties.attention(fast_kernels)
+
+
+def test_attention_with_extreme_scores(fast_kernels):
+    attention_properties.attention_with_extreme_scores(fast_kernels)
+
+
+def test_later_tokens_change_no_bit_of_attention(fast_kernels):
+    attention_properties.later_tokens_change_no_bit(fast_kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_over_a_long_context(fast_kernels, dtype):
+    attention_properties.check_a_long_context(fast_kernels, dtype)
