@@ -47,6 +47,12 @@ class Settings:
         "e.g. 0.01; results go to a subfolder, density-0.01; 0: keep all",
         below=1,
     )
+    splits: int = setting(
+        3,
+        "how often to deal the documents again to the part that tables are made from and the one "
+        "that is scored, for the intervals of means; each costs a pass over the text; 0: never",
+        high=100,
+    )
     trie: int = setting(
         0, "neurons in each layer that also get a context trie (about a second each)"
     )
@@ -88,6 +94,7 @@ def run(settings, ckpt):
         n=settings.n,
         controls=controls,
         density=settings.match_density,
+        splits=settings.splits,
         trie=settings.trie,
         dedup=settings.dedup,
         directions=directions,

@@ -1,30 +1,32 @@
 """Held-out documents, split into two parts, "fit" and "score", that share no document.
 
-    documents -> part_of -> chunks of at most T tokens -> batches of chunks of similar length
+    documents -> deal -> chunks of at most T tokens -> batches of chunks of similar length
 
-Tables, labels and patterns come from the fit part; they are judged on the score part. Everything
-is read in bounded memory.
+Tables, labels and patterns come from the fit part; they are judged on the score part. A document
+lies in one part as a whole, and the parts have about the same number of tokens. Everything is read
+in bounded memory.
 """
 
-import hashlib
 from typing import NamedTuple
 
 import numpy as np
 
 PARTS = ("fit", "score")
 WINDOW = 64  # tokens; the windows of a chunk lie side by side from its start
-LONGEST = 1 << 16  # tokens of a document
+LONGEST = 1 << 16  # tokens of a document in memory at a time
+SHARE = 16  # of a limited number of tokens, a document gives a sixteenth at most, if others can
+FEW = 4  # documents below which the log says what that means
+UNEVEN = 0.1  # difference between the parts, as a share of all tokens, that the log tells
 MAX_BIGRAMS = 1 << 22  # distinct bigrams counted at a time
 LEAST = 3  # occurrences of a bigram that counts as frequent
 
 
 def documents(corpus, split, eot):
-    """Yield (number, ids int64) of each non-empty document between the `eot` tokens of a split.
+    """Yield (number, ids int64) of the documents between the `eot` tokens of a split, in order.
 
-    A stretch longer than a sixteenth of the split, or than LONGEST, counts as several documents.
-    That bounds the memory, and lets a single long text fill both parts.
+    Empty ones are left out. A document of more than LONGEST tokens comes in several pieces, which
+    share its number.
     """
-    longest = max(4 * WINDOW, min(LONGEST, corpus.n_tokens[split] // 16))
     number = 0
     rest = None
     for x, y in corpus.blocks(split, 16, 1024):
@@ -34,14 +36,13 @@ def documents(corpus, split, eot):
         *complete, last = np.split(ids, np.flatnonzero(ids == eot))
         for piece in complete:
             document = _without_eot(piece, eot)
-            for start in range(0, len(document), longest):
-                yield number, document[start : start + longest]
-                number += 1
+            for start in range(0, len(document), LONGEST):
+                yield number, document[start : start + LONGEST]
+            number += len(document) > 0
         rest = _without_eot(last, eot)  # it may continue in the next block
-        while len(rest) > longest:
-            yield number, rest[:longest]
-            number += 1
-            rest = rest[longest:]
+        while len(rest) > LONGEST:
+            yield number, rest[:LONGEST]
+            rest = rest[LONGEST:]
     if rest is not None and len(rest):
         yield number, rest
 
@@ -51,13 +52,38 @@ def _without_eot(piece, eot):
     return piece[1:] if len(piece) and piece[0] == eot else piece
 
 
-def part_of(number, seed, share=1.0):
-    """The part of a document: "fit", "score", or None if it is not among the `share` in use."""
-    digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest()
-    place = int.from_bytes(digest, "little") / 2**64  # uniform in [0, 1)
-    if place >= share:
-        return None
-    return "fit" if place < share / 2 else "score"
+def deal(lengths, seed, limit):
+    """How many tokens of each document to use (D,), and the part of each (D,): 0 fit, 1 score.
+
+    lengths: (D,) tokens of the documents. They are taken in an order drawn by the seed until
+    `limit` tokens are used; a document that is left out has no tokens to use. If there are more
+    tokens than that, only the beginning of a document much longer than the others is used. The
+    longest are dealt first (documents within a factor of two in the drawn order), each to the part
+    that has fewer tokens.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(lengths))
+    used = np.array(lengths, np.int64)
+    if used.sum() > limit:
+        used = np.minimum(used, max(4 * WINDOW, limit // SHARE, _level(used, limit)))
+        before = np.cumsum(used[order]) - used[order]
+        used[order] = np.clip(limit - before, 0, used[order])
+    octave = np.floor(np.log2(np.maximum(used, 1)))
+    part = np.zeros(len(used), np.int8)
+    sums = [0, 0]
+    first = int(rng.integers(2))  # where the longest goes
+    for i in order[np.argsort(-octave[order], kind="stable")]:
+        part[i] = first if sums[0] == sums[1] else np.argmin(sums)
+        sums[part[i]] += used[i]
+    return used, part
+
+
+def _level(lengths, limit):
+    """The least of the lengths (D,) which, if none were longer, would give `limit` tokens."""
+    ordered = np.sort(lengths)
+    shorter = np.cumsum(ordered) - ordered
+    totals = shorter + ordered * np.arange(len(ordered), 0, -1)
+    return int(ordered[np.searchsorted(totals, limit)])
 
 
 class Chunk(NamedTuple):
@@ -71,8 +97,9 @@ class Chunk(NamedTuple):
 class FitScoreSplit:
     """The documents of a corpus split, dealt to the two parts by `seed`.
 
-    About `limit` tokens are used. Their documents are spread evenly over the split instead of
-    taken from its beginning. T: the model's context.
+    About `limit` tokens are used, of documents from everywhere in the split. A split of one
+    document is cut into stretches, which count as documents. T: the model's context. notes:
+    sentences about few documents and uneven parts.
     """
 
     def __init__(self, corpus, split, eot, T, seed, limit):
@@ -80,22 +107,70 @@ class FitScoreSplit:
         self.split = split
         self.eot = eot
         self.T = T
-        self.seed = seed
-        self.share = min(1.0, limit / max(1, corpus.n_tokens[split]))
+        lengths = {}
+        for number, ids in documents(corpus, split, eot):
+            lengths[number] = lengths.get(number, 0) + len(ids)
+        total = sum(lengths.values())
+        self.stretch = None  # tokens of a stretch
+        if len(lengths) == 1 and total >= 2 * WINDOW:
+            self.stretch = max(4 * WINDOW, min(LONGEST, total // SHARE))
+            cuts = np.arange(0, total + self.stretch, self.stretch).clip(max=total)
+            lengths = dict(enumerate(np.diff(cuts).tolist()))
+        self.used, self.part = deal(list(lengths.values()), seed, limit)
+        self.notes = self._notes(len(lengths))
 
     def documents(self):
-        """Yield (number, ids, part) of each document in use."""
-        for number, ids in documents(self.corpus, self.split, self.eot):
-            part = part_of(number, self.seed, self.share)
-            if part is not None:
-                yield number, ids, part
+        """Yield (number, ids, part) of each document in use; a long one in several pieces."""
+        seen = np.zeros(len(self.used), np.int64)
+        for number, ids in self._pieces():
+            ids = ids[: self.used[number] - seen[number]]
+            seen[number] += len(ids)
+            if len(ids):
+                yield number, ids, PARTS[self.part[number]]
+
+    def _pieces(self):
+        """`documents` of the split, or its stretches."""
+        if self.stretch is None:
+            yield from documents(self.corpus, self.split, self.eot)
+            return
+        held = np.empty(0, np.int64)
+        number = 0
+        for _, ids in documents(self.corpus, self.split, self.eot):
+            held = np.concatenate((held, ids))
+            while len(held) >= self.stretch:
+                yield number, held[: self.stretch]
+                held = held[self.stretch :]
+                number += 1
+        if len(held):
+            yield number, held
 
     def count_tokens(self):
-        """{part: number of tokens}. A pass over the text, but not through the model."""
-        tokens = dict.fromkeys(PARTS, 0)
-        for _, ids, part in self.documents():
-            tokens[part] += len(ids)
-        return tokens
+        """{part: number of tokens}."""
+        return {part: int(self.used[self.part == i].sum()) for i, part in enumerate(PARTS)}
+
+    def _notes(self, n_documents):
+        """Sentences about few documents, and about parts that could not be made even."""
+        sentences = []
+        if self.stretch is not None:
+            sentences.append(
+                f"the text is one document: {n_documents} stretches of it are dealt to the parts "
+                "as if they were documents, so intervals are too narrow"
+            )
+        elif n_documents < FEW:
+            sentences.append(
+                f"the text has {n_documents} documents, too few to tell how scores vary "
+                "from text to text; give text of more documents with --data"
+            )
+        tokens = self.count_tokens()
+        share = self.used / max(1, self.used.sum())
+        if len(share) > 1 and self.stretch is None:
+            longest = int(share.argmax())
+            if abs(share @ (1 - 2 * self.part)) > UNEVEN:
+                sentences.append(
+                    f"document {longest} has {share[longest]:.0%} of the tokens, too many for even "
+                    f"parts: fit {tokens['fit']:,}, score {tokens['score']:,}"
+                )
+        return sentences
 
     def count(self, V, max_bigrams):
         """Count the tokens in one pass: (counts, token counts (V,), frequent bigrams (P, 2)).
@@ -109,9 +184,10 @@ class FitScoreSplit:
         counts = {name: dict.fromkeys(PARTS, 0) for name in ("tokens", "documents", "windows")}
         token_counts = np.zeros(V, np.int64)
         bigrams = BigramCounter(V, self.T)
+        for i, part in enumerate(PARTS):
+            counts["documents"][part] = int(((self.part == i) & (self.used > 0)).sum())
         for _, ids, part in self.documents():
             counts["tokens"][part] += len(ids)
-            counts["documents"][part] += 1
             counts["windows"][part] += self._n_windows(len(ids))
             if part == "fit":
                 token_counts += np.bincount(ids, minlength=V)
@@ -175,7 +251,7 @@ class BigramCounter:
         self.pending_tokens = 0
 
     def add(self, ids):
-        """Take the bigrams of a document, without those that straddle two chunks."""
+        """Take the bigrams of a piece of a document, without those that straddle two chunks."""
         keys = ids[:-1] * self.V + ids[1:]
         inside = np.arange(1, len(ids)) % self.T != 0
         self.pending.append(keys[inside])

@@ -7,7 +7,7 @@ are h pairs of columns of n values (x true, y simulated), (n,) is one pair; a st
 
 import numpy as np
 
-from crate_mini.stats import CONSTANT, columns
+from crate_mini.stats import columns
 
 LEVELS = {str(i): i for i in range(11)}  # the answers that count as a quantised activation
 FIRES = 0.1  # share of its maximum from which a neuron fires: level 1 of 0 to 10
@@ -124,38 +124,3 @@ def expected(logprobs):
 def rounded(value, digits=4):
     """A number with `digits` significant digits, as result files keep it."""
     return float(f"{float(value):.{digits}g}")
-
-
-# ---- intervals -----------------------------------------------------------------------------------
-
-
-def excerpt_intervals(x, y, draws=200, seed=0):
-    """95 % intervals (h, 2) of Pearson r from redrawing whole windows; x, y (W, T, h).
-
-    Windows are independent, the tokens of one window are not. NaN if r is undefined in more than
-    5 % of the draws.
-    """
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    W, T, h = x.shape
-    x = x - x.mean((0, 1))
-    y = y - y.mean((0, 1))
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(W, np.full(W, 1 / W), size=draws) / (W * T)  # (draws, W)
-
-    def mean(values):  # (W, T, h) -> (draws, h)
-        return weights @ values.sum(1)
-
-    mean_x, mean_y = mean(x), mean(y)
-    mean_xx, mean_yy = mean(x * x), mean(y * y)
-    var_x = mean_xx - mean_x * mean_x
-    var_y = mean_yy - mean_y * mean_y
-    covariance = mean(x * y) - mean_x * mean_y
-    varies = (var_x > CONSTANT * mean_xx) & (var_y > CONSTANT * mean_yy)
-    with np.errstate(all="ignore"):
-        r = np.where(varies, covariance / np.sqrt(var_x * var_y), np.nan)
-    intervals = np.full((h, 2), np.nan)
-    defined = varies.mean(0) >= 0.95
-    if defined.any():
-        bounds = np.nanquantile(r[:, defined], (0.025, 0.975), axis=0)
-        intervals[defined] = np.clip(bounds, -1, 1).T
-    return intervals

@@ -1,12 +1,12 @@
 """The six stages of `interpret.py neurons`, in order; each can run again alone.
 
-    record    text, model                   -> record*             (record.py, documents.py,
-                                               accumulate.py, record_files.py)
+    record    text, model                   -> record*, splits.json (record.py, documents.py,
+                                               accumulate.py, record_files.py, spread.py)
     select    record                        -> select-SITE.npz     (excerpts.py)
     explain   record, model                 -> explain-SITE.jsonl  (labels.py, effects.py, trie.py)
     simulate  record, select, explain       -> simulate-SITE.npz   (simulators.py)
     score     all of these                  -> scores.jsonl, excerpts.jsonl, summary.json
-                                               (score.py, protocols.py, summary.py)
+                                               (score.py, protocols.py, redraw.py, summary.py)
     report    scores, excerpts, summary     -> index.html, human.html, scores.png, density.png
                                                (report.py, page.py, survey.py, figures.py)
 
@@ -23,7 +23,7 @@ import torch
 
 from crate_mini import UserError, cli
 from crate_mini.console import results
-from crate_mini.neurons import excerpts, record, report, score
+from crate_mini.neurons import excerpts, record, report, score, spread
 from crate_mini.neurons.documents import PARTS
 from crate_mini.neurons.effects import next_token_effects
 from crate_mini.neurons.labels import label_neurons, position_fit
@@ -74,16 +74,22 @@ def run(work, start="record", until="report"):
 def record_sites(work):
     """Record the model and, for the control `init`, an untrained one."""
     work.folder.mkdir(parents=True, exist_ok=True)
-    _record_model(work, work.model, work.meta, work.sites, work.folder)
+    recorded_sites = _record_model(work, work.model, work.meta, work.sites, work.folder)
     if work.has_init:
         model, meta = record.untrained_control(work.model, work.meta, work.seed)
         codes = [site for site in work.sites if site.sae is None]
         _record_model(work, model, meta, codes, work.folder / "init")
     work.open_new_record()
+    for sentence in work.record.header["notes"]:
+        work.log(f"documents {sentence}")
+    spread.make_splits(work, recorded_sites)
 
 
 def _record_model(work, model, meta, sites, folder):
-    """Record one model; with density matching, activations below each neuron's threshold are 0."""
+    """Record one model, and return its sites.
+
+    With density matching, activations below each neuron's threshold are 0.
+    """
 
     def make(sites, folder, tokens):
         return record.record(
@@ -109,6 +115,7 @@ def _record_model(work, model, meta, sites, folder):
             matched.append(record.thresholded(site, limits))
         sites = matched
     make(sites, folder, work.tokens)
+    return sites
 
 
 # ---- select --------------------------------------------------------------------------------------

@@ -37,12 +37,12 @@ DEAD = "dead: never above 0 on the recorded tokens"
 # ---- protocols -----------------------------------------------------------------------------------
 
 
-def score_uniform(true, simulated, maxima=None, draws=0, seed=0):
+def score_uniform(true, simulated, maxima=None):
     """Scores on uniform windows, for all neurons at once; true, simulated (W, T, h) of any float.
 
     {"r": (values, reasons)}, with maxima (h,), the largest activations known, also what
-    metrics.firing returns (a neuron fires at a tenth of its maximum, metrics.fires), with draws
-    also "ci95" (h, 2), from redrawing windows that often. Values and reasons as in metrics.py.
+    metrics.firing returns (a neuron fires at a tenth of its maximum, metrics.fires). Values and
+    reasons as in metrics.py.
     """
     blocks = []
     for start in range(0, true.shape[2], BLOCK):
@@ -53,17 +53,12 @@ def score_uniform(true, simulated, maxima=None, draws=0, seed=0):
         if maxima is not None:
             fires = metrics.fires(x_flat, maxima[start : start + BLOCK])
             block |= metrics.firing(fires, y_flat)
-        if draws:
-            block["ci95"] = metrics.excerpt_intervals(x, y, draws, seed)
         blocks.append(block)
     scores = {}
     for name in blocks[0]:
-        if name == "ci95":
-            scores[name] = np.concatenate([block[name] for block in blocks])
-        else:
-            values = np.concatenate([block[name][0] for block in blocks])
-            reasons = np.concatenate([block[name][1] for block in blocks])
-            scores[name] = values, reasons
+        values = np.concatenate([block[name][0] for block in blocks])
+        reasons = np.concatenate([block[name][1] for block in blocks])
+        scores[name] = values, reasons
     return scores
 
 

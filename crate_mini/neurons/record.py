@@ -140,6 +140,7 @@ def record(
     dedup=True,
     dtype="auto",
     split="val",
+    room=None,
     log=print,
     show_every=3.0,
 ):
@@ -147,24 +148,23 @@ def record(
 
     Returns the Record. meta: from checkpoint.load; path, command: for the header. dedup: at most
     one top window per document (the paper's code does not dedup). dtype: of the model's products,
-    see choose_dtype; everything is counted in float32, powers in float64. show_every: seconds
-    between progress lines. The files are replaced
-    all together or not at all. Raises UserError if there are too few documents or windows, too
-    little memory, or no room on the disk.
+    see choose_dtype; everything is counted in float32, powers in float64. room: neurons among which
+    the memory for bigrams is divided, by default those of the sites. show_every: seconds between
+    progress lines. The files are replaced all together or not at all. Raises UserError if there are
+    too few windows, too little memory, or no room on the disk.
     """
     began = time.monotonic()
     device = model.tokens.weight.device
     V, T = model.config.vocab_size, model.config.block_size
     eot = load_tokenizer(meta["tokenizer"]["spec"]).eot
     documents = FitScoreSplit(corpus, split, eot, T, seed, tokens)
-    counts, token_counts, bigrams = _count(documents, sites, V, device)
+    counts, token_counts, bigrams = _count(documents, sites, V, device, room)
     dtype, reason = choose_dtype(device, dtype)
     total = sum(counts["tokens"].values())
     n_sites = "1 site" if len(sites) == 1 else f"{len(sites)} sites"
     is_control = "sha256" in meta and meta["sha256"] is None  # as untrained_control returns it
     control = " of an untrained model, the control" if is_control else ""
-    products = f"products in {_name(dtype)}: {reason}"
-    log(f"record    {n_sites}{control}, {total:,} tokens; {products}")
+    log(f"record    {n_sites}{control}, {total:,} tokens; products in {_name(dtype)}: {reason}")
     windows = {part: (UNIFORM[part], counts["windows"][part]) for part in PARTS}
     shared = Shared(token_counts, bigrams, V, windows, seed, device)
     progress = terminal.Progress("record", total, show_every)
@@ -178,6 +178,8 @@ def record(
         "corpus": corpus.meta,
         "split": split,
         **counts,
+        "limit": tokens,
+        "notes": documents.notes,
         "window": WINDOW,
         "dedup": dedup,
         "dtype": _name(dtype),
@@ -188,12 +190,12 @@ def record(
     return record_files.load(out)
 
 
-def _count(documents, sites, V, device):
+def _count(documents, sites, V, device, room):
     """FitScoreSplit.count with as many bigrams as memory allows.
 
     Raises UserError if a part has no window, or if the arrays of the record would not fit.
     """
-    most = max_bigrams(sum(site.width for site in sites))
+    most = max_bigrams(room or sum(site.width for site in sites))
     counts, token_counts, bigrams = documents.count(V, most)
     _check_windows(counts, documents)
     _check_memory(sites, V, len(bigrams), device)

@@ -27,7 +27,7 @@ from crate_mini.console import results
 from crate_mini.console.results import atomic_write
 from crate_mini.neurons import npz
 
-SCHEMA = 1
+SCHEMA = 2  # 1: documents were cut, and dealt to the parts without regard to their lengths
 AGAIN = "record again with --from record"
 ENTRIES = {"seed", "checkpoint", "corpus", "tokens", "dedup", "sites", "stamp"}  # of record.json
 

@@ -8,16 +8,17 @@ PROTOCOL[SIMULATOR]              a published protocol (protocols.py) with a simu
 trie_r, trie_precision, ...      only for neurons that have a trie
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 
 from crate_mini import UserError, stats
 from crate_mini.console import results
-from crate_mini.neurons import page_excerpts, protocols, summary
+from crate_mini.neurons import page_excerpts, protocols, redraw, spread, summary
 from crate_mini.neurons.labels import LABEL_TOKENS
 from crate_mini.neurons.relatives import relatives
 from crate_mini.neurons.trie import Trie, precision_recall
 
-DRAWS = 200  # redraws of windows for the interval of one neuron's ngram_r
 ON_EXCERPTS = (  # (protocol that selected the excerpts, protocol that scores them, simulator)
     ("openai_tar", "openai_tar", "ngram"),
     ("openai_tar", "openai_random", "ngram"),
@@ -31,15 +32,17 @@ ON_EXCERPTS = (  # (protocol that selected the excerpts, protocol that scores th
 def score_neurons(work):
     """Write scores.jsonl, excerpts.jsonl and summary.json."""
     rows, shown = [], []
+    spreads = {}
     for site in work.each_site():
-        site_rows, site_shown = _score_site(work, site)
+        site_rows, site_shown, spreads[site.name] = _score_site(work, site)
         rows += site_rows
         shown += site_shown
     results.write_rows(work.folder / "scores.jsonl", rows)
     results.write_rows(work.folder / "excerpts.jsonl", shown)
     header = work.record.header
     windows = len(work.record.shared["uniform_score"])
-    summarised = summary.summarise(rows, work.saw, len(work.model.blocks), work.seed, windows)
+    layers = len(work.model.blocks)
+    summarised = summary.summarise(rows, work.saw, layers, work.seed, windows, spreads)
     content = {
         "schema": 1,
         "command": work.command,
@@ -47,16 +50,20 @@ def score_neurons(work):
         "record": header,
         "match_density": work.density or None,
         **summarised,
+        "spread": spreads,
     }
     results.write_json(work.folder / "summary.json", content)
 
 
 def _score_site(work, site):
-    """(lines of scores.jsonl, lines of excerpts.jsonl) of one site."""
+    """(lines of scores.jsonl, lines of excerpts.jsonl, spread) of one site."""
     neurons, arrays = work.neurons(site), work.record.site(site.name)
     simulated, selected = work.read("simulate", site), work.read("select", site)
     lines = work.explanations(site)
-    uniform, intervals = uniform_scores(work, site, simulated, neurons)
+    pairs = uniform_pairs(work, site, simulated, neurons)
+    uniform = uniform_scores(pairs, arrays["max"][neurons])
+    docs = work.record.shared["uniform_score_doc"]
+    intervals = redraw.neuron_intervals(*pairs["ngram_r"], docs, work.seed)
     shown = page_excerpts.of_site(work, site, simulated)
     direction = work.directions.get(site.name)
     related = relatives(work.model, site, arrays["uniform_score_acts"], neurons, direction)
@@ -81,29 +88,28 @@ def _score_site(work, site):
         hist = arrays["hist"][j].tolist()
         facts = {"site": site.name, "neuron": j, "hist": hist}
         for_page.append({**facts, **related[i], **shown[i]})
-    return rows, for_page
+
+    def excerpt_scores(i, keep):
+        return protocol_scores(work, simulated, selected, i, keep)
+
+    return rows, for_page, spread.of_site(work, site, pairs, excerpt_scores)
 
 
-def uniform_scores(work, site, simulated, neurons):
-    """Scores on the uniform windows of the score part, for n neurons of a site at once.
+def uniform_pairs(work, site, simulated, neurons):
+    """{metric: (true, expected)} activations (W, 64, n) of n neurons on the uniform windows.
 
-    Returns ({metric: (values (n,), reasons (n,))}, 95 % intervals (n, 2) of ngram_r).
+    Of the score part; each correlation is that of a pair.
     """
     arrays = work.record.site(site.name)
     true = arrays["uniform_score_acts"][..., neurons]
-    maxima = arrays["max"][neurons]
-    ngram = protocols.score_uniform(
-        true, simulated.uniform_ngram, maxima, draws=DRAWS, seed=work.seed
-    )
-    scores = {
-        "token_r": protocols.score_uniform(true, simulated.uniform_token)["r"],
-        "ngram_r": ngram["r"],
-        f"label_r@{LABEL_TOKENS}": protocols.score_uniform(true, simulated.uniform_label)["r"],
+    pairs = {
+        "token_r": (true, simulated.uniform_token),
+        "ngram_r": (true, simulated.uniform_ngram),
+        f"label_r@{LABEL_TOKENS}": (true, simulated.uniform_label),
     }
     if "shuffle" in work.controls and len(neurons) > 1:
-        partner = partners(len(neurons), maxima > 0, work.rng(site, "null"))
-        shuffled = simulated.uniform_ngram[..., partner]
-        scores["null_r"] = protocols.score_uniform(true, shuffled)["r"]
+        partner = partners(len(neurons), arrays["max"][neurons] > 0, work.rng(site, "null"))
+        pairs["null_r"] = true, simulated.uniform_ngram[..., partner]
     if work.has_init and site.sae is None:
         if not hasattr(simulated, "uniform_init"):
             raise UserError(
@@ -111,9 +117,20 @@ def uniform_scores(work, site, simulated, neurons):
                 "with --from simulate."
             )
         init = work.init_record.site(site.name)["uniform_score_acts"][..., neurons]
-        scores["init_r"] = protocols.score_uniform(init, simulated.uniform_init)["r"]
-    scores |= {name: ngram[name] for name in ("f1", "auprc", "f1_chance")}
-    return scores, ngram["ci95"]
+        pairs["init_r"] = init, simulated.uniform_init
+    return pairs
+
+
+def uniform_scores(pairs, maxima):
+    """{metric: (values (n,), reasons (n,))} of `uniform_pairs`, with firing scores of ngram_r's.
+
+    maxima (n,): the largest activations known.
+    """
+    scores = {}
+    for metric, (true, expected) in pairs.items():
+        scores[metric] = protocols.score_uniform(true, expected)["r"]
+    ngram = protocols.score_uniform(*pairs["ngram_r"], maxima)
+    return scores | {name: ngram[name] for name in ("f1", "auprc", "f1_chance")}
 
 
 def partners(n, live, rng):
@@ -127,9 +144,10 @@ def partners(n, live, rng):
     return partner
 
 
-def protocol_scores(work, simulated, selected, i):
+def protocol_scores(work, simulated, selected, i, keep=None):
     """{"PROTOCOL[SIMULATOR]": (number, reason)} of the i-th scored neuron.
 
+    keep(docs): which of its excerpts to score, given their documents (n,); by default all.
     A reason next to a number means that there were fewer excerpts than the protocol asks for: few
     documents, or a neuron that seldom fires.
     """
@@ -137,6 +155,8 @@ def protocol_scores(work, simulated, selected, i):
     for source, protocol, simulator in ON_EXCERPTS:
         excerpts = work.selected(selected, source, "score", i)
         acts = getattr(simulated, f"{source}_{simulator.split()[0]}")[i]
+        if keep is not None:
+            excerpts, acts = _kept(excerpts, acts, keep(excerpts.doc))
         value, reason = protocols.score_excerpts(protocol, excerpts, acts)
         count = len(excerpts.origin)
         if protocol == "openai_random":
@@ -145,6 +165,12 @@ def protocol_scores(work, simulated, selected, i):
             reason = f"{count} {protocols.FEWER} {protocols.EXCERPTS[protocol]}"
         scores[f"{protocol}[{simulator}]"] = value, reason
     return scores
+
+
+def _kept(excerpts, acts, kept):
+    """The excerpts, and what was simulated on them, of which kept (n,) is True."""
+    parts = {name: values[kept] for name, values in vars(excerpts).items()}
+    return SimpleNamespace(**parts), acts[: len(kept)][kept]
 
 
 def trie_scores(work, site, j, patterns):

@@ -51,7 +51,8 @@ def section(folder, sha256):
     return (
         f'<section><h2>Steering</h2><p class="saw">{escape(steering["command"])}. Doses are '
         "multiples of each neuron’s observed maximum. KL and loss are measured on other text than "
-        "the continuations were chosen on; intervals are of the mean over neurons.</p>"
+        "the continuations were chosen on; intervals are of the mean, over other neurons and other "
+        "documents.</p>"
         f"{''.join(parts)}</section>"
     )
 
@@ -106,6 +107,8 @@ def _mean(statistic):
     """mean [95 % interval] as text."""
     if statistic["mean"] is None:
         return "none reached"
+    if statistic["ci95"] is None:  # of one neuron
+        return f"{statistic['mean']:+.3g}"
     low, high = statistic["ci95"]
     return f"{statistic['mean']:+.3g} [{low:.3g}, {high:.3g}]"
 

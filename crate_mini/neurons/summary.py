@@ -11,6 +11,7 @@ from collections import Counter
 import numpy as np
 
 from crate_mini import stats
+from crate_mini.neurons import redraw
 from crate_mini.neurons.protocols import FEWER, PROTOCOLS, flat_scores, status_of
 
 STATUS = ("live", "dead", "undefined", "failed")
@@ -19,16 +20,17 @@ ORDER = (*CORRELATIONS, "f1", "auprc", "f1_chance", *PROTOCOLS)
 SPARSE = 0.01  # density below which more windows are wanted
 WINDOWS = {"dense": 50, "sparse": 200}  # uniform windows wanted for dense and sparse neurons
 PAPER_DROPS_LAST = (6, 12)  # layers of the models whose last layer the paper leaves out
-SITES_ACROSS = 6  # sites next to one another in a printed table
+SITES_ACROSS = 5  # sites next to one another in a printed table
 
 
-def summarise(rows, saw, layers, seed=0, windows=None):
-    """The part of summary.json that follows from scores.jsonl.
+def summarise(rows, saw, layers, seed=0, windows=None, spread=None):
+    """The part of summary.json that follows from scores.jsonl, and from spread.json if given.
 
     saw: {simulator: a sentence on what it saw}; layers: of the whole model. windows: the number of
     uniform windows; "few_windows" counts the neurons that need more. "few_excerpts" counts, for
-    each metric, the neurons with fewer excerpts than its protocol asks for.
+    each metric, the neurons with fewer excerpts than its protocol asks for. spread: see spread.py.
     """
+    spread = spread or {}
     sites = {}
     for name, group in by_site(rows).items():
         scores = scores_by_metric(group)
@@ -38,11 +40,13 @@ def summarise(rows, saw, layers, seed=0, windows=None):
         if windows is not None:
             n["few_windows"] = sum(windows < _windows_wanted(row) for row in group)
         n["few_excerpts"] = _few_excerpts(group, scores)
-        means = {metric: statistics(pairs, seed) for metric, pairs in scores.items()}
-        sites[name] = {"n": n, "density": density(group), **means}
+        sites[name] = {"n": n, "density": density(group)}
+        for metric, pairs in scores.items():
+            known = _known({name: spread.get(name, {})}, metric)
+            sites[name][metric] = statistics(pairs, seed, *known)
     overall_means = {}
     for family, by_layer in families(rows).items():
-        overall_means[family] = overall(by_layer, layers, seed)
+        overall_means[family] = overall(by_layer, layers, seed, spread)
     return {
         "seed": seed,
         "what_the_simulator_saw": saw,
@@ -108,11 +112,27 @@ def _few_excerpts(rows, metrics):
 # ---- means ---------------------------------------------------------------------------------------
 
 
-def statistics(scores, seed=0):
+def _known(spreads, metric):
+    """(neurons of each site, shifts, splits) of a metric's mean over sites, from their spreads.
+
+    As redraw.mean_interval takes them; shifts and splits are empty unless all sites have them.
+    """
+    widths = [spread.get("neurons") for spread in spreads.values()]
+    shifts = [spread.get("documents", {}).get(metric) or {} for spread in spreads.values()]
+    splits = [spread.get("splits", {}).get(metric) or [] for spread in spreads.values()]
+    mean_shifts = {}
+    if all(shifts):
+        for group in dict.fromkeys(itertools.chain(*shifts)):
+            mean_shifts[group] = sum(site.get(group, 0) for site in shifts) / len(shifts)
+    return widths, mean_shifts, np.mean(splits, 0).tolist() if all(splits) else []
+
+
+def statistics(scores, seed=0, widths=(None,), shifts=None, splits=()):
     """One metric over neurons; scores: [(number or None, status)].
 
-    The mean of the live with its 95 % interval (neurons redrawn), median and deciles; and the mean
-    with dead and undefined neurons as 0. Nothing is known about the failed: they are left out.
+    The mean of the live with its 95 % interval (of redraw.mean_interval, which explains the last
+    three) and its standard deviation over splits; median and deciles; and the mean with dead and
+    undefined neurons as 0. Nothing is known about the failed: they are left out.
     """
     live = [value for value, status in scores if status == "live"]
     known = sum(status != "failed" for _, status in scores)
@@ -121,6 +141,8 @@ def statistics(scores, seed=0):
             "n": 0,
             "mean": None,
             "ci95": None,
+            "redrawn": [],
+            "split_sd": None,
             "median": None,
             "deciles": None,
             "mean_undefined_as_0": 0.0 if known else None,
@@ -129,11 +151,21 @@ def statistics(scores, seed=0):
     return {
         "n": len(live),
         "mean": float(np.mean(live)),
-        "ci95": stats.bootstrap_interval([live], seed=seed),
+        **_interval(
+            [live], [widths[0] and widths[0] - len(scores) + len(live)], shifts, splits, seed
+        ),
         "median": deciles[4],
         "deciles": deciles,
         "mean_undefined_as_0": float(np.sum(live) / known),
     }
+
+
+def _interval(live, widths, shifts, splits, seed):
+    """{"ci95", "redrawn", "split_sd"} of a mean; see redraw.mean_interval."""
+    drawn_from = [width or float("inf") for width in widths]
+    ci95, redrawn = redraw.mean_interval(live, drawn_from, shifts, splits, seed)
+    split_sd = float(np.std(splits, ddof=1)) if len(splits) > 1 else None
+    return {"ci95": ci95, "redrawn": redrawn, "split_sd": split_sd}
 
 
 def density(rows):
@@ -150,12 +182,12 @@ def density(rows):
     }
 
 
-def overall(by_layer, layers, seed=0):
+def overall(by_layer, layers, seed=0, spread=None):
     """{metric: mean of the layers' means, each layer counting once}; by_layer {layer: rows}.
 
-    layers: of the whole model. "paper": the same by the paper's convention, which leaves out the
-    last of 6 or 12 layers and gives the population variance of the layers' means. A layer without
-    a live neuron is in no mean; "without" names it.
+    layers: of the whole model; spread: as in `summarise`. "paper": the same by the paper's
+    convention, which leaves out the last of 6 or 12 layers and gives the population variance of the
+    layers' means. A layer without a live neuron is in no mean; "without" names it.
     """
     averaged = {}
     for metric, live in live_by_layer(by_layer).items():
@@ -169,7 +201,7 @@ def overall(by_layer, layers, seed=0):
             "layers": sorted(groups),
             "without": sorted(set(live) - set(groups)),
             "mean": _or_none(np.mean, means),
-            "ci95": stats.bootstrap_interval(list(groups.values()), seed=seed),
+            **_overall_interval(by_layer, groups, spread or {}, metric, seed),
             "paper": {
                 "layers": sorted(paper_means),
                 "mean": _or_none(np.mean, paper_means),
@@ -177,6 +209,18 @@ def overall(by_layer, layers, seed=0):
             },
         }
     return averaged
+
+
+def _overall_interval(by_layer, groups, spread, metric, seed):
+    """`_interval` of the mean of a metric over the layers of groups {layer: live scores}."""
+    if not groups:
+        return {"ci95": None, "redrawn": [], "split_sd": None}
+    sites = {by_layer[layer][0]["site"]: layer for layer in groups}
+    known = _known({site: spread.get(site, {}) for site in sites}, metric)
+    widths = []
+    for width, (layer, live) in zip(known[0], groups.items()):
+        widths.append(width and width - len(by_layer[layer]) + len(live))
+    return _interval(list(groups.values()), widths, *known[1:], seed)
 
 
 def _or_none(function, means):
@@ -224,12 +268,9 @@ def compare(ours, theirs, seed=0, family="codes", other=None):
 
 
 def difference(left, right, seed=0):
-    """{"difference", "ci95"} of two means of group means, each side bootstrapped on its own."""
-    interval = None
-    if min(len(group) for group in left + right) >= 2:
-        left_draws = stats.bootstrap_means(left, seed=seed)
-        right_draws = stats.bootstrap_means(right, seed=seed + 1)
-        interval = np.quantile(left_draws - right_draws, (0.025, 0.975)).tolist()
+    """{"difference", "ci95"} of two means of group means, neurons of each side redrawn."""
+    weights = [1 / len(left)] * len(left) + [-1 / len(right)] * len(right)
+    interval = stats.bootstrap_interval(left + right, seed=seed, weights=weights)
     return {"difference": _mean_of_means(left) - _mean_of_means(right), "ci95": interval}
 
 
@@ -249,7 +290,7 @@ def table(summary, seeds=1):
     blocks = []
     for i in range(0, len(sites), SITES_ACROSS):
         blocks.append(_site_columns(sites[i : i + SITES_ACROSS]))
-    blocks.append(_notes_on_counts(summary["sites"].values()))
+    blocks.append(_notes_on_counts(list(summary["sites"].values())))
     for family, by_metric in summary["overall"].items():
         blocks.append(_all_layers(family, by_metric))
     seeds_text = "One training seed." if seeds == 1 else f"{seeds} training seeds."
@@ -264,8 +305,17 @@ def table(summary, seeds=1):
 def _notes_on_counts(sites):
     """Notes under the table: the meaning of n, and neurons with too few windows or excerpts."""
     text = (
-        "n = live + dead + undefined + failed; mean over the live [95 % interval, neurons redrawn]"
+        "n = live + dead + undefined + failed; mean over the live [95 % interval], with\n"
+        "± the standard deviation over splits of the documents into fit and score"
     )
+    redrawn = {}
+    for site in sites:
+        for metric, statistic in site.items():
+            sources = statistic.get("redrawn") if isinstance(statistic, dict) else None
+            if sources:
+                redrawn.setdefault(" and ".join(sources), {})[metric] = True
+    for sources, metrics in redrawn.items():
+        text += f"\nredrawn for the intervals of {', '.join(metrics)}: {sources}"
     few = sum(site["n"].get("few_windows", 0) for site in sites)
     if few:
         text += (
@@ -299,7 +349,7 @@ def _site_columns(sites):
     width = max(len(head) for head, _ in rows) + 2
     lines = []
     for head, cells in rows:
-        line = head.ljust(width) + "".join(cell.rjust(25) for cell in cells)
+        line = head.ljust(width) + "".join(cell.rjust(31) for cell in cells)
         lines.append(line.rstrip())
     return "\n".join(lines)
 
@@ -307,22 +357,24 @@ def _site_columns(sites):
 def _all_layers(family, by_metric):
     """The block of the table for means over layers."""
     width = max(map(len, by_metric), default=0) + 2
-    lines = [f"{'':{width}}{f'all layers, {family}':>25}{'paper: mean':>14}{'variance':>10}"]
+    lines = [f"{'':{width}}{f'all layers, {family}':>31}{'paper: mean':>14}{'variance':>10}"]
     for metric, statistic in by_metric.items():
         mean, variance = statistic["paper"]["mean"], statistic["paper"]["variance"]
         paper = f"{'-':>14}{'-':>10}" if mean is None else f"{mean:14.3f}{variance:10.5f}"
-        lines.append(f"{metric:{width}}{mean_text(statistic):>25}{paper}")
+        lines.append(f"{metric:{width}}{mean_text(statistic):>31}{paper}")
     return "\n".join(lines)
 
 
 def mean_text(statistic):
-    """Mean and interval as text: "0.930 [0.920, 0.940]"."""
+    """Mean, interval, deviation over splits as text: "0.930 [0.920, 0.940] ±0.004"."""
     if not statistic or statistic["mean"] is None:
         return "-"
     text = f"{statistic['mean']:.3f}"
     if statistic["ci95"]:
         low, high = statistic["ci95"]
         text += f" [{low:.3f}, {high:.3f}]"
+    if statistic.get("split_sd") is not None:
+        text += f" ±{statistic['split_sd']:.3f}"
     return text
 
 

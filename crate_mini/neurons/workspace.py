@@ -40,6 +40,7 @@ class Workspace:
     n: int = 0  # neurons to score in each site, drawn by the seed; 0: all
     controls: tuple = ("init", "shuffle")
     density: float = 0.0  # share of tokens on which a neuron may fire; 0: no limit
+    splits: int = 0  # other splits of the documents to record, for the spread of means
     trie: int = 0  # neurons in each site that get a trie
     dedup: bool = True  # top windows: at most one from each document
     directions: dict = field(default_factory=dict)  # {site: (width, h)}, of features in codes

@@ -32,14 +32,15 @@ from crate_mini.steering.next_token import check_codes, direct_effect, finite, s
 CHOOSE = 2.0  # dose that chooses a neuron's continuations
 AT_KL = 0.1  # nats of side effect at which kinds are compared
 COUNTED = 16384  # held-out tokens, at most, to observe maxima and followers in
-DRAWS = 2000  # of the bootstrap over neurons
+GROUPS = 16  # of documents, left out of the measured text in turn
 GAINS = ("effect", "own", "seen")
 METRICS = (*GAINS, "kl", "loss")
 
 
-def windows(corpus, T, n, seed, limit=2**20):
-    """Three pairs (x, y) of ids (.., T): n windows that choose, n that measure, others to count in.
+def windows(corpus, T, n, seed, limit=2**20, eot=None):
+    """Three (x, y, document): n windows that choose, n that measure, others to count in.
 
+    x, y: ids (.., T); document (..): of each window's first token, by the `eot` tokens before it.
     They are drawn from held-out text, and no two share a token. Raises UserError if the text is too
     short.
     """
@@ -51,9 +52,11 @@ def windows(corpus, T, n, seed, limit=2**20):
             "lower --tokens or give more text with --data."
         )
     x, y = map(torch.cat, zip(*pairs))
+    ends = (x == eot).sum(1) if eot is not None else torch.ones(len(x), dtype=torch.int64)
+    document = ends.cumsum(0) - ends
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
     parts = (order[:n], order[n : 2 * n], order[2 * n : 2 * n + COUNTED // T])
-    return [(x[rows], y[rows]) for rows in parts]
+    return [(x[rows], y[rows], document[rows]) for rows in parts]
 
 
 @torch.no_grad()
@@ -77,15 +80,20 @@ def followers(model, layer, sae, drawn, batches, top):
 
 
 class Baseline:
-    """The unsteered model on the windows that choose and that measure, to compare runs with."""
+    """The unsteered model on the windows that choose and that measure, to compare runs with.
 
-    def __init__(self, model, choose, measure, top):
+    group: (n,) of documents, of each window that measures; by default each its own.
+    """
+
+    def __init__(self, model, choose, measure, top, group=None):
         device = model.tokens.weight.device
         self.model, self.top = model, top
         self.choosing = choose[0].to(device)
         with torch.no_grad():
             check_codes(model.trunk(self.choosing[:1])[1])
         self.text, self.targets = (ids.to(device) for ids in measure)
+        group = torch.arange(len(self.text)) if group is None else group
+        self.member = F.one_hot(group).to(self.text.device, torch.float64)  # (n, groups)
         self.mean = self.log_probabilities(self.choosing).exp().mean(0)
         self.plain = self.log_probabilities(self.text)
 
@@ -103,17 +111,26 @@ class Baseline:
     def response(self, intervention, tokens):
         """{"kl", "loss", name: mean change of log-probability of these ids}, in nats.
 
-        tokens: {name: ids}.
+        tokens: {name: ids}. "windows" and "by_group": how many windows each group of documents has,
+        and the same means over those.
         """
         with steer(self.model, [intervention]):
             steered = self.log_probabilities(self.text)
-        kl = F.kl_div(steered, self.plain, log_target=True, reduction="sum") / len(steered)
-        loss = (self.plain - steered).gather(1, self.targets.flatten()[:, None]).mean()
-        response = {"kl": kl.item(), "loss": loss.item()}
+        targets = self.targets.flatten()[:, None]
+        by_token = {
+            "kl": F.kl_div(steered, self.plain, log_target=True, reduction="none").sum(-1),
+            "loss": (self.plain - steered).gather(1, targets)[:, 0],
+        }
         change = steered - self.plain
         for name, ids in tokens.items():
-            response[name] = change[:, ids].mean().item()
-        return response
+            by_token[name] = change[:, ids].mean(-1)
+        count = self.member.sum(0)
+        response, by_group = {}, {}
+        for name, values in by_token.items():
+            sums = values.double().view(len(self.text), -1).mean(1) @ self.member
+            response[name] = (sums.sum() / count.sum()).item()
+            by_group[name] = [float(f"{mean:.6g}") for mean in (sums / count).tolist()]
+        return {**response, "windows": count.long().tolist(), "by_group": by_group}
 
 
 def kinds(model, layer, neuron, sae, generator):
@@ -138,8 +155,10 @@ def draw(largest, n, rng):
     return sorted(rng.choice(live, min(n, len(live)), replace=False).tolist())
 
 
-def measure(model, corpus, doses, sites, *, n, tokens, top, seed):
+def measure(model, corpus, doses, sites, *, n, tokens, top, seed, eot=None):
     """Measure n neurons of each of the sites [(layer, SAE or None)]; see the head of this file.
+
+    eot: the token that ends a document; without it, each window counts as a document.
 
     Returns {"rows": one for each neuron, kind and dose, "inserted": the cost of each kind before
     anything is changed, "attribution": weights against runs, "live": how many neurons fire, and
@@ -147,9 +166,10 @@ def measure(model, corpus, doses, sites, *, n, tokens, top, seed):
     """
     T = min(64, model.config.block_size)
     n_windows = max(2, -(-tokens // T))
-    choosing, measuring, counting = windows(corpus, T, n_windows, seed)
-    baseline = Baseline(model, choosing, measuring, top)
-    batches = list(zip(*(ids.split(16) for ids in counting)))
+    choosing, measuring, counting = windows(corpus, T, n_windows, seed, eot=eot)
+    _, rank = measuring[2].unique(return_inverse=True)
+    baseline = Baseline(model, choosing[:2], measuring[:2], top, rank % GROUPS)
+    batches = list(zip(*(ids.split(16) for ids in counting[:2])))
     measured = {"rows": [], "inserted": [], "attribution": [], "live": []}
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -183,7 +203,8 @@ def inserted(baseline, interventions):
     for kind, intervention in interventions.items():
         if kind != "random":
             cost = baseline.response(replace(intervention, op="scale", value=1.0), {})
-            rows.append({"layer": intervention.layer, "kind": kind, **cost})
+            costs = {name: cost[name] for name in ("kl", "loss")}
+            rows.append({"layer": intervention.layer, "kind": kind, **costs})
     return rows
 
 
@@ -255,20 +276,48 @@ def _agreement(run, direct):
     }
 
 
-# ---- summaries over neurons ----------------------------------------------------------------------
+# ---- summaries over neurons and documents --------------------------------------------------------
 
 
-def interval(values, rng):
-    """{"n", "mean", "ci95"} of the values that are not None, with the bootstrap of their mean."""
-    values = np.asarray([value for value in values if value is not None], float)
-    if not len(values):
+def interval(versions, rng):
+    """{"n", "mean", "ci95"} of a metric over neurons, neurons and documents redrawn.
+
+    versions: lists of the neurons' values, None where one has none: on all documents, then without
+    each group of them. Other neurons and other documents each add their variance. No interval of
+    one neuron.
+    """
+    known = [i for i, value in enumerate(versions[0]) if value is not None]
+    if not known:
         return {"n": 0, "mean": None, "ci95": None}
-    means = stats.bootstrap_means([values], DRAWS, rng)
-    return {
-        "n": len(values),
-        "mean": values.mean().item(),
-        "ci95": np.quantile(means, [0.025, 0.975]).tolist(),
-    }
+    whole = np.array([versions[0][i] for i in known], float)
+    sources = [whole - whole.mean()]
+    means = []
+    for version in versions[1:]:
+        values = [version[i] if version[i] is not None else versions[0][i] for i in known]
+        means.append(np.mean(values))
+    if len(means) > 1:
+        sources.append((len(means) - 1) * (np.mean(means) - np.array(means)))
+    bounds = stats.bootstrap_interval(sources, seed=rng, weights=[1] * len(sources))
+    mean = whole.mean().item()
+    return {"n": len(known), "mean": mean, "ci95": bounds and [mean + bound for bound in bounds]}
+
+
+def versions_of(rows):
+    """[rows, rows without a group of documents, ..]; only the first if the rows know no groups."""
+    groups = max((len(row.get("windows", [])) for row in rows), default=0)
+    return [rows, *([_without(row, group) for row in rows] for group in range(groups))]
+
+
+def _without(row, group):
+    """A row without one group of documents; itself if it has no such group, or no other."""
+    counts = np.array(row.get("windows", []), float)
+    if group >= len(counts) or len(counts) < 2:
+        return row
+    counts[group] = 0
+    means = {}
+    for metric, values in row["by_group"].items():
+        means[metric] = float(np.average(values, weights=counts))
+    return {**row, **means}
 
 
 def at_kl(rows, metric, kl=AT_KL):
@@ -294,12 +343,14 @@ def contrasts(rows, seed):
     Only neurons and features that reach AT_KL both ways count.
     """
     rng = np.random.default_rng(seed)
-    groups = by_neuron(rows).values()
+    versions = [by_neuron(version).values() for version in versions_of(rows)]
     compared = {}
     for a, b in (("neuron", "random"), ("feature", "feature+error")):
         intervals = {}
         for metric in ("own", "seen"):
-            differences = [_difference(group, metric, a, b) for group in groups]
+            differences = [
+                [_difference(group, metric, a, b) for group in groups] for groups in versions
+            ]
             intervals[metric] = interval(differences, rng)
         if intervals["own"]["n"]:
             compared[f"{a} - {b}"] = intervals
@@ -318,23 +369,31 @@ def _difference(rows, metric, a, b):
 def summary(rows, seed):
     """{kind: {"doses": {dose: {metric: interval}}, "at_kl": {metric: interval}}} over neurons."""
     rng = np.random.default_rng(seed)
+    versions = versions_of(rows)
     summaries = {}
     for kind in dict.fromkeys(row["kind"] for row in rows):
-        rows_of_kind = [row for row in rows if row["kind"] == kind]
+        of_kind = [_where(version, "kind", kind) for version in versions]
         doses = {}
-        for dose in dict.fromkeys(row["dose"] for row in rows_of_kind):
-            at_dose = [row for row in rows_of_kind if row["dose"] == dose]
+        for dose in dict.fromkeys(row["dose"] for row in of_kind[0]):
+            at_dose = [_where(version, "dose", dose) for version in of_kind]
             doses[f"{dose:g}"] = _intervals(at_dose, METRICS, rng)
-        equal = [_at_equal_kl(group) for group in by_neuron(rows_of_kind).values()]
+        equal = []
+        for version in of_kind:
+            equal.append([_at_equal_kl(group) for group in by_neuron(version).values()])
         summaries[kind] = {"doses": doses, "at_kl": _intervals(equal, GAINS, rng)}
     return summaries
 
 
-def _intervals(rows, metrics, rng):
-    """{metric: interval of its values in the rows}."""
+def _where(rows, name, value):
+    return [row for row in rows if row[name] == value]
+
+
+def _intervals(versions, metrics, rng):
+    """{metric: interval of its values in the versions of rows}."""
     intervals = {}
     for metric in metrics:
-        intervals[metric] = interval([row[metric] for row in rows], rng)
+        values = [[row[metric] for row in version] for version in versions]
+        intervals[metric] = interval(values, rng)
     return intervals
 
 

@@ -1,5 +1,7 @@
 """steering.png: effects by dose and by side effect, of one model or of several."""
 
+import numpy as np
+
 from crate_mini.plots.figure import AMBER, BLUE, GREEN, GREY, RED, grid, write
 from crate_mini.steering.dose_response import AT_KL
 from crate_mini.steering.tables import name
@@ -64,9 +66,8 @@ def _effects(axis, doses, x, y, style, color, label):
         positions = [float(dose) for dose in doses]
     else:
         positions = [metrics[x]["mean"] for metrics in doses.values()]
-    below = [interval["mean"] - interval["ci95"][0] for interval in intervals]
-    above = [interval["ci95"][1] - interval["mean"] for interval in intervals]
-    bars = [[abs(length) for length in below], [abs(length) for length in above]]
+    bounds = [interval["ci95"] or [interval["mean"]] * 2 for interval in intervals]
+    bars = abs(np.transpose(bounds) - means)  # (2, doses): below and above each mean
     axis.errorbar(positions, means, bars, fmt=style, color=color, label=label, capsize=2, **THIN)
 
 

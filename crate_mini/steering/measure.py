@@ -61,6 +61,7 @@ def run(settings, ckpt):
         tokens=settings.tokens,
         top=settings.top,
         seed=settings.seed,
+        eot=lab.tokenizer.eot,
     )
     result = checkpoint.result_header(
         "steer.py",

@@ -15,9 +15,11 @@ def name(result):
 
 
 def cell(interval):
-    """ "mean [95 % interval]", or "none reached"."""
+    """ "mean [95 % interval]", or "none reached"; one neuron has no interval."""
     if interval["mean"] is None:
         return "none reached"
+    if interval["ci95"] is None:
+        return f"{interval['mean']:+.3g}"
     low, high = interval["ci95"]
     return f"{interval['mean']:+.3g} [{low:.3g}, {high:.3g}]"
 

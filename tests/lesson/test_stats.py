@@ -93,15 +93,63 @@ def test_a_reason_for_every_number_that_is_missing(statistic):
 # ---- intervals -----------------------------------------------------------------------------------
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    rng, covered = np.random.default_rng(0), 0
-    for seed in range(300):
-        groups = [rng.exponential(size=60), 2 + rng.normal(size=40)]
-        low, high = stats.bootstrap_interval(groups, 300, seed)
-        covered += low < 1.5 < high
-    assert 0.90 < covered / 300 < 0.98
+DRAWS_OF = {  # values of documents, and their mean
+    "normal": (lambda rng, shape: rng.normal(size=shape), 0.0),
+    "skewed": (lambda rng, shape: rng.exponential(size=shape), 1.0),
+    "heavy": (lambda rng, shape: rng.standard_t(3, shape), 0.0),
+    "answers": (
+        lambda rng, shape: (rng.random(shape) < 0.3) - 1.0 * (rng.random(shape) < 0.1),
+        0.2,
+    ),
+}
+
+
+def coverage(name, n, repetitions=1000):
+    """How often intervals of the mean of n values hold the truth."""
+    draw, mean = DRAWS_OF[name]
+    values = draw(np.random.default_rng(n), (n, repetitions))
+    low, high = stats.bootstrap_interval([values], 400)
+    return ((low <= mean) & (mean <= high)).mean()
+
+
+@pytest.mark.parametrize("n", [8, 20, 100])
+@pytest.mark.parametrize("name", list(DRAWS_OF))
+def test_the_interval_holds_the_mean_as_often_as_it_says(name, n):
+    assert 0.90 <= coverage(name, n) < 0.985
+
+
+def test_the_interval_of_group_means_and_of_their_difference():
+    rng = np.random.default_rng(0)
+    groups = [rng.exponential(size=(60, 500)), 2 + rng.normal(size=(9, 500))]
+    for weights, truth in ((None, 1.5), ([1, -1], -1.0)):
+        low, high = stats.bootstrap_interval(groups, 400, weights=weights)
+        assert 0.92 < ((low < truth) & (truth < high)).mean() < 0.98
     assert stats.bootstrap_interval([[1.0]]) is None
     assert stats.bootstrap_interval([]) is None
+    assert stats.bootstrap_interval([[1.0, 1.0, 1.0]]) == [1.0, 1.0]
+
+
+def test_a_planted_fault_of_the_interval_is_noticed(monkeypatch):
+    """90 % for 95 %, and the percentiles of the redrawn means, which are too narrow if few."""
+    pooled = np.mean([coverage(name, n) for name in ("normal", "skewed") for n in (20, 100)])
+    assert pooled > 0.935
+    rng = np.random.default_rng(8)
+    values = rng.normal(size=(8, 1000))
+    means = values[rng.integers(8, size=(400, 8))].mean(1)
+    low, high = np.quantile(means, (0.025, 0.975), axis=0)
+    assert ((low <= 0) & (0 <= high)).mean() < 0.90
+    quantile = np.quantile
+    monkeypatch.setattr(np, "quantile", lambda values, q, axis: quantile(values, q - 0.05, axis))
+    pooled = np.mean([coverage(name, n) for name in ("normal", "skewed") for n in (20, 100)])
+    assert pooled < 0.91
+
+
+def test_columns_have_the_intervals_that_they_have_alone():
+    values = np.random.default_rng(0).normal(size=(12, 3))
+    together = stats.bootstrap_interval([values], seed=4)
+    for j in range(3):
+        alone = stats.bootstrap_interval([values[:, j]], seed=4)
+        np.testing.assert_allclose(together[:, j], alone, rtol=1e-12)
 
 
 def test_the_interval_depends_on_its_seed_alone():

@@ -9,7 +9,7 @@ import torch
 from crate_mini.data.batches import Corpus
 from crate_mini.data.tokenizer import load_tokenizer
 from crate_mini.model import LM, preset
-from crate_mini.neurons.documents import PARTS, WINDOW, documents, part_of
+from crate_mini.neurons.documents import PARTS, WINDOW, FitScoreSplit
 from crate_mini.neurons.record import record, sites
 
 BYTES = load_tokenizer("bytes")
@@ -83,13 +83,13 @@ def truth(seed=0):
     """{part: [(document, ids (n,), acts (n, 2, 64)) of each chunk]}, by brute force."""
     model, corpus = world()
     chunks = {part: [] for part in PARTS}
-    for number, ids in documents(corpus, "val", BYTES.eot):
+    for number, ids, part in FitScoreSplit(corpus, "val", BYTES.eot, T, seed, 1e6).documents():
         for start in range(0, len(ids), T):
             chunk = torch.from_numpy(ids[start : start + T])
             with torch.no_grad():
                 codes = model.trunk(chunk[None])[1]
             acts = torch.stack(codes, 2)[0].numpy()
-            chunks[part_of(number, seed)].append((number, chunk.numpy(), acts))
+            chunks[part].append((number, chunk.numpy(), acts))
     return chunks
 
 

@@ -1,4 +1,4 @@
-"""Metrics of neuron scores against brute force; levels 0 to 10; intervals that cover."""
+"""Metrics of neuron scores against brute force; levels 0 to 10."""
 
 import numpy as np
 import pytest
@@ -132,23 +132,3 @@ def test_expected_activation(logprobs, shift):
     assert 0 <= value <= 10
     shifted = {text: logprob + shift for text, logprob in levels.items()}
     assert metrics.expected(shifted) == pytest.approx(value, abs=1e-6)
-
-
-# ---- intervals -----------------------------------------------------------------------------------
-
-
-def test_redrawn_windows_cover_the_truth():
-    """Tokens of a window share a topic: redrawing tokens would claim too much precision."""
-    rng, covered = np.random.default_rng(0), 0
-    topics = rng.normal(size=(2, 100, 60, 1))
-    noise = rng.normal(size=(2, 100, 60, 16))
-    x = topics[0] + noise[0]
-    y = 0.5 * x + topics[1] + noise[1]
-    r = 0.5 / 1.25**0.5
-    for i in range(100):
-        intervals = metrics.excerpt_intervals(x[i, ..., None], y[i, ..., None], 200, seed=i)
-        low, high = intervals[0]
-        covered += low < r < high
-    assert covered >= 85
-    constant = metrics.excerpt_intervals(np.zeros((5, 4, 1)), np.ones((5, 4, 1)))
-    assert np.isnan(constant).all()

@@ -181,13 +181,11 @@ def test_failed_answers_are_missing_not_zero():
 @pytest.mark.parametrize("h, dtype", [(1, np.float16), (64, np.float32), (70, np.float64)])
 def test_uniform_is_the_same_for_any_number_of_neurons_and_float_type(h, dtype):
     x, y = (values.reshape(20, 16, h).astype(dtype) for values in pair(3, 320, h))
-    scores = score_uniform(x, y, x.max((0, 1)), draws=20)
+    scores = score_uniform(x, y, x.max((0, 1)))
     x_columns, y_columns = x.reshape(-1, h).astype(float).T, y.reshape(-1, h).astype(float).T
     r = [np.corrcoef(a, b)[0, 1] for a, b in zip(x_columns, y_columns)]
     np.testing.assert_allclose(scores["r"][0], r, atol=1e-12)
-    assert scores["ci95"].shape == (h, 2) and len(scores["f1"][1]) == h
-    low, high = scores["ci95"].T
-    assert ((low <= r) & (r <= high)).mean() > 0.8
+    assert len(scores["f1"][1]) == h
 
 
 # ---- rows ----------------------------------------------------------------------------------------

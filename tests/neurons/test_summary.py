@@ -68,6 +68,8 @@ def test_a_layer_without_a_number_is_named():
         "n": 0,
         "mean": None,
         "ci95": None,
+        "redrawn": [],
+        "split_sd": None,
         "median": None,
         "deciles": None,
         "mean_undefined_as_0": 0.0,

@@ -143,7 +143,7 @@ def test_windows_share_no_token(ckpt):
     for x, _ in corpus.blocks("val", 256, 16):
         if x.shape[1] == 16:
             available += x.tolist()
-    parts = [x.tolist() for x, _ in dose_response.windows(corpus, 16, 20, seed=0)]
+    parts = [x.tolist() for x, _, _ in dose_response.windows(corpus, 16, 20, seed=0)]
     assert [len(part) for part in parts[:2]] == [20, 20]
     assert sorted(sum(parts, [])) == sorted(available)
     with pytest.raises(UserError, match="lower --tokens"):
@@ -199,6 +199,9 @@ def test_a_response_is_measured_on_text_that_chose_nothing():
         change = log_p(ids, intervention).exp().mean(0) - log_p(ids).exp().mean(0)
         raised.append(change.topk(20).indices.tolist())
     assert baseline.continuations(intervention).tolist() == raised[0] != raised[1]
+    assert response["windows"] == [1, 1]  # each its own document here
+    for name in ("kl", "loss", "some"):
+        assert np.mean(response["by_group"][name]) == pytest.approx(response[name], rel=1e-4)
 
 
 def test_the_first_kind_names_the_continuations_of_all():
@@ -297,14 +300,58 @@ def test_between_doses_the_effect_is_linear_in_the_logarithm_of_the_side_effect(
     assert dose_response.at_kl(rows, "effect") == pytest.approx(math.log(0.5))
 
 
-def test_intervals_hold_the_mean_as_often_as_they_claim():
+def crossed(rng, neurons, groups, share=0.6):
+    """Versions of values that neurons and groups of documents shift, each by an effect of its own.
+
+    share: of the documents' effect in that of the neurons.
+    """
+    effects = rng.normal(1.0, 1.0, neurons), share * rng.normal(size=groups)
+    cells = effects[0] + effects[1][:, None] + 0.5 * rng.normal(size=(groups, neurons))
+    without = (cells.sum(0) - cells) / (groups - 1)
+    return [cells.mean(0).tolist(), *without.tolist()]
+
+
+def share_covered(versions_of_one):
     rng = np.random.default_rng(0)
     hits = 0
-    for _ in range(200):
-        low, high = dose_response.interval(rng.normal(1.0, 2.0, 40), rng)["ci95"]
+    for _ in range(400):
+        low, high = dose_response.interval(versions_of_one(rng), rng)["ci95"]
         hits += low <= 1.0 <= high
-    assert 0.88 <= hits / 200 <= 0.99
-    assert dose_response.interval([None, None], rng) == {"n": 0, "mean": None, "ci95": None}
+    return hits / 400
+
+
+def test_intervals_hold_the_mean_as_often_as_they_claim():
+    assert 0.90 <= share_covered(lambda rng: [rng.normal(1.0, 2.0, 40).tolist()]) <= 0.98
+    assert 0.90 <= share_covered(lambda rng: crossed(rng, 24, 8)) <= 0.98
+    assert 0.90 <= share_covered(lambda rng: crossed(rng, 12, 16)) <= 0.98
+    neurons_alone = share_covered(lambda rng: crossed(rng, 24, 8)[:1])
+    assert neurons_alone < 0.88, "the planted fault: documents are not redrawn"
+    rng = np.random.default_rng(0)
+    nothing = {"n": 0, "mean": None, "ci95": None}
+    assert dose_response.interval([[None, None]], rng) == nothing
+    assert dose_response.interval([[None, 2.0]], rng) == {"n": 1, "mean": 2.0, "ci95": None}
+
+
+def test_a_row_without_a_group_of_documents_is_that_of_the_others():
+    row = {"kl": 0.2, "own": 1.5, "windows": [3, 1], "by_group": {"kl": [0.1, 0.5], "own": [1, 3]}}
+    whole, first, second = dose_response.versions_of([row])
+    assert whole == [row]
+    assert first == [{**row, "kl": 0.5, "own": 3.0}]
+    assert second == [{**row, "kl": pytest.approx(0.1), "own": 1.0}]
+    plain = {"kl": 0.2, "own": 1.5}
+    assert dose_response.versions_of([plain]) == [[plain]]
+    one = {**row, "windows": [4], "by_group": {"kl": [0.2], "own": [1.5]}}
+    assert dose_response.versions_of([one]) == [[one], [one]]
+
+
+def test_windows_are_measured_by_the_documents_they_begin_in(ckpt):
+    lab = Lab(ckpt)
+    corpus, eot = lab.held_out(), lab.tokenizer.eot
+    ids = corpus.streams["val"].read(0, corpus.n_tokens["val"])
+    _, measuring, _ = dose_response.windows(corpus, 16, 20, seed=0, eot=eot)
+    starts = {tuple(ids[i : i + 16].tolist()): i for i in range(0, len(ids) - 16, 16)}
+    for x, document in zip(measuring[0].tolist(), measuring[2].tolist()):
+        assert document == int((ids[: starts[tuple(x)]] == eot).sum())
 
 
 @pytest.mark.parametrize("kind", model.KINDS)
