@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from crate_mini import UserError, cli
 from crate_mini.cli import setting
 from crate_mini.console import results, terminal
-from crate_mini.neurons import pipeline, summary
+from crate_mini.neurons import beyond_report, pipeline, summary
 from crate_mini.neurons.record import Site, sites
 from crate_mini.neurons.workspace import Workspace
 from crate_mini.sae import autoencoder
@@ -20,8 +20,8 @@ class Settings:
     """What fires each neuron, according to simulators that need no other model.
 
     Every score comes with its controls and with counts of the neurons behind it. The stages are
-    record, select, explain, simulate, score and report; the files that a stage has written stay
-    until it runs again.
+    record, select, explain, simulate, score, beyond and report; the files that a stage has written
+    stay until it runs again.
     """
 
     layers: str = setting("all", "layers whose codes to score: all, or numbers like 0,2")
@@ -100,6 +100,9 @@ def run(settings, ckpt):
         directions=directions,
     )
     pipeline.run(work, settings.from_, settings.until)
+    stages = list(pipeline.STAGES)
+    if stages.index(settings.from_) <= stages.index("beyond") <= stages.index(settings.until):
+        print(beyond_report.table(results.read_json(folder / "beyond.json")) + "\n")
     if {"score", "report"} & {settings.from_, settings.until}:
         print_summary(folder, work.record.header["tokens"])
 

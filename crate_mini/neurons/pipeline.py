@@ -1,4 +1,4 @@
-"""The six stages of `interpret.py neurons`, in order; each can run again alone.
+"""The seven stages of `interpret.py neurons`, in order; each can run again alone.
 
     record    text, model                   -> record*, splits.json (record.py, documents.py,
                                                accumulate.py, record_files.py, spread.py)
@@ -7,6 +7,8 @@
     simulate  record, select, explain       -> simulate-SITE.npz   (simulators.py)
     score     all of these                  -> scores.jsonl, excerpts.jsonl, summary.json
                                                (score.py, protocols.py, redraw.py, summary.py)
+    beyond    text, model                   -> beyond.json, beyond-neurons.jsonl, beyond.png
+                                               (text_states.py, beyond.py and what it imports)
     report    scores, excerpts, summary     -> index.html, human.html, scores.png, density.png
                                                (report.py, page.py, survey.py, figures.py)
 
@@ -23,7 +25,7 @@ import torch
 
 from crate_mini import UserError, cli
 from crate_mini.console import results
-from crate_mini.neurons import excerpts, record, report, score, spread
+from crate_mini.neurons import beyond, excerpts, record, report, score, spread
 from crate_mini.neurons.documents import PARTS
 from crate_mini.neurons.effects import next_token_effects
 from crate_mini.neurons.labels import label_neurons, position_fit
@@ -301,5 +303,6 @@ STAGES = {
     "explain": explain_neurons,
     "simulate": simulate_neurons,
     "score": score.score_neurons,
+    "beyond": beyond.score_beyond,
     "report": report.report_neurons,
 }

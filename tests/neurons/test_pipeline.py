@@ -8,10 +8,18 @@ from planted_workspace import META, planted_workspace
 
 from crate_mini import UserError, stats
 from crate_mini.console import results
-from crate_mini.neurons import page_excerpts, pipeline, planted, record, score, summary
+from crate_mini.neurons import beyond, page_excerpts, pipeline, planted, record, score, summary
 from crate_mini.neurons.planted import INDEX
 from crate_mini.neurons.simulators import SAW, NgramTable, excerpt_table
 from crate_mini.neurons.workspace import Workspace
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_tokens():
+    """The stage `beyond` is tested elsewhere; here it only takes its turn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beyond, "TOKENS", 10_000)
+        yield
 
 
 @pytest.fixture(scope="module")

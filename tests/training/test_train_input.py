@@ -129,7 +129,7 @@ BAD = {  # flags -> what the one sentence must name
     "no tokenizer": (["--tokenizer", "nowhere.tiktoken"], "nowhere.tiktoken"),
     "no GPU": (["--device", "cuda:9"], "--device cpu"),
     "no device": (["--device", "abacus"], "--device"),
-    "dtype": (["--dtype", "int8"], "--dtype 'int8' is unknown; choose auto, bfloat16, float16 or float32"),
+    "dtype": (["--dtype", "int8"], "--dtype 'int8' is unknown; choose auto, bfloat16, float16"),
     "resume nothing": (["--resume", "nowhere"], "nowhere"),
     "config nothing": (["--config", "nowhere.json"], "nowhere.json"),
     "config of other text": (["--config", str(ROOT / "LICENSE")], 'settings like {"lr": 0.001}.'),
