@@ -1,6 +1,7 @@
 """Steer neurons and read what changes: `python steer.py CKPT --layer 2 --neuron 40 --prompt "1 2"`.
 
     CKPT            next tokens raised and lowered, both continuations; asks if there is no --prompt
+    sweep CKPT      chosen neurons at a range of doses: next tokens and continuation at each
     demo CKPT       the paper's demonstration: random neurons, each steered alone, on four prompts
     measure CKPT    dose-response with controls: what steering changes, and its side effects
 
@@ -16,7 +17,11 @@ from crate_mini import UserError, cli
 from crate_mini.console import terminal
 
 PROMPT = "crate_mini.steering.prompt"  # the first form
-COMMANDS = {"demo": "crate_mini.steering.demo", "measure": "crate_mini.steering.measure"}
+COMMANDS = {
+    "sweep": "crate_mini.steering.sweep",
+    "demo": "crate_mini.steering.demo",
+    "measure": "crate_mini.steering.measure",
+}
 
 
 def main():

@@ -4,34 +4,57 @@ import math
 import re
 
 from crate_mini import UserError
+from crate_mini.intervene import must_exist
 
 MOST = 999_999  # the largest count that a setting takes
-NUMBERS = re.compile(r" *-?\d{1,9} *(, *-?\d{1,9} *)*")  # 40 or 12,40
+NUMBER = re.compile(r" *(?:(\d{1,9}):)?(-?\d{1,9}) *")  # 40, or 2:40 with its layer
 VALUE = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)(x|abs)?")  # 2, 2x, 1.5abs
 
 
-def neurons(lab, words, layer=None):
-    """[(layer, neuron)] of the words after --neuron: 40, or 12,40, or label:"comma".
+def neurons(lab, words, layer=None, head=None):
+    """[(layer, neuron)] of the words after --neuron: 40, or 12,40, or 2:40,1:12, or label:"comma".
 
+    2:40 is neuron 40 of layer 2, whatever `layer` is. head: of an attention head; the words are
+    then coordinates of its u, or "all" of them, and the numbers those of all heads side by side.
     Raises UserError for words that name no neuron, and for a layer that is missing or wrong.
     """
     text = wanted_label(words)
-    if text:
+    if text and head is None:
         return find(lab, text, layer)[:1]
-    if not NUMBERS.fullmatch(words):
+    if head is not None and words.strip() == "all":
+        words = ",".join(map(str, range(head_width(lab))))
+    matches = [NUMBER.fullmatch(word) for word in words.split(",")]
+    if not all(matches):
         raise UserError(
-            f"--neuron {words!r} names no neuron; give a number like 40, several like 12,40, "
-            'or label:"comma".'
+            f"--neuron {words!r} names no neuron; give a number like 40, several like 12,40 or, "
+            'with their layers, 2:40,1:12, or label:"comma".'
         )
     if layer is None and lab.sae:
         layer = lab.sae.layer
-    if layer is None:
-        raise UserError("--neuron needs --layer, e.g. --layer 0.")
-    if lab.sae and layer != lab.sae.layer:
-        raise UserError(
-            f"--layer {layer} is not the autoencoder's layer {lab.sae.layer}; leave it out."
-        )
-    return [(layer, int(word)) for word in words.split(",")]
+    numbers = []
+    for match in matches:
+        of_layer = int(match[1]) if match[1] else layer
+        if of_layer is None:
+            raise UserError("--neuron needs --layer, e.g. --layer 0.")
+        if lab.sae and of_layer != lab.sae.layer:
+            raise UserError(
+                f"--layer {of_layer} is not the autoencoder's layer {lab.sae.layer}; leave it out."
+            )
+        number = int(match[2])
+        numbers.append((of_layer, number if head is None else in_head(lab, head, number)))
+    return numbers
+
+
+def head_width(lab):
+    """p, the coordinates of one head's u."""
+    return lab.model.config.n_embd // lab.model.config.n_head
+
+
+def in_head(lab, head, coordinate):
+    """The number of a head's coordinate among those of all heads side by side."""
+    must_exist("head", head, lab.model.config.n_head)
+    must_exist("coordinate", coordinate, head_width(lab))
+    return head * head_width(lab) + coordinate
 
 
 def wanted_label(words):
@@ -94,9 +117,10 @@ def amount(lab, layer, neuron, value, op="set", subspace=False):
     if op not in ("set", "add") or match[2] == "abs":
         return number, ""
     largest, source = lab.known.maximum(layer, neuron, subspace)
+    kind = "coordinate" if subspace else "neuron"
     if not largest > 0:
         raise UserError(
-            f"neuron {neuron} of layer {layer} never fired on {source}, so it has no maximum to "
+            f"{kind} {neuron} of layer {layer} never fired on {source}, so it has no maximum to "
             "multiply; give --value in its own unit, like 1abs."
         )
     return number * largest, f"{number:g} x {largest:.3g}, its maximum in {source}"

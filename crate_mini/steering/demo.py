@@ -1,6 +1,7 @@
 """`steer.py demo`: random neurons, each steered alone, and the next tokens they raise."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from crate_mini.lab import Lab
 from crate_mini.plots.markdown import markdown
 from crate_mini.steering.choose import MOST
 from crate_mini.steering.next_token import next_token
+from crate_mini.steering.prompt import log_of, moved_tokens
 from crate_mini.training import checkpoint
 
 SHOWN = 3  # next tokens in a cell
@@ -25,6 +27,7 @@ class Settings:
     value: str = setting("4x", "as for steer.py: 4x is four times the neuron's observed maximum")
     prompts: str = setting("1 2 3 4 5|The name of the|If the|import", "prompts, separated by |")
     seed: int = setting(1337, "seed that draws the neurons")
+    json: bool = setting(False, "print one JSON object instead of a table")
     data: str | None = checkpoint.data_setting("observe maxima on")
     tokenizer: str | None = checkpoint.tokenizer_setting()
     device: str = checkpoint.device_setting()
@@ -32,8 +35,12 @@ class Settings:
 
 def run(settings, ckpt):
     """Print a Markdown table: a row for each neuron, a column for each prompt."""
-    lab = Lab(ckpt, settings.data, settings.device, log=print, tokenizer=settings.tokenizer)
+    lab = Lab(
+        ckpt, settings.data, settings.device, log=log_of(settings), tokenizer=settings.tokenizer
+    )
     prompts = settings.prompts.split("|")
+    if settings.json:
+        return print_json(lab, settings, prompts, ckpt)
     head = ["layer:neuron", *(f"“{prompt}”" for prompt in prompts)]
     rows = [["none", *(likely(lab, prompt) for prompt in prompts)]]
     for layer, neuron in draw(lab, settings):
@@ -41,6 +48,20 @@ def run(settings, ckpt):
         cells = [raised(lab, prompt, intervention) for prompt in prompts]
         rows.append([f"{layer}:{neuron}", *cells])
     print(markdown(head, rows))
+
+
+def print_json(lab, settings, prompts, ckpt):
+    """Print one JSON object: for each neuron and prompt, the next tokens raised most."""
+    rows = []
+    for layer, neuron in draw(lab, settings):
+        intervention = lab.intervention(layer, neuron, settings.value)
+        for prompt in prompts:
+            change = next_token(lab.model, lab.ids(prompt), [intervention])
+            row = {"layer": layer, "neuron": neuron, "value": intervention.value, "prompt": prompt}
+            rows.append({**row, "kl": change.kl, "raised": moved_tokens(lab, change, SHOWN, 1)})
+    facts = {"seed": settings.seed, "settings": asdict(settings), "rows": rows}
+    header = checkpoint.result_header("steer.py", ckpt, lab.meta, lab.model, **facts)
+    print(json.dumps(header, allow_nan=False))
 
 
 def draw(lab, settings):
