@@ -169,7 +169,7 @@ class Battery:
         products = 0
         for site in sites:
             products += 2 * n * site.width * (site.width + PRODUCTS_OF_A_COLUMN)
-        rate = product_rate(choose_device("cpu"), torch.float32, 512)
+        rate = product_rate(torch.float32, 512)
         seconds = products * SETS_OF_A_SITE / rate
         sites_text = "1 site" if len(sites) == 1 else f"{len(sites)} sites"
         self.work.log(

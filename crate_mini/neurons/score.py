@@ -61,7 +61,8 @@ def _score_site(work, site):
     simulated, selected = work.read("simulate", site), work.read("select", site)
     lines = work.explanations(site)
     pairs = uniform_pairs(work, site, simulated, neurons)
-    uniform = uniform_scores(pairs, arrays["max"][neurons])
+    maxima = arrays["max"][neurons]
+    uniform = uniform_scores(pairs, maxima)
     docs = work.record.shared["uniform_score_doc"]
     intervals = redraw.neuron_intervals(*pairs["ngram_r"], docs, work.seed)
     shown = page_excerpts.of_site(work, site, simulated)
@@ -92,7 +93,7 @@ def _score_site(work, site):
     def excerpt_scores(i, keep):
         return protocol_scores(work, simulated, selected, i, keep)
 
-    return rows, for_page, spread.of_site(work, site, pairs, excerpt_scores)
+    return rows, for_page, spread.of_site(work, site, pairs, maxima, excerpt_scores)
 
 
 def uniform_pairs(work, site, simulated, neurons):

@@ -22,12 +22,13 @@ from crate_mini.neurons.simulators import NgramTable, TokenTable
 FIRING = ("f1", "auprc")
 
 
-def of_site(work, site, pairs, scores):
+def of_site(work, site, pairs, maxima, scores):
     """The spread of one site, a JSON-able dict.
 
     pairs: {metric: (true, expected)} activations (W, 64, n) of the correlations on the uniform
-    windows of the score part; scores(i, keep): {metric: (number or None, reason)} of the i-th
-    scored neuron on excerpts, keep(docs) telling which of these to use.
+    windows of the score part; maxima (n,): the neurons' largest activations; scores(i, keep):
+    {metric: (number or None, reason)} of the i-th scored neuron on excerpts, keep(docs) telling
+    which of these to use.
     """
     docs = work.record.shared["uniform_score_doc"]
     among = np.unique(docs)
@@ -41,7 +42,7 @@ def of_site(work, site, pairs, scores):
     def again(neurons, group):
         kept = groups != group
         x, y = (acts[kept][..., neurons].reshape(-1, len(neurons)) for acts in (true, expected))
-        firing = metrics.firing(x, y)
+        firing = metrics.firing(metrics.fires(x, maxima[neurons]), y)
         by_metric = {metric: firing[metric][0] for metric in FIRING}
 
         def keep(excerpt_docs):
