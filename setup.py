@@ -6,8 +6,8 @@ upgrades of torch. Where something is missing, less is built, and the summary at
 without a working C++ compiler, no module: plain PyTorch does the work.
 
 Environment: CXX, CXXFLAGS and LDFLAGS as usual; MAX_JOBS limits parallel compilers; CUDA_HOME picks
-the toolkit; CRATE_CUDA_ARCHS="80 90a" picks GPU architectures ("none": no CUDA). No GPU is needed
-to build.
+the toolkit; CRATE_CUDA_ARCHS="80 90a" picks GPU architectures ("none": no CUDA), of ARCHS those
+that nvcc knows if it is not set. No GPU is needed to build.
 """
 
 import os
@@ -23,6 +23,9 @@ from setuptools.command.build_ext import build_ext
 
 # Kept between builds, so that the next one compiles only what changed.
 OUT = Path("build", f"ninja-{sys.implementation.cache_tag}")
+# Turing (T4), Ampere and Ada (A100, RTX 30 and 40), Hopper (H100), Blackwell (RTX 50). Others run
+# the machine code of a relative, or PTX.
+ARCHS = "75 80 90a 120"
 ON_MAC = sys.platform == "darwin"
 SHARED = ["-bundle", "-undefined", "dynamic_lookup"] if ON_MAC else ["-shared"]
 CXX = shlex.split(os.environ.get("CXX", ""))
@@ -79,7 +82,7 @@ def find_cxx():
 
 def find_nvcc():
     """(path or None, architectures, line of the summary)."""
-    names = os.environ.get("CRATE_CUDA_ARCHS", "80 90a")
+    names = os.environ.get("CRATE_CUDA_ARCHS", ARCHS)
     archs = names.replace(",", " ").replace("sm_", "").split()
     if archs in ([], ["none"]):
         return None, [], "CUDA: switched off by CRATE_CUDA_ARCHS, therefore CPU only"
@@ -88,7 +91,17 @@ def find_nvcc():
     nvcc = next(filter(None, map(shutil.which, places)), None)
     if not nvcc:
         return None, [], f"CUDA: no nvcc ({' or '.join(places)}), therefore CPU only"
+    if "CRATE_CUDA_ARCHS" not in os.environ:
+        archs = [arch for arch in archs if knows(nvcc, arch)]
+    if not archs:
+        return None, [], f"CUDA: {version(nvcc)} knows none of sm_{ARCHS}, therefore CPU only"
     return nvcc, archs, f"CUDA: {version(nvcc)}, {' '.join(f'sm_{arch}' for arch in archs)}"
+
+
+def knows(nvcc, arch):
+    """Whether an nvcc can build for this architecture; it names the commands it would run."""
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    return run(nvcc, "--dryrun", target, "-c", "probe.cu")[0] == 0
 
 
 # ---- the build -----------------------------------------------------------------------------------
@@ -99,10 +112,20 @@ def through_nvcc(words):
     return [f"-Xcompiler={word}" for word in words]
 
 
-def nvcc_command(nvcc, archs, cxx, common, host):
-    """nvcc with machine code for each architecture, and PTX of the first for newer GPUs."""
+def gpu_targets(archs):
+    """Flags for machine code of each architecture, and for PTX, which newer GPUs translate.
+
+    PTX of one with a letter, like 90a, runs on that GPU alone, so it is made of the others, or of
+    90 where there is none.
+    """
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    targets.append(f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}")
+    portable = [arch for arch in archs if arch.isdecimal()] or [archs[-1].rstrip("abcdf")]
+    return targets + [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in portable]
+
+
+def nvcc_command(nvcc, archs, cxx, common, host):
+    """nvcc with its targets, and flags for itself and for the host compiler that it calls."""
+    targets = gpu_targets(archs)
     return [nvcc, *common, *targets, "-ccbin", cxx[-1], *through_nvcc(host)]
 
 

@@ -193,7 +193,7 @@ def launch(kernel, scalars, inputs, outputs, strided=False):
 
     strided: scalars tell the layout of inputs, else they are copied if they are not contiguous.
     None and empty tensors become null pointers. Raises UserError if this build has no CUDA kernels,
-    RuntimeError for an error that CUDA reports.
+    and for an error that CUDA reports.
     """
     # The lists keep copies alive while C reads them.
     inputs = [t if t is None or strided else t.contiguous() for t in inputs]
@@ -206,13 +206,13 @@ def launch(kernel, scalars, inputs, outputs, strided=False):
         rebuild = "`pip install -e .` with nvcc on the PATH builds them"
         raise misfit(kernel, f"this build has no CUDA kernels; {rebuild}")
     with torch.cuda.device(outputs[0].device):
-        size = getattr(_C, f"{kernel.split('_')[0]}_workspace_cuda")(*scalars[:4])
+        size = getattr(_C, f"{kernel}_workspace_cuda")(*scalars[:4])
         workspace = outputs[0].new_empty(size, dtype=torch.uint8)
         stream = torch.cuda.current_stream().cuda_stream
         function = getattr(_C, f"{kernel}_cuda")
         error = function(*scalars, *addresses, workspace.data_ptr(), CUDA_VERSION, stream)
     if error:
-        raise RuntimeError(f"{kernel}: CUDA error {error}, a cudaError_t.")
+        raise misfit(kernel, f"CUDA error {error}, {_C.cuda_problem(error)}")
     return outputs
 
 

@@ -62,13 +62,15 @@ PYBIND11_MODULE(_C, m) {
   KERNEL(attention_forward_cpu);
   KERNEL(attention_backward_cpu);
 #ifdef CRATE_CUDA
-  KERNEL(ista_workspace_cuda);
-  KERNEL(ista_forward_cuda);
-  KERNEL(ista_backward_cuda);
-  KERNEL(ista_decode_cuda);
-  KERNEL(mssa_workspace_cuda);
-  KERNEL(mssa_project_forward_cuda);
-  KERNEL(mssa_project_backward_cuda);
+#define WITH_WORKSPACE(name) \
+  KERNEL(name##_cuda);       \
+  KERNEL(name##_workspace_cuda)
+  WITH_WORKSPACE(ista_forward);
+  WITH_WORKSPACE(ista_backward);
+  WITH_WORKSPACE(ista_decode);
+  WITH_WORKSPACE(mssa_project_forward);
+  WITH_WORKSPACE(mssa_project_backward);
+  m.def("cuda_problem", &cuda_problem);
 #endif
   m.def("build_info", &build_info);
   m.def("isa_names", &isa_names);

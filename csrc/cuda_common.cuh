@@ -55,6 +55,21 @@ template <> __device__ __forceinline__ bf16 from_float<bf16>(float v) {
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// What a launch has to know of the current device; zeros if there is none, which the launch itself
+// then reports.
+struct Device {
+  int major = 0;  // of its compute capability
+  int multiprocessors = 0;
+};
+inline Device current_device() {
+  Device device;
+  int number = 0;
+  cudaGetDevice(&number);
+  cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, number);
+  cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, number);
+  return device;
+}
+
 // ---- memory: eight neighbours at once ----
 
 #ifdef __CUDACC__
@@ -116,6 +131,8 @@ __device__ __forceinline__ float warp_sum(float v) {
 }
 
 // ---- tensor cores (Ampere and later) ----
+//
+// Only kernels that are empty on older devices may call these: see product_v3.
 //
 // A fragment is the layout in which 32 lanes together hold a small matrix; see "Matrix Fragments
 // for mma.m16n8k16" in the PTX ISA manual.

@@ -39,7 +39,7 @@ template <class T> struct Problem {
     Product<Plain<T>, Plain<T>, Epilogue<T, T>> p{N, d, h, {codes(a)}, {dictionary(D)}, epilogue};
     return multiply<false, true>(p, version, stream);
   }
-  int splits() const { return choose_splits(d, h, N); }
+  int splits() const { return choose_splits(d, h, N, current_device().multiprocessors); }
 };
 
 // parts (splits, d, h) (+)= sum of +- r^T a over up to three pairs of r and a.
@@ -299,7 +299,16 @@ int with_type(int dtype, int64_t N, int64_t d, int64_t h, double eta, int versio
 
 }  // namespace
 
-int64_t ista_workspace_cuda(int dtype, int64_t N, int64_t d, int64_t h) {
+// Residuals of one step: forward with a trail keeps them elsewhere.
+int64_t ista_forward_workspace_cuda(int dtype, int64_t N, int64_t d, int64_t) {
+  return N * d * (dtype == BF16 ? sizeof(bf16) : sizeof(float));
+}
+
+int64_t ista_decode_workspace_cuda(int dtype, int64_t N, int64_t d, int64_t h) {
+  return ista_forward_workspace_cuda(dtype, N, d, h);
+}
+
+int64_t ista_backward_workspace_cuda(int dtype, int64_t N, int64_t d, int64_t h) {
   int64_t bytes = 0;
   with_type(dtype, N, d, h, 0, 0, nullptr, [&](auto s, auto type) {
     bytes = BackwardSpace<decltype(type)>(nullptr, s).space.used;

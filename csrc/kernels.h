@@ -12,6 +12,7 @@
 #pragma once
 #include <array>
 #include <cstdint>
+#include <string>
 
 namespace crate_mini {
 
@@ -103,30 +104,36 @@ bool use_isa(const char* name);  // for tests and benchmarks; false if this mach
 // ---- the same on CUDA ----
 //
 // Pointers are to device memory. `version` is 0 (best) or 1..3, see product_cuda.cuh; `stream` a
-// cudaStream_t. `workspace` holds at least the bytes that the workspace function returns for the
-// first four arguments of the call, aligned to 256. dtype is F32 or BF16, and acc float. Work is
-// queued on the stream without waiting. Returns a CUDA error code, 0 for none.
+// cudaStream_t. `workspace` holds at least the bytes that the function's own workspace function
+// returns for its first four arguments on the same device, aligned to 256. dtype is F32 or BF16, and
+// acc float. Work is queued on the stream without waiting. Returns a CUDA error code, 0 for none;
+// cuda_problem puts it into words.
 
-int64_t ista_workspace_cuda(int dtype, int64_t N, int64_t d, int64_t h);
+std::string cuda_problem(int error);
+
+int64_t ista_forward_workspace_cuda(int dtype, int64_t N, int64_t d, int64_t h);
 int ista_forward_cuda(int dtype, int64_t N, int64_t d, int64_t h, int64_t S, double eta, double lam,
                       const void* x, const void* D, const void* decoder, const void* lams, void* y,
                       void* a, void* trail_a, void* trail_r, void* workspace, int version,
                       void* stream);
+int64_t ista_backward_workspace_cuda(int dtype, int64_t N, int64_t d, int64_t h);
 int ista_backward_cuda(int dtype, int64_t N, int64_t d, int64_t h, int64_t S, double eta,
                        const void* gy, const void* ga, const void* x, const void* D,
                        const void* decoder, const void* a, const void* trail_a, const void* trail_r,
                        void* gx, void* gD, void* gdec, void* glam, void* workspace, int version,
                        void* stream);
 // N at most 65535. There is one version only.
+int64_t ista_decode_workspace_cuda(int dtype, int64_t N, int64_t d, int64_t h);
 int ista_decode_cuda(int dtype, int64_t N, int64_t d, int64_t h, int64_t S, double eta, double lam,
                      const void* x, const void* D, const void* Dt, const void* dect,
                      const void* lams, void* y, void* a, void* workspace, int version,
                      void* stream);
 
-int64_t mssa_workspace_cuda(int zdtype, int dtype, int64_t N, int64_t d);
+int64_t mssa_project_forward_workspace_cuda(int zdtype, int dtype, int64_t N, int64_t d);
 int mssa_project_forward_cuda(int zdtype, int dtype, int64_t N, int64_t d, double eps,
                               const void* z, const void* weight, const void* bias, const void* U,
                               void* u, void* workspace, int version, void* stream);
+int64_t mssa_project_backward_workspace_cuda(int zdtype, int dtype, int64_t N, int64_t d);
 int mssa_project_backward_cuda(int zdtype, int dtype, int64_t N, int64_t d, double eps,
                                const void* gu, const void* z, const void* weight, const void* bias,
                                const void* U, void* gz, void* gweight, void* gbias, void* gU,

@@ -72,17 +72,19 @@ struct BiasShare {
   __device__ float operator()(int64_t r, int64_t c) const { return gx[r * columns + c]; }
 };
 
-// Working memory; forward uses only the statistics.
+// Working memory of backward; forward has the statistics alone.
 struct Space {
   Workspace space;
   RowStats* stats;  // (N,)
   float* gx;        // (N, d)
   float* parts;     // (splits, d, d)
   float* columns;   // (slices, d)
+  int splits;
   Space(void* base, int64_t N, int64_t d) : space{static_cast<char*>(base)} {
     stats = space.take<RowStats>(N);
     gx = space.take<float>(N * d);
-    parts = space.take<float>(choose_splits(d, d, N) * d * d);
+    splits = choose_splits(d, d, N, current_device().multiprocessors);
+    parts = space.take<float>(splits * d * d);
     columns = space.take<float>(column_slices(N) * d);
   }
 };
@@ -130,7 +132,7 @@ int backward(const Normed<Z>& z, const Space& w, float eps, const T* gu, const T
   Epilogue<T, float> to_parts;
   to_parts.out = w.parts;
   Product<Normed<Z>, Plain<T>, Epilogue<T, float>> outer{d, d, N, {z}, {{gu, N, d}}, to_parts};
-  outer.splits = choose_splits(d, d, N);
+  outer.splits = w.splits;
   TRY((multiply<true, false>(outer, version, stream)));
   return add_slices(gU, w.parts, d * d, outer.splits, 1, stream);
 }
@@ -144,7 +146,11 @@ template <class F> int with_types(int zdtype, int dtype, F f) {
 
 }  // namespace
 
-int64_t mssa_workspace_cuda(int, int, int64_t N, int64_t d) {
+int64_t mssa_project_forward_workspace_cuda(int, int, int64_t N, int64_t) {
+  return N * int64_t(sizeof(RowStats));
+}
+
+int64_t mssa_project_backward_workspace_cuda(int, int, int64_t N, int64_t d) {
   return Space(nullptr, N, d).space.used;
 }
 
@@ -154,9 +160,9 @@ int mssa_project_forward_cuda(int zdtype, int dtype, int64_t N, int64_t d, doubl
   return with_types(zdtype, dtype, [&](auto ztype, auto type) {
     using Z = decltype(ztype);
     using T = decltype(type);
-    Space w(workspace, N, d);
-    Normed<Z> rows{(const Z*)z, N, d, w.stats, (const float*)weight, (const float*)bias};
-    return forward<Z, T>(rows, w.stats, float(eps), (const T*)U, (T*)u, version,
+    RowStats* stats = static_cast<RowStats*>(workspace);
+    Normed<Z> rows{(const Z*)z, N, d, stats, (const float*)weight, (const float*)bias};
+    return forward<Z, T>(rows, stats, float(eps), (const T*)U, (T*)u, version,
                          static_cast<cudaStream_t>(stream));
   });
 }

@@ -12,8 +12,9 @@
 // v3  Tensor cores: one warp instruction does 16 x 8 x 16 bf16 multiply-adds into float sums.
 //     Slices arrive by 16-byte asynchronous copies, two slices ahead of the arithmetic; ldmatrix
 //     hands them to the lanes, transposed where needed; the epilogue goes through shared memory, so
-//     that it too moves 16 bytes at a time. Ships for bf16, with tiles of 128 x 128, or 64 x 64
-//     where those would leave multiprocessors idle.
+//     that it too moves 16 bytes at a time. Ships for bf16 on Ampere and later, with tiles of 128 x 128,
+//     or 64 x 64 where those would leave multiprocessors idle. A block takes 48 KB of shared
+//     memory, so that two of them fit on any of these GPUs.
 //
 // Bytes at best, every operand moved once: (M K + K N + M N (1 + add + mask)) * size, for 2 M N K
 // operations. For a threshold step in bf16 with many rows and h = 4 d, that is
@@ -164,7 +165,7 @@ __device__ void load_slice_v2(float* tile, const Operand& from, int64_t output, 
 }
 
 template <bool kAT, bool kBT, class A, class B, class E>
-__global__ void __launch_bounds__(256) product_v2(Product<A, B, E> p) {
+__global__ void __launch_bounds__(256, 4) product_v2(Product<A, B, E> p) {
   SHARED(memory);
   float *tile_a = reinterpret_cast<float*>(memory), *tile_b = tile_a + kSlice2 * kPitch2;
   const int64_t across = ceil_div(p.N, kTile2);
@@ -197,20 +198,30 @@ __global__ void __launch_bounds__(256) product_v2(Product<A, B, E> p) {
   }
 }
 
+// Where value (row, column) of a v3 slice lies in shared memory. Eight neighbours, 16 bytes, stay
+// together, but the order of these groups within a row depends on the row: the eight rows that
+// ldmatrix reads at once then lie in different banks, without any padding.
+template <int kColumns> __device__ __forceinline__ int place(int row, int column) {
+  constexpr int kGroups = kColumns / 8;
+  const int turn = kGroups < 8 ? row / (8 / kGroups) % kGroups : row % 8;
+  return row * kColumns + (column / 8 ^ turn) * 8 + column % 8;
+}
+
 // The shape of a v3 block: kWarpsM x kWarpsN warps share its tile, each with kM x kN instruction
-// tiles of 16 x 8. A slice keeps its order in memory; 8 extra values per row put the 8 rows that
-// ldmatrix reads into different banks.
+// tiles of 16 x 8. A slice keeps its order of rows and columns in memory. The sums leave through
+// shared memory in kWarpsM parts, one row of warps after the other.
 template <int kTileM, int kTileN, int kWarpsM, int kWarpsN, bool kAT, bool kBT> struct Shape {
   static constexpr int kThreads = kWarpsM * kWarpsN * 32, kStages = 3;
   static constexpr int kM = kTileM / kWarpsM / 16, kN = kTileN / kWarpsN / 8;
   static constexpr int kRowsA = kAT ? kSlice : kTileM, kColumnsA = kAT ? kTileM : kSlice;
   static constexpr int kRowsB = kBT ? kTileN : kSlice, kColumnsB = kBT ? kSlice : kTileN;
-  static constexpr int kPitchA = kColumnsA + 8, kPitchB = kColumnsB + 8, kPitchOut = kTileN + 8;
-  static constexpr int kSizeA = kRowsA * kPitchA,
-                       kStage = kSizeA + kRowsB * kPitchB;  // in bf16 values
+  static constexpr int kSizeA = kRowsA * kColumnsA;  // in bf16 values
+  static constexpr int kStage = kSizeA + kRowsB * kColumnsB;
   static constexpr int kRing = kStages * kStage * int(sizeof(bf16));
-  static constexpr int kOut = kTileM * kPitchOut * int(sizeof(float));
+  static constexpr int kRowsOut = kTileM / kWarpsM, kPitchOut = kTileN + 8;
+  static constexpr int kOut = kRowsOut * kPitchOut * int(sizeof(float));
   static constexpr int kShared = kRing > kOut ? kRing : kOut;
+  static_assert(kShared <= 48 << 10, "more would need cudaFuncSetAttribute");
 };
 
 // Load kRows x kColumns values from (row, column) on into shared memory; zeros outside the matrix.
@@ -219,7 +230,7 @@ __device__ void load_slice_v3(bf16* tile, const Operand& from, int64_t row, int6
                               bool wide) {
   for (int n = threadIdx.x; n < kRows * kColumns / 8; n += blockDim.x) {
     int r = n / (kColumns / 8), c = n % (kColumns / 8) * 8;
-    bf16* to = tile + r * (kColumns + 8) + c;
+    bf16* to = tile + place<kColumns>(r, c);
     if constexpr (!Operand::kNormed) {
       if (wide) {
         bool inside = row + r < from.rows && column + c < from.columns;
@@ -245,16 +256,13 @@ __device__ __forceinline__ void multiply_slice(const bf16* a, const bf16* b, int
     uint32_t fa[S::kM][4], fb[S::kN / 2][4];
 #pragma unroll
     for (int m = 0; m < S::kM; ++m) {  // quadrants in the order (0,0), (8,0), (0,8), (8,8)
-      const bf16* address = kAT ? a + (k + row8) * S::kPitchA + i + m * 16 + half8
-                                : a + (i + m * 16 + low) * S::kPitchA + k + high;
-      load_matrices(fa[m], address, kAT);
+      const int row = kAT ? k + row8 : i + m * 16 + low, column = kAT ? i + m * 16 + half8 : k + high;
+      load_matrices(fa[m], a + place<S::kColumnsA>(row, column), kAT);
     }
 #pragma unroll
-    for (int n = 0; n < S::kN / 2;
-         ++n) {  // two instruction tiles at once, both halves of k of each
-      const bf16* address = kBT ? b + (j + n * 16 + row8) * S::kPitchB + k + half8
-                                : b + (k + low) * S::kPitchB + j + n * 16 + high;
-      load_matrices(fb[n], address, !kBT);
+    for (int n = 0; n < S::kN / 2; ++n) {  // two instruction tiles, both halves of k of each
+      const int row = kBT ? j + n * 16 + row8 : k + low, column = kBT ? k + half8 : j + n * 16 + high;
+      load_matrices(fb[n], b + place<S::kColumnsB>(row, column), !kBT);
     }
 #pragma unroll
     for (int m = 0; m < S::kM; ++m)
@@ -263,11 +271,9 @@ __device__ __forceinline__ void multiply_slice(const bf16* a, const bf16* b, int
   }
 }
 
-// Write the sums to shared memory, then pass them through the epilogue, eight neighbours per
-// thread.
-template <class S, int kTileM, int kTileN, class P>
-__device__ void store_tile(float* tile, const P& p, int64_t i0, int64_t j0, int i, int j,
-                           float sum[S::kM][S::kN][4]) {
+// Write a warp's sums to shared memory, at column j of a part of the tile.
+template <class S>
+__device__ __forceinline__ void show_sums(float* part, int j, float sum[S::kM][S::kN][4]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < S::kM; ++m)
@@ -275,26 +281,32 @@ __device__ void store_tile(float* tile, const P& p, int64_t i0, int64_t j0, int 
     for (int n = 0; n < S::kN; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int row = i + m * 16 + lane / 4 + e / 2 * 8,
-                  column = j + n * 8 + lane % 4 * 2 + e % 2;
-        tile[row * S::kPitchOut + column] = sum[m][n][e];
+        const int row = m * 16 + lane / 4 + e / 2 * 8, column = j + n * 8 + lane % 4 * 2 + e % 2;
+        part[row * S::kPitchOut + column] = sum[m][n][e];
       }
-  __syncthreads();
-  for (int n = threadIdx.x; n < kTileM * kTileN / 8; n += blockDim.x) {
+}
+
+// Pass a part of the tile, whose first value is (i0, j0) of `out`, through the epilogue: eight
+// neighbours per thread.
+template <class S, int kTileN, class P>
+__device__ __forceinline__ void store_part(const float* part, const P& p, int64_t i0, int64_t j0) {
+  for (int n = threadIdx.x; n < S::kRowsOut * kTileN / 8; n += blockDim.x) {
     int r = n / (kTileN / 8), c = n % (kTileN / 8) * 8;
     int64_t row = i0 + r, column = j0 + c, index = (blockIdx.y * p.M + row) * p.N + column;
     if (row >= p.M) break;
     float v[8];
-    load8(tile + r * S::kPitchOut + c, v);
+    load8(part + r * S::kPitchOut + c, v);
     if (p.wide_out && column < p.N) p.epilogue.eight(index, column, v);
     for (int e = 0; !p.wide_out && e < 8 && column + e < p.N; ++e)
       p.epilogue.one(index + e, column + e, v[e]);
   }
 }
 
+// Empty on devices before Ampere, which lack its instructions; `multiply` takes v2 there.
 template <int kTileM, int kTileN, int kWarpsM, int kWarpsN, bool kAT, bool kBT, class A, class B,
           class E>
 __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, 2) product_v3(Product<A, B, E> p) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   using S = Shape<kTileM, kTileN, kWarpsM, kWarpsN, kAT, kBT>;
   SHARED(memory);
   bf16* ring = reinterpret_cast<bf16*>(memory);
@@ -304,7 +316,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, 2) product_v3(Product<
   const int slices =
       left > 0 ? int(ceil_div(left < p.split_length() ? left : p.split_length(), kSlice)) : 0;
   const int total = slices * p.terms, warp = threadIdx.x / 32;
-  const int i = warp / kWarpsN * S::kM * 16, j = warp % kWarpsN * S::kN * 8;
+  const int warp_row = warp / kWarpsN, i = warp_row * S::kRowsOut, j = warp % kWarpsN * S::kN * 8;
   float sum[S::kM][S::kN][4] = {};
 
   auto fetch =
@@ -333,14 +345,19 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, 2) product_v3(Product<
     multiply_slice<S, kAT, kBT>(stage, stage + S::kSizeA, i, j, sum);
   }
   copy_wait<0>();
-  __syncthreads();  // the ring is free; it becomes the tile of sums
-  store_tile<S, kTileM, kTileN>(reinterpret_cast<float*>(memory), p, i0, j0, i, j, sum);
+  float* part = reinterpret_cast<float*>(memory);
+  for (int w = 0; w < kWarpsM; ++w) {
+    __syncthreads();  // the ring is free, or the part before has left: here comes the next
+    if (warp_row == w) show_sums<S>(part, j, sum);
+    __syncthreads();  // the part is complete
+    store_part<S, kTileN>(part, p, i0 + w * S::kRowsOut, j0);
+  }
+#endif
 }
 
 // ---- choosing a version ----
 
-#ifndef CRATE_MULTIPROCESSORS  // the emulator lowers both, so that small matrices reach every path
-#define CRATE_MULTIPROCESSORS 132
+#ifndef CRATE_SPLIT_ROWS  // the emulator lowers it, so that small matrices are split too
 #define CRATE_SPLIT_ROWS 512
 #endif
 
@@ -348,20 +365,19 @@ template <int kTile, int kWarpsM, int kWarpsN, bool kAT, bool kBT, class A, clas
 int launch_v3(const Product<A, B, E>& p, dim3 grid, cudaStream_t stream) {
   using S = Shape<kTile, kTile, kWarpsM, kWarpsN, kAT, kBT>;
   auto kernel = product_v3<kTile, kTile, kWarpsM, kWarpsN, kAT, kBT, A, B, E>;
-  int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared);
-  if (error) return error;
   LAUNCH(kernel, grid, S::kThreads, S::kShared, stream, p);
   return cudaGetLastError();
 }
 
-// Run a product. Version 0 is the best for the type; v3 on float32 means v2. Returns a CUDA error
-// code.
+// Run a product. Version 0 is the best for the type and the device; v3 on float32, and on a device
+// before Ampere, means v2. Returns a CUDA error code.
 template <bool kAT, bool kBT, class A, class B, class E>
 int multiply(Product<A, B, E> p, int version, cudaStream_t stream) {
   if (p.M == 0 || p.N == 0) return cudaSuccess;
   constexpr bool kTensorCores = sizeof(typename B::Element) == sizeof(bf16);
   if (version < 1 || version > 3) version = 3;
-  if (version == 3 && !kTensorCores) version = 2;
+  const Device device = current_device();
+  if (version == 3 && (!kTensorCores || device.major < 8)) version = 2;
   const int64_t tiles2 = ceil_div(p.M, kTile2) * ceil_div(p.N, kTile2);
   const int64_t blocks = version == 1 ? ceil_div(p.M * p.N, 256) : tiles2;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
@@ -380,7 +396,7 @@ int multiply(Product<A, B, E> p, int version, cudaStream_t stream) {
       }
       p.wide_out = p.epilogue.is_wide(p.N);
       const int64_t large = ceil_div(p.M, 128) * ceil_div(p.N, 128);
-      if (large * p.splits < CRATE_MULTIPROCESSORS)
+      if (large * p.splits < device.multiprocessors)
         return launch_v3<64, 2, 2, kAT, kBT>(p, grid, stream);
       return launch_v3<128, 2, 4, kAT, kBT>(p, dim3(static_cast<unsigned>(large), p.splits),
                                             stream);
@@ -389,13 +405,25 @@ int multiply(Product<A, B, E> p, int version, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Into how many parts to split K so that an (M, N) result keeps two blocks on each multiprocessor
-// busy. A pure function of the sizes, because it decides the order of summation.
-inline int choose_splits(int64_t M, int64_t N, int64_t K) {
-  const int64_t tiles = ceil_div(M, 128) * ceil_div(N, 128), most = ceil_div(K, CRATE_SPLIT_ROWS);
-  int64_t splits = tiles ? 2 * CRATE_MULTIPROCESSORS / tiles : 1;
-  if (splits > most) splits = most;
-  return static_cast<int>(splits < 1 ? 1 : splits);
+// Into how many parts to split K, each of `rows` or more, so that the tiles of an (M, N) result take
+// the least time on a device that runs two blocks on each multiprocessor: tiles come in waves, and
+// a wave takes as long when it is half empty. A function of the sizes and the device alone, because
+// it decides the order of summation.
+inline int choose_splits(int64_t M, int64_t N, int64_t K, int multiprocessors,
+                         int rows = CRATE_SPLIT_ROWS) {
+  constexpr int64_t kStore = 8;  // storing and adding a part, in slices of K: by their bytes
+  const int64_t tiles = ceil_div(M, 128) * ceil_div(N, 128), places = 2 * int64_t(multiprocessors);
+  int64_t most = ceil_div(K, rows), best = 1, least = INT64_MAX;
+  if (most > places) most = places;
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    const int64_t slices = ceil_div(ceil_div(K, kSlice), splits) + kStore;
+    const int64_t time = ceil_div(tiles * splits, places) * slices;
+    if (time < least - least / 32) {  // more parts need more memory: they must gain 3 %
+      best = splits;
+      least = time;
+    }
+  }
+  return static_cast<int>(best);
 }
 
 // ---- the small kernels around the products ----

@@ -17,12 +17,14 @@ import torch
 from crate_mini import UserError, fused, model, ops
 from crate_mini.cli import setting
 from crate_mini.console import results
-from crate_mini.console.terminal import Command
+from crate_mini.console.terminal import Command, eta
 from crate_mini.studies import benchmarks
-from crate_mini.training.device import choose_device, flops_per_token, machine
+from crate_mini.studies.expected import expectations
+from crate_mini.training.device import choose_device, choose_dtype, flops_per_token, machine
 
-TOKENS, WIDTHS = (8192, 65536), (128, 768, 1600)  # N and d; h = 4 d
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-m", "gpu")
+TOKENS, WIDTHS = (65536, 8192), (768, 128)  # N and d, largest first; h = 4 d
+TIGHT = "max-autotune-no-cudagraphs"  # CUDA graphs are ours to make, for all contestants alike
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--hypothesis-profile=brief")
 SANITIZED = ("tests/kernels/test_cuda_emulated.py", "tests/kernels/test_gpu.py")
 SMALL = "(ista or mssa or training) and not real_sizes"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -34,24 +36,35 @@ def sanitizer(tool):
     return "compute-sanitizer", *options, *PYTEST, "-k", SMALL, *SANITIZED
 
 
+def tool(name):
+    """The path of a program of the CUDA toolkit, on the PATH or in the toolkit's own folder."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if nvcc:
+        homes.append(Path(nvcc).resolve().parent.parent)
+    folders = [None, *(f"{home}/bin" for home in homes if home)]
+    found = (shutil.which(name, path=folder) for folder in folders)
+    return next(filter(None, found), None)
+
+
 COMMANDS = {  # stage: [command, ...]; the other stages measure
     "build": [(sys.executable, "setup.py", "build_ext", "--inplace")],
     "tests": [PYTEST],
     "sanitize": [sanitizer(tool) for tool in SANITIZERS],
 }
-LIMITS = {  # seconds of one command of a stage
-    "build": 300,
-    "tests": 480,
-    "floors": 120,
-    "kernels": 540,
-    "versions": 120,
-    "decode": 60,
-    "steps": 420,
-    "agree": 120,
+LIMITS = {  # seconds of one command of a stage; in the order of what they are worth
+    "build": 200,
+    "tests": 150,
+    "steps": 210,
+    "agree": 40,
+    "floors": 30,
+    "kernels": 150,
+    "versions": 50,
+    "decode": 30,
     "sanitize": 300,
     "code": 300,
 }
-NEED_GPU = tuple(stage for stage in LIMITS if stage != "code")
+IN_15_MINUTES = tuple(stage for stage in LIMITS if stage not in ("sanitize", "code"))
 
 
 # ---- what the stages measure: generators of rows for JSON ----------------------------------------
@@ -99,40 +112,47 @@ def floors(device, **sizes):
             }
 
 
-def kernels(device, mode="max-autotune", **sizes):
+def kernels(device, mode=TIGHT, **sizes):
     for name, _, _, problem in problems(device, **sizes):
         for case in problem.cases(name, mode):
             yield measured(case, device)
 
 
-def versions(device, widths=WIDTHS[:2]):
+def versions(device, widths=WIDTHS):
     for d in widths:
-        for case in benchmarks.ladder("ista", TOKENS[0], d, torch.bfloat16, device):
+        for case in benchmarks.ladder("ista", TOKENS[-1], d, torch.bfloat16, device):
             yield measured(case, device)
 
 
-def decode(device, widths=WIDTHS[1:]):
+def decode(device, widths=(768, 1600)):
     for d in widths:
         for case in benchmarks.decode(d, torch.bfloat16, device):
             yield measured(case, device)
 
 
-def trainer(config, ids, targets, device, compile=True):
+def trainer(config, ids, targets, device, dtype, compile=True):
     """A function that takes one training step, on batch number i, and returns its loss."""
     torch.manual_seed(0)
     lm = model.LM(config).to(device)
     net = torch.compile(lm) if compile else lm
     adam = torch.optim.AdamW(lm.parameters(), 6e-4, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def step(i=0):
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = net(ids[i % len(ids)], targets[i % len(ids)])
-        loss.backward()
-        adam.step()
+        scaler.scale(loss).backward()
+        scaler.step(adam)
+        scaler.update()
         adam.zero_grad()
         return loss.detach()
 
     return step
+
+
+def step_dtype(device):
+    """What train.py computes in on this GPU; bf16 on a CPU."""
+    return choose_dtype(device, scaled=True)[0] if device.type == "cuda" else torch.bfloat16
 
 
 def random_tokens(config, batch, device, n=1):
@@ -143,32 +163,39 @@ def random_tokens(config, batch, device, n=1):
 
 
 def steps(device, presets=("S", "B"), batch=16, compile=True, **changes):
-    """Training steps of CRATE on either backend, and of the GPT-2 twin."""
+    """Training steps of CRATE on either backend, and of the GPT-2 twin.
+
+    Our kernels have no float16, so that a GPU without bf16 compares CRATE and twin alone.
+    """
     for name in presets:
         crate, gpt2 = (model.preset(name, kind, **changes) for kind in ("crate", "gpt2"))
         ids, targets = random_tokens(crate, batch, device)
+        models = {"eager": (crate, "reference"), "gpt2": (gpt2, "reference")}
+        dtype = step_dtype(device)
+        if dtype == torch.bfloat16:
+            models = {"fused": (crate, "fused"), **models}
         contestants = {}
-        for label, config, backend in (
-            ("fused", crate, "fused"),
-            ("eager", crate, "reference"),
-            ("gpt2", gpt2, "reference"),
-        ):
-            step = trainer(config, ids, targets, device, compile)
+        for label, (config, backend) in models.items():
+            step = trainer(config, ids, targets, device, dtype, compile)
             contestants[label] = benchmarks.on(backend, step)
         T = crate.block_size
         operations = batch * T * flops_per_token(crate, T)
-        row = measured(benchmarks.Case(f"{name} {batch}x{T}", contestants, operations, 0), device)
+        case = benchmarks.Case(f"{name} {batch}x{T}", contestants, operations, 0, graphs=False)
+        row = measured(case, device)
         rates = {label: 1e3 * batch * T / ms["median"] for label, ms in row["ms"].items()}
         yield {**row, "tokens_per_s": rates}
 
 
 def agree(device, n=100, batch=8, **changes):
-    """The losses of one training on the kernels and on PyTorch."""
+    """The losses of one training on the kernels and on PyTorch: float32 where bf16 is missing."""
+    dtype = step_dtype(device)
+    if dtype != torch.bfloat16:
+        dtype = torch.float32
     config = model.preset("3L", "crate", **{"vocab_size": 4096, "block_size": 256, **changes})
     ids, targets = random_tokens(config, batch, device, 4)
     losses = []
     for backend in ("fused", "reference"):
-        step = trainer(config, ids, targets, device, compile=False)
+        step = trainer(config, ids, targets, device, dtype, compile=False)
         with ops.use_backend(backend):
             losses.append(torch.stack([step(i) for i in range(n)]).tolist())
     yield {
@@ -195,7 +222,7 @@ def code(device):
     """
     if not fused._C:
         raise UserError("no compiled extension to look into; `pip install -v -e .` shows why.")
-    if not shutil.which("cuobjdump") or not shutil.which("nvdisasm"):
+    if not tool("cuobjdump") or not tool("nvdisasm"):
         raise UserError(
             "cuobjdump and nvdisasm are missing; they come with the CUDA toolkit, or as the "
             "packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm."
@@ -208,8 +235,11 @@ def code(device):
 
 def cuobjdump(what, arch):
     """The output of cuobjdump for one architecture of the compiled module."""
-    command = ["cuobjdump", what, "-arch", f"sm_{arch}", fused._C.__file__]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [tool("cuobjdump"), what, "-arch", f"sm_{arch}", fused._C.__file__]
+    # It calls nvdisasm by its name.
+    path = f"{Path(tool('nvdisasm')).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    env = {**os.environ, "PATH": path}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
 
 
 def resources(text):
@@ -252,15 +282,23 @@ def measure(stage, path):
 
 def run_command(words, limit, folder):
     """Run a command: {"command", "seconds", "code" (None: out of time), "tail" of its output}."""
-    environment = None
-    if words[0] == "compute-sanitizer":
-        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = dict(os.environ)
+    program = words[0]
+    if program == "compute-sanitizer":
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        program = tool(program) or program
+    if "setup.py" in words and "CRATE_CUDA_ARCHS" not in environment:
+        environment["CRATE_CUDA_ARCHS"] = architecture()
     start = time.monotonic()
     with open(Path(folder, "log"), "w+", encoding="utf-8", errors="replace") as log:
         streams = dict(stdout=log, stderr=subprocess.STDOUT)
         try:
             done = subprocess.run(
-                words, **streams, cwd=results.ROOT, timeout=limit, env=environment
+                (program, *words[1:]),
+                **streams,
+                cwd=results.ROOT,
+                timeout=limit,
+                env=environment,
             )
             status = done.returncode
         except subprocess.TimeoutExpired:
@@ -275,6 +313,17 @@ def run_command(words, limit, folder):
         "code": status,
         "tail": [line[-300:] for line in lines[-12:]],
     }
+
+
+def architecture():
+    """That of the GPU at hand, as nvcc names it: to build for it alone takes a quarter of the time.
+
+    90a for an H100; setup.py's own where there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        return os.environ.get("CRATE_CUDA_ARCHS", "75 80 90a 120")
+    number = "".join(map(str, torch.cuda.get_device_capability()))
+    return f"{number}a" if number == "90" else number
 
 
 def run_stage(name):
@@ -300,9 +349,21 @@ def earlier_stages(path, machine):
         return {}
 
 
+def most_seconds(name):
+    """What a stage may take: the limits of all its commands."""
+    return LIMITS[name] * len(COMMANDS.get(name, [""]))
+
+
+def account(names):
+    """The line on how long these stages may take."""
+    limits = ", ".join(f"{name} {most_seconds(name)} s" for name in names)
+    return f"limits    {limits}; at most {eta(sum(map(most_seconds, names)))} minutes"
+
+
 def run_stages(names, path, machine):
     """Run stages one after the other, into a file with those of earlier calls; the exit code."""
     stages = earlier_stages(path, machine)
+    print(account(names), flush=True)
     failed = False
     for name in names:
         stages[name] = outcome = run_stage(name)
@@ -310,6 +371,7 @@ def run_stages(names, path, machine):
             "schema": 1,
             "command": f"python -m crate_mini.studies gpu {' '.join(stages)}",
             "machine": machine,
+            "expected": expectations(machine["device"]),
             "stages": stages,
         }
         results.write_json(path, result)
@@ -327,27 +389,28 @@ def run_stages(names, path, machine):
 class Settings:
     """All that a GPU can tell about this project, in one call, stage by stage.
 
-    build      the extension, with its compilers and architectures
+    build      the extension, for this GPU alone
     tests      python -m pytest -m gpu: fuzz on the device, streams, graphs, training
+    steps      compiled training steps of CRATE S and B, either backend, and of GPT-2
+    agree      100 training steps on the kernels and on PyTorch: how the losses differ
     floors     the card's ceilings, and what they allow at each shape
     kernels    ISTA and MSSA: fused, eager, compiled with max-autotune, products alone
     versions   ISTA's kernels from naive to shipped, checked and timed
     decode     one token, at several densities
-    steps      compiled training steps of CRATE S and B, either backend, and of GPT-2
-    agree      100 training steps on the kernels and on PyTorch: how the losses differ
-    sanitize   small tests under compute-sanitizer
-    code       what nvcc made of each kernel -> results/sass.json; needs no GPU, but
-               cuobjdump and nvdisasm of the CUDA toolkit
+    sanitize   small tests under compute-sanitizer; by name only
+    code       what nvcc made of each kernel -> results/sass.json; by name only; needs no
+               GPU, but cuobjdump and nvdisasm of the CUDA toolkit
 
-    Each stage is a process of its own with a time limit. results/CARD/COMMIT.json is
-    written after each of them, failures included, and keeps what earlier calls found
-    with that commit on that card: the stages, half an hour in all, can be spread over
-    several calls. Timings are medians of contestants that take turns, on random data,
-    in bfloat16.
+    Each stage is a process of its own with a time limit; all but the last two end within
+    15 minutes, by their limits. results/CARD/COMMIT.json is written after each of them,
+    failures included, next to what was expected by arithmetic, and keeps what earlier
+    calls found with that commit on that card: a stage that ran out of time keeps its rows
+    and can be called again. Timings are medians of contestants that take turns, on random
+    data, in bfloat16 (steps in float16 where there is no bfloat16).
     """
 
     stages: tuple[str, ...] = setting(
-        NEED_GPU, "which, in this order", choices=tuple(LIMITS), shown="all but code"
+        IN_15_MINUTES, "which, in this order", choices=tuple(LIMITS), shown="all but the last two"
     )
     json: str | None = setting(
         None, "file of the results", shown="results/CARD/COMMIT.json, sass.json for code"
@@ -377,12 +440,13 @@ def run(settings):
 
 
 def default_path(stages, machine):
-    """results/CARD/COMMIT.json, e.g. results/h200/1a2b3c4d5e6f.json."""
+    """results/CARD/COMMIT.json, e.g. results/rtx-4090/1a2b3c4d5e6f.json."""
     folder = results.ROOT / "results"
     if set(stages) == {"code"}:
         return folder / "sass.json"
-    card = re.search(r"[A-Z]+\d\w*", machine["device"].upper())
-    return folder / (card[0].lower() if card else "gpu") / f"{machine['commit'].strip('+')}.json"
+    words = re.findall(r"[a-z0-9]+", machine["device"].lower())
+    card = "-".join(word for word in words if word not in ("nvidia", "geforce", "tesla"))
+    return folder / (card or "gpu") / f"{machine['commit'].strip('+')}.json"
 
 
 COMMAND = Command(Settings, run, checkpoint=False, positional=("stages",))

@@ -102,8 +102,8 @@ def run_sanitized(compiler, command, **environment):
 
 
 def nvcc_reports(folder):
-    """What nvcc reports of each kernel for both default architectures: [(exit code, output)]."""
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a")]
+    """What nvcc reports of each kernel for the default architectures: [(exit code, output)]."""
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in building.gpu_archs()]
     options = ["-O3", "-std=c++17", *targets, "-Xptxas=-v", "-fatbin"]
     jobs = []
     for file in sorted((ROOT / "csrc").glob("*.cu")):

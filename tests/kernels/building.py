@@ -1,6 +1,7 @@
 """Builds of the compiled module outside the checkout, with other compilers, flags or sources."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,14 @@ NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 needs_compiler = pytest.mark.skipif(not shutil.which(CXX), reason="no C++ compiler")
 needs_gcc = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 needs_nvcc = pytest.mark.skipif(not (NVCC and shutil.which("gcc")), reason="no nvcc, or no gcc")
+
+
+def gpu_archs():
+    """The architectures that setup.py builds for by default, of those that this nvcc knows."""
+    text = (ROOT / "setup.py").read_text()
+    archs = re.search('^ARCHS = "(.*)"$', text, re.M)[1].split()
+    known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True).stdout
+    return [arch for arch in archs if f"sm_{arch.rstrip('a')}\n" in known]
 
 
 def copy_package(folder):

@@ -13,18 +13,17 @@ from guarded_kernels import Guarded, Kernels
 ROOT = Path(__file__).resolve().parents[2]
 HEADERS = ROOT / "tests" / "kernels" / "cuda_cpu"
 DTYPES = [torch.float32, torch.bfloat16]
-# Sizes of tests then reach large tiles and splits.
-SMALL_GPU = ["-DCRATE_MULTIPROCESSORS=4", "-DCRATE_SPLIT_ROWS=32"]
+SHORT_SPLITS = ["-DCRATE_SPLIT_ROWS=32"]  # sizes of tests then reach splits
 TYPES = {"i": ctypes.c_int, "l": ctypes.c_int64, "d": ctypes.c_double, "p": ctypes.c_void_p}
 SIGNATURES = {  # dtypes, sizes, settings, pointers and workspace, version, stream
-    "ista_workspace_cuda": "i" + "lll",
     "ista_forward_cuda": "i" + "llll" + "dd" + "p" * 9 + "ip",
     "ista_backward_cuda": "i" + "llll" + "d" + "p" * 13 + "ip",
     "ista_decode_cuda": "i" + "llll" + "dd" + "p" * 8 + "ip",
-    "mssa_workspace_cuda": "ii" + "ll",
     "mssa_project_forward_cuda": "ii" + "ll" + "d" + "p" * 6 + "ip",
     "mssa_project_backward_cuda": "ii" + "ll" + "d" + "p" * 10 + "ip",
 }
+for name in list(SIGNATURES):
+    SIGNATURES[name.replace("_cuda", "_workspace_cuda")] = SIGNATURES[name][:4]
 
 
 class Fault(Exception):
@@ -34,7 +33,7 @@ class Fault(Exception):
 def compile_emulated(folder, sources=ROOT / "csrc", flags=("-O1",)):
     """Compile the kernels of `sources` with g++ into folder/emulated.so; returns its path."""
     warnings = ["-Wall", "-Wno-unknown-pragmas"]
-    options = ["-std=c++17", "-fPIC", "-U_FORTIFY_SOURCE", *warnings, *flags, *SMALL_GPU]
+    options = ["-std=c++17", "-fPIC", "-U_FORTIFY_SOURCE", *warnings, *flags, *SHORT_SPLITS]
     command = ["g++", *options, f"-I{HEADERS}", f"-I{sources}", "-c", "-x", "c++"]
     files = [*sorted(Path(sources).glob("*.cu")), HEADERS / "functions.cpp"]
     objects = [Path(folder, f"{file.name}.o") for file in files]
@@ -81,8 +80,8 @@ class CudaKernels(Kernels):
 
     def run(self, kernel, scalars, inputs, outputs):
         """Raises Fault, or AssertionError for memory that was touched."""
-        size = self.function(f"{kernel.split('_')[0]}_workspace_cuda")(*scalars[:4])
-        workspace = self.out(size // 4, dtype=torch.float32)
+        size = self.function(f"{kernel}_workspace_cuda")(*scalars[:4])
+        workspace = self.out(size // 2, dtype=torch.bfloat16)
         function = self.function(f"{kernel}_cuda")
 
         def checked(*values):
@@ -117,6 +116,15 @@ class EmulatedKernels(CudaKernels):
 
     def stream(self):
         return None
+
+    def become(self, major, multiprocessors):
+        """Take another capability and size, from now on."""
+        self.library.crate_device(major, multiprocessors)
+
+    def splits(self, M, N, K, multiprocessors):
+        """How often the module that ships divides the sum of an (M, N) result."""
+        sizes = map(ctypes.c_int64, (M, N, K))
+        return self.library.crate_splits(*sizes, multiprocessors)
 
     def wake(self, number):
         """Wake one of the planted faults; 0 wakes none."""

@@ -229,6 +229,13 @@ CUDA_FAULTS = [
     ),
     Fault(
         "product_cuda.cuh",
+        "__syncthreads();  // the part is complete",
+        "if (!PLANTED) __syncthreads();  //",
+    ),
+    Fault("product_cuda.cuh", "(column / 8 ^ turn)", "(column / 8 ^ (PLANTED ? 0 : turn))"),
+    Fault("product_cuda.cuh", "i0 + w * S::kRowsOut", "i0 + (PLANTED ? 0 : w * S::kRowsOut)"),
+    Fault(
+        "product_cuda.cuh",
         "if (row >= p.M) break;",
         "if (row >= p.M - PLANTED) break;",
     ),

@@ -8,6 +8,7 @@ failed for somebody.
 import importlib.machinery
 import importlib.metadata
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import tarfile
 
 import pytest
+import setuptools
 from building import ROOT, build, copy_package, needs_compiler, needs_nvcc
 
 from crate_mini._stamp import source_stamp
@@ -157,6 +159,71 @@ def test_cuda_is_built_without_a_gpu_and_imports_without_one(toy):
     assert known["archs"] == "80 90a" and known["cuda"] >= 0
     if shutil.which("ldd"):
         assert "libcudart" not in subprocess.check_output(["ldd", str(module)], text=True)
+
+
+@pytest.fixture
+def setup_names(toy, monkeypatch):
+    """What setup.py defines, without a build."""
+    monkeypatch.chdir(toy)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    return runpy.run_path(str(toy / "setup.py"))
+
+
+def ptx(targets):
+    """The architectures that PTX is made of."""
+    return [flag.split("code=compute_")[1] for flag in targets if "code=compute_" in flag]
+
+
+@pytest.mark.parametrize(
+    "archs, expected",
+    [
+        ("75 80 90a 120", ["75", "80", "120"]),
+        ("80", ["80"]),
+        ("90a", ["90"]),
+        ("90a 100a", ["100"]),
+        ("80 90a", ["80"]),
+    ],
+)
+def test_newer_gpus_get_ptx_that_they_may_run(archs, expected, setup_names):
+    """PTX of 90a would run on a Hopper alone."""
+    targets = setup_names["gpu_targets"](archs.split())
+    assert ptx(targets) == expected
+    for arch in archs.split():
+        assert f"-gencode=arch=compute_{arch},code=sm_{arch}" in targets
+
+
+@pytest.mark.parametrize(
+    "known, expected",
+    [
+        ("75 80 90a 120", ["75", "80", "90a", "120"]),
+        ("75 80", ["75", "80"]),
+        ("50", []),
+    ],
+)
+def test_what_an_old_nvcc_does_not_know_is_left_out(
+    known, expected, toy, setup_names, tmp_path, monkeypatch
+):
+    patterns = "|".join(f"*compute_{arch},*" for arch in known.split())
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\ncase $2 in {patterns}) exit 0;; esac\nexit 1\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("CRATE_CUDA_ARCHS", raising=False)
+    found, archs, line = setup_names["find_nvcc"]()
+    assert archs == expected and bool(found) == bool(expected)
+    assert ("therefore CPU only" in line) == (not expected)
+    monkeypatch.setenv("CRATE_CUDA_ARCHS", "120")
+    assert setup_names["find_nvcc"]()[1] == ["120"], "what is asked for is tried"
+
+
+@needs_nvcc
+def test_this_nvcc_knows_the_default_architectures(setup_names, monkeypatch):
+    monkeypatch.delenv("CRATE_CUDA_ARCHS", raising=False)
+    _, archs, line = setup_names["find_nvcc"]()
+    if "V13" in line or "_13" in line:
+        assert archs == setup_names["ARCHS"].split()
+    assert set(archs) <= set(setup_names["ARCHS"].split()) and "80" in archs
 
 
 @needs_nvcc

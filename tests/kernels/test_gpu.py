@@ -120,10 +120,11 @@ def test_another_stream():
     assert all(map(torch.equal, results, expected))
 
 
-def test_cuda_graph():
-    """Captured once, replayed on new data."""
-    D = normal(64, 256, seed=1)
-    x, new = normal(512, 64, seed=0), normal(512, 64, seed=2)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda_graph(dtype):
+    """Captured once, replayed on new data: v2 in float32, v3 in bf16."""
+    D = normal(64, 256, seed=1, dtype=dtype)
+    x, new = (normal(512, 64, seed=seed, dtype=dtype) for seed in (0, 2))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

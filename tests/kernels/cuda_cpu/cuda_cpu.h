@@ -14,20 +14,22 @@
 #define blockDim emu::block_size
 #define gridDim emu::grid_size
 #define SHARED(name) unsigned char* name = emu::shared_memory
-#define LAUNCH(kernel, grid, block, shared, stream, ...)                  \
-  emu::launch(reinterpret_cast<const void*>(kernel), grid, block, shared, \
-              [&] { kernel(__VA_ARGS__); })
+#define LAUNCH(kernel, grid, block, shared, stream, ...) \
+  emu::launch(grid, block, shared, [&] { kernel(__VA_ARGS__); })
 
 inline int cudaGetLastError() {
   int code = emu::error;
   emu::error = cudaSuccess;
   return code;
 }
-template <class Kernel> int cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
-  if (size_t(bytes) > emu::kSharedLimit) return emu::error = cudaErrorInvalidValue;
-  emu::shared_allowed[reinterpret_cast<const void*>(kernel)] = bytes;
+inline int cudaGetDevice(int* number) { return *number = 0; }
+inline int cudaDeviceGetAttribute(int* value, int attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emu::multiprocessors : emu::major;
   return cudaSuccess;
 }
+inline const char* cudaGetErrorString(cudaError_t) { return "as CUDA puts it"; }
+inline int cudaDriverGetVersion(int* number) { return *number = 12020, 0; }
+inline int cudaRuntimeGetVersion(int* number) { return *number = 13000, 0; }
 
 inline void __syncthreads() { emu::wait_for(emu::kBlock, 0); }
 inline void __syncwarp() { emu::exchange(1, nullptr, 0); }
@@ -62,6 +64,7 @@ inline void land(const emu::Copy& c) {
   memcpy(c.to, c.from, c.bytes);
 }
 inline void copy_async16(void* to, const void* from, int bytes) {
+  emu::needs(8);
   if (!emu::aligned16(to) || !emu::aligned16(from)) return;
   emu::Copy c{to, from, bytes, emu::current->group};
   if (emu::random() & 1)
@@ -81,6 +84,7 @@ template <int kPending> void copy_wait() {
 inline void load_matrices(uint32_t out[4], const void* row, bool transposed) {
   emu::aligned16(row);
   const emu::Lane* lanes = emu::exchange(transposed ? 5 : 4, &row, sizeof row);
+  emu::check_banks(lanes);
   int lane = emu::current->number % 32, major = lane / 4, minor = lane % 4 * 2;
   for (int m = 0; m < 4; ++m) {
     uint16_t two[2];
@@ -92,6 +96,7 @@ inline void load_matrices(uint32_t out[4], const void* row, bool transposed) {
   }
 }
 inline void mma_16x8x16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
+  emu::needs(8);
   uint32_t words[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   const emu::Lane* lanes = emu::exchange(6, words, sizeof words);
   int lane = emu::current->number % 32;

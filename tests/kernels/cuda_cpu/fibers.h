@@ -8,8 +8,9 @@
 //
 // What a GPU would punish is reported as an error of the launch: a thread that leaves before a
 // barrier at which others wait, lanes of a warp in different operations, misaligned 16-byte
-// accesses, copies that are never waited for, launch limits. Not modelled: the memory order of a
-// real GPU between two barriers, and speed.
+// accesses, copies that are never waited for, launch limits, rows that ldmatrix would have to read
+// one after another because they share banks. Not modelled: the memory order of a real GPU between
+// two barriers, and speed.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -37,8 +38,15 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 typedef void* cudaStream_t;
-enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorLaunchFailure = 719
+};
+enum { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75 };
 
 namespace emu {
 enum State {
@@ -68,7 +76,7 @@ struct Fiber {
   std::vector<Copy> copies;
 };
 
-constexpr size_t kStack = 256 << 10, kSharedDefault = 48 << 10, kSharedLimit = 227 << 10;
+constexpr size_t kStack = 256 << 10, kShared = 48 << 10;
 inline std::vector<std::unique_ptr<Fiber>> fibers;
 inline std::vector<std::vector<Lane>> slots[2];  // [turn & 1][warp][lane]
 inline std::function<void()> body;
@@ -77,10 +85,10 @@ inline ucontext_t scheduler;
 inline jmp_buf scheduler_resume;
 inline dim3 block_index, block_size, grid_size;
 inline unsigned char* shared_memory;
-inline std::map<const void*, size_t> shared_allowed;
 inline std::mt19937 random(0);
 inline std::string message;
 inline int error = cudaSuccess;
+inline int major = 9, multiprocessors = 4;  // small, so that tests reach every path
 inline int planted = 0;  // number of the planted fault that is awake
 
 inline void fault(const std::string& what) {
@@ -192,15 +200,13 @@ inline bool run_block(size_t threads) {
   return true;
 }
 
-inline void launch(const void* kernel, dim3 grid, dim3 block, size_t shared,
-                   std::function<void()> call) {
+inline void launch(dim3 grid, dim3 block, size_t shared, std::function<void()> call) {
   size_t threads = size_t(block.x) * block.y * block.z;
   size_t blocks = size_t(grid.x) * grid.y * grid.z;
   bool too_large = threads > 1024 || grid.y > 65535 || grid.z > 65535;
   if (!threads || !blocks || too_large || threads % 32)
     return fault("launch outside the limits of a GPU, or not of whole warps");
-  if (shared > (shared_allowed.count(kernel) ? shared_allowed[kernel] : kSharedDefault))
-    return fault("more dynamic shared memory than cudaFuncSetAttribute asked for");
+  if (shared > kShared) return fault("more dynamic shared memory than a launch may ask for");
   while (fibers.size() < threads) fibers.emplace_back(new_fiber());
   for (auto& s : slots) s.assign(threads / 32, std::vector<Lane>(32));
   for (size_t i = 0; i < threads; ++i) {
@@ -228,5 +234,22 @@ inline void launch(const void* kernel, dim3 grid, dim3 block, size_t shared,
 inline bool aligned16(const void* p) {
   if (uintptr_t(p) % 16) fault("a 16-byte access is not aligned");
   return uintptr_t(p) % 16 == 0;
+}
+
+inline void needs(int capability) {
+  if (major < capability) fault("an instruction that this device lacks");
+}
+
+// The 32 banks of shared memory hold 128 bytes side by side: eight rows of 16 bytes fit in one go.
+inline void check_banks(const Lane* lanes) {
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    unsigned places = 0;
+    for (int row = 0; row < 8; ++row) {
+      uintptr_t address;
+      memcpy(&address, lanes[matrix * 8 + row].bytes, sizeof address);
+      places |= 1u << address / 16 % 8;
+    }
+    if (places != 0xFF) fault("rows that ldmatrix reads at once share banks");
+  }
 }
 }  // namespace emu
