@@ -21,8 +21,8 @@ std::string cuda_problem(int error) {
     text += "; the driver knows CUDA " + version(driver) + " and our kernels were built with " +
             version(runtime) + ": update the driver, or build with an older nvcc (CUDA_HOME)";
   if (error == cudaErrorNoKernelImageForDevice)
-    text += "; our kernels were not built for this GPU: CRATE_CUDA_ARCHS=75 pip install -e . builds "
-            "them for a T4, 80 for an A100, 90a for an H100, 120 for an RTX 5090";
+    text += "; our kernels were not built for this GPU: CRATE_CUDA_ARCHS=75 pip install -e . "
+            "builds them for a T4, 80 for an A100, 90a for an H100, 120 for an RTX 5090";
   return text;
 }
 

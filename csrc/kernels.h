@@ -105,9 +105,9 @@ bool use_isa(const char* name);  // for tests and benchmarks; false if this mach
 //
 // Pointers are to device memory. `version` is 0 (best) or 1..3, see product_cuda.cuh; `stream` a
 // cudaStream_t. `workspace` holds at least the bytes that the function's own workspace function
-// returns for its first four arguments on the same device, aligned to 256. dtype is F32 or BF16, and
-// acc float. Work is queued on the stream without waiting. Returns a CUDA error code, 0 for none;
-// cuda_problem puts it into words.
+// returns for its first four arguments on the same device, aligned to 256. dtype is F32 or BF16,
+// and acc float. Work is queued on the stream without waiting. Returns a CUDA error code, 0 for
+// none; cuda_problem puts it into words.
 
 std::string cuda_problem(int error);
 

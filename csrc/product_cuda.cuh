@@ -12,9 +12,10 @@
 // v3  Tensor cores: one warp instruction does 16 x 8 x 16 bf16 multiply-adds into float sums.
 //     Slices arrive by 16-byte asynchronous copies, two slices ahead of the arithmetic; ldmatrix
 //     hands them to the lanes, transposed where needed; the epilogue goes through shared memory, so
-//     that it too moves 16 bytes at a time. Ships for bf16 on Ampere and later, with tiles of 128 x 128,
-//     or 64 x 64 where those would leave multiprocessors idle. A block takes 48 KB of shared
-//     memory, so that two of them fit on any of these GPUs.
+//     that it too moves 16 bytes at a time. Ships for bf16 on Ampere and later, with tiles of
+//     128 x 128, or 64 x 64 where those would leave multiprocessors idle. A block takes 48 KB of
+//     shared memory, so that two of them fit on any of these GPUs. What Hopper could do beyond it
+//     is in hopper.md.
 //
 // Bytes at best, every operand moved once: (M K + K N + M N (1 + add + mask)) * size, for 2 M N K
 // operations. For a threshold step in bf16 with many rows and h = 4 d, that is
@@ -201,9 +202,9 @@ __global__ void __launch_bounds__(256, 4) product_v2(Product<A, B, E> p) {
 // Where value (row, column) of a v3 slice lies in shared memory. Eight neighbours, 16 bytes, stay
 // together, but the order of these groups within a row depends on the row: the eight rows that
 // ldmatrix reads at once then lie in different banks, without any padding.
-template <int kColumns> __device__ __forceinline__ int place(int row, int column) {
-  constexpr int kGroups = kColumns / 8;
-  const int turn = kGroups < 8 ? row / (8 / kGroups) % kGroups : row % 8;
+template <int kColumns> __device__ __forceinline__ int place(unsigned row, unsigned column) {
+  constexpr unsigned kGroups = kColumns / 8;
+  const unsigned turn = kGroups < 8 ? row / (8 / kGroups) % kGroups : row % 8;
   return row * kColumns + (column / 8 ^ turn) * 8 + column % 8;
 }
 
@@ -256,12 +257,14 @@ __device__ __forceinline__ void multiply_slice(const bf16* a, const bf16* b, int
     uint32_t fa[S::kM][4], fb[S::kN / 2][4];
 #pragma unroll
     for (int m = 0; m < S::kM; ++m) {  // quadrants in the order (0,0), (8,0), (0,8), (8,8)
-      const int row = kAT ? k + row8 : i + m * 16 + low, column = kAT ? i + m * 16 + half8 : k + high;
+      const int row = kAT ? k + row8 : i + m * 16 + low;
+      const int column = kAT ? i + m * 16 + half8 : k + high;
       load_matrices(fa[m], a + place<S::kColumnsA>(row, column), kAT);
     }
 #pragma unroll
     for (int n = 0; n < S::kN / 2; ++n) {  // two instruction tiles, both halves of k of each
-      const int row = kBT ? j + n * 16 + row8 : k + low, column = kBT ? k + half8 : j + n * 16 + high;
+      const int row = kBT ? j + n * 16 + row8 : k + low;
+      const int column = kBT ? k + half8 : j + n * 16 + high;
       load_matrices(fb[n], b + place<S::kColumnsB>(row, column), !kBT);
     }
 #pragma unroll
@@ -405,10 +408,10 @@ int multiply(Product<A, B, E> p, int version, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Into how many parts to split K, each of `rows` or more, so that the tiles of an (M, N) result take
-// the least time on a device that runs two blocks on each multiprocessor: tiles come in waves, and
-// a wave takes as long when it is half empty. A function of the sizes and the device alone, because
-// it decides the order of summation.
+// Into how many parts to split K, each of `rows` or more, so that the tiles of an (M, N) result
+// take the least time on a device that runs two blocks on each multiprocessor: tiles come in waves,
+// and a wave takes as long when it is half empty. A function of the sizes and the device alone,
+// because it decides the order of summation.
 inline int choose_splits(int64_t M, int64_t N, int64_t K, int multiprocessors,
                          int rows = CRATE_SPLIT_ROWS) {
   constexpr int64_t kStore = 8;  // storing and adding a part, in slices of K: by their bytes
