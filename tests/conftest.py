@@ -33,6 +33,7 @@ settings.load_profile("ci")
 STORAGE = tempfile.mkdtemp(prefix="hypothesis-")  # not in the working folder
 set_hypothesis_home_dir(STORAGE)
 os.environ.setdefault("MPLCONFIGDIR", STORAGE)  # matplotlib's cache: not in the home folder
+os.environ.setdefault("HF_MODULES_CACHE", STORAGE)  # code that comes with a model: the same
 OWNER = os.getpid()  # tests fork processes that share what is cleared up at the end
 torch.set_num_threads(1)  # tensors are small here: threads cost more than they save
 

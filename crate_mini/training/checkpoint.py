@@ -120,6 +120,7 @@ def load(path, device="cpu", log=print, **changes):
         }
         if model.config.vocab_size in GPT2_ROWS:
             meta["tokenizer"] = {"spec": "gpt2", "hash": GPT2_TOKENIZER}
+        meta |= getattr(model, "foreign_meta", {})  # what an export of ours tells
         check_finite(model.state_dict(), path)
         return model.to(device), meta
     meta, weights = _read(path, "weights")

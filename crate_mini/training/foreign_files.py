@@ -22,11 +22,11 @@ PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
 # Values that config.json of a Hugging Face model must have, if it names them.
 GPT2_CONFIG = {
     "model_type": "gpt2",
-    "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
 }
+ACTIVATIONS = {"gelu_new": "gelu", "relu": "relu"}  # Hugging Face's names for ours
 HEAD_NAMES = ("n_head", "num_attention_heads")
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -84,14 +84,22 @@ def _facts(path, must_exist):
             raise ValueError
     if not must_exist and "format" in config and "files" in config:
         return {}  # of a checkpoint of crate_mini
+    if isinstance(config.get("crate_mini"), dict):
+        return {"crate_mini": config["crate_mini"]}  # of `python -m crate_mini.export`
     for name, expected in GPT2_CONFIG.items():
         if config.get(name, expected) != expected:
             raise UserError(
                 f"{path} has {name}={config[name]!r}; only GPT-2 with {expected!r} can be imported."
             )
     facts = named_facts(config, path)
+    activation = config.get("activation_function", "gelu_new")
+    if activation not in ACTIVATIONS:
+        raise UserError(
+            f"{path} has activation_function={activation!r}; only GPT-2 with gelu_new or relu can "
+            "be imported."
+        )
     if "activation_function" in config:
-        facts["activation"] = "gelu"
+        facts["activation"] = ACTIVATIONS[activation]
     return facts
 
 
@@ -190,7 +198,9 @@ def _safetensors(path):
         begin, end = entry["data_offsets"]
         if end - begin != count * dtype.itemsize:
             raise ValueError
-        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin)
+        flat = torch.empty(0, dtype=dtype)
+        if count:  # torch refuses an empty buffer
+            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin)
         tensors[name] = flat.reshape(entry["shape"])
     return tensors
 

@@ -97,6 +97,8 @@ def import_foreign(source, log=print, **changes):
     else:
         place = Path(source)
         content, facts = read(place)
+    if "crate_mini" in facts:
+        return _exported(content, facts["crate_mini"], place, changes)
     content, inner_facts = _unwrapped(content, place)
     theirs = _plain_names(content, place)
     layout, config = _recognize(theirs, place)
@@ -115,6 +117,37 @@ def import_foreign(source, log=print, **changes):
         )
     model.load_state_dict(ours, assign=True)
     model.foreign_layout = layout  # in which export_foreign gives it back
+    return model.eval()
+
+
+def _exported(content, entry, place, changes):
+    """The LM of a folder that `python -m crate_mini.export` wrote.
+
+    entry: "crate_mini" of its config.json. Under GPT-2's names, biases that the model does not
+    have are zero. Its tokenizer and training facts are kept in `foreign_meta`.
+    """
+    for name, value in changes.items():
+        raise UserError(f"{name}={value!r} has no effect on {place}, which names its settings.")
+    damaged = UserError(
+        f"{place}: weights and config.json do not fit; export the checkpoint again with `python -m "
+        "crate_mini.export`."
+    )
+    try:
+        with torch.device("meta"):
+            model = LM(Config(**entry["config"]))
+        if "transformer.wte.weight" in content:
+            theirs = dict(content)
+            ours = {}
+            for name, parameter in model.state_dict().items():
+                ours[name] = _take(theirs, name, parameter.shape, "hf", place)
+            if any(rest.any() for name, rest in theirs.items() if name != "lm_head.weight"):
+                raise damaged
+            content = ours
+        model.load_state_dict(content, assign=True)
+        meta = {"tokenizer": {**entry["tokenizer"]}, "training": {**entry["training"]}}
+    except (KeyError, TypeError, AttributeError, RuntimeError):
+        raise damaged from None
+    model.foreign_meta = meta
     return model.eval()
 
 

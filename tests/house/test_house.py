@@ -35,6 +35,8 @@ FLOORS = {  # a chapter imports only chapters of lower floors, and the top shelf
     "steering": 5,
     "concepts": 6,
     "playground": 6,
+    "compare": 3,
+    "export": 6,
     "course": 7,
     "studies": 7,
 }

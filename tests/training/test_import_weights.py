@@ -470,7 +470,7 @@ def test_what_cannot_be_imported_is_refused():
 
 OTHER_MODELS = {
     "model_type": "opt",
-    "activation_function": "relu",
+    "activation_function": "silu",
     "layer_norm_epsilon": 1e-6,
     "scale_attn_by_inverse_layer_idx": True,
 }
@@ -494,6 +494,9 @@ def test_other_models_of_hugging_face_are_refused_by_what_differs(tmp_path):
         dict(learned_lam=True),
         dict(unit_norm=True),
         dict(query_rank=2),
+        dict(key_shift=True),
+        dict(top_k=3),
+        dict(debias=True),
         dict(eta=0.2),
         dict(lam=0.2),
         dict(ista_steps=3),
