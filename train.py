@@ -84,6 +84,10 @@ class Trainer:
         self.optimizer = self.make_optimizer()
         if state:
             self.restore(state, meta["training"])
+        if s.tokens or s.epochs:
+            from crate_mini.training import length  # needed only then
+
+            length.set_steps(self)
         self.forward = self.processes.wrap(self.lm)
         self.undo.enter_context(device.tf32(self.device, self.dtype))
         self.introduce(mode_reason, dtype_reason)
@@ -95,6 +99,8 @@ class Trainer:
         with self.stop:
             run_log.make_room(self)
             self.log = run_log.Log(self)
+            if self.step == 0 and self.s.keep_every:
+                self.save(run_log.kept_name(0), resume=False)
             while self.step < self.s.train_steps:
                 with self.log.pace.step():
                     loss, norm, lr = self.one_step()
@@ -124,6 +130,8 @@ class Trainer:
             self.log.row(loss, norm, lr, validation)
             if self.improved:
                 self.save("best", resume=False)
+            if self.is_due(self.s.keep_every):
+                self.save(run_log.kept_name(self.step), resume=False)
             if validation or self.stopping or self.is_due(self.s.save_every):
                 self.save("last")
         except UserError as error:

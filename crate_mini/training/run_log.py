@@ -111,7 +111,7 @@ def make_room(trainer):
     out = Path(trainer.s.out)
     best = out / "best"
     if trainer.step == 0:
-        for folder in (out / "last", best):
+        for folder in (out / "last", best, *kept(out)):
             shutil.rmtree(folder, ignore_errors=True)
     elif trainer.best == math.inf and trainer.step < trainer.s.train_steps:
         now = {"settings": asdict(trainer.s), "corpus": trainer.corpus.meta}
@@ -121,6 +121,17 @@ def make_room(trainer):
                 best.rename(out / f"best-step-{facts.get('step')}")
     if not best.exists():
         trainer.best = math.inf
+
+
+def kept_name(step):
+    """The folder, in that of the run, of a checkpoint of --keep-every."""
+    return f"step-{step:06d}"
+
+
+def kept(out):
+    """The checkpoints of --keep-every in the folder of a run, by step."""
+    folders = [path for path in Path(out).glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name[5:]))
 
 
 def measured(facts):
@@ -307,7 +318,7 @@ class Log:
     def __init__(self, trainer):
         self.trainer = trainer
         self.pace = Pace()
-        self.validation = {}  # the latest scores
+        self.copy = None  # a logger besides log.csv
         self.folder = Path(trainer.s.out)
         self.path = self.folder / "log.csv"
         self.lines = [",".join(self.COLUMNS) + "\n"]
@@ -318,6 +329,11 @@ class Log:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.write(self.folder)
             self.place = os.stat(self.folder)
+            if trainer.s.log:
+                from crate_mini.training import loggers  # needed only then
+
+                self.copy = loggers.start(trainer)
+                trainer.undo.callback(self.copy.close)
 
     def write(self, folder):
         """Write all rows so far to log.csv in this folder, the run's or another."""
@@ -391,7 +407,6 @@ class Log:
     def row(self, loss, norm, lr, validation):
         """Write the row of the last step, if one is due, and show the progress line."""
         trainer, s = self.trainer, self.trainer.s
-        self.validation = validation or self.validation
         due = validation or trainer.step % s.log_every == 0 or trainer.stopping
         if not trainer.processes.is_first or not (due or sys.stdout.isatty()):
             return
@@ -409,8 +424,10 @@ class Log:
                 **validation,
             }
             self._append([str(values.get(name, "")) for name in self.COLUMNS])
+            if self.copy:
+                self.copy(values)
         try:
-            terminal.show_line(self._line(loss, rate), last=bool(validation))
+            terminal.show_line(self._line(loss, validation, rate), last=bool(validation))
         except OSError:
             # The reader has left, as in `train.py | head`, or the disk is full: stop as for a
             # signal.
@@ -427,11 +444,14 @@ class Log:
         except OSError as error:
             raise UserError(f"Cannot write {self.path}: {error.strerror}; make room.") from None
 
-    def _line(self, loss, rate):
-        """The progress line; rate: tokens per second, None after the first step."""
+    def _line(self, loss, validation, rate):
+        """The progress line; validation: scores of this very step, or {}.
+
+        rate: tokens per second, None after the first step.
+        """
         trainer = self.trainer
         words = [f"step {trainer.step}/{trainer.s.train_steps}", f"loss {loss:.4f}"]
-        for name, value in self.validation.items():
+        for name, value in validation.items():
             words.append(f"{name.replace('_loss', '')} {value:.4f}")
         if rate is None:
             return "  ".join(words)

@@ -4,6 +4,7 @@
 Config of its model, and the weights and state to start from.
 """
 
+import argparse
 import math
 import re
 import shlex
@@ -31,6 +32,7 @@ MODEL_DEFAULTS = {
     "block_size": "256 for 1L 2L 3L, 1024 for S B",
 }
 FOREIGN_FIELDS = ("n_head", "activation", "block_size")  # flags that go with foreign weights
+LENGTHS = ("train_steps", "tokens", "epochs")  # settings of which each sets a run's length
 ISTA_FIELDS = (
     "ista_steps",
     "eta",
@@ -71,6 +73,12 @@ class Settings:
     overwrite: bool = setting(False, "replace the run that --out already holds")
     seed: int = setting(1337, "seed of the initial weights, the batches and the sample")
     train_steps: int = setting(1000, "optimizer steps", low=1)
+    tokens: str | None = setting(
+        None, "instead of --train-steps: the tokens to train on, like 65M or 1.5B"
+    )
+    epochs: float | None = setting(
+        None, "instead of --train-steps: how often to go through the text", above=0
+    )
     batch_size: int = setting(16, "sequences per step, over all processes", low=1)
     micro_batch: int = setting(
         16, "sequences in one forward pass; gradients accumulate over the batch", low=1
@@ -100,6 +108,16 @@ class Settings:
         65536, "tokens of each validation except the last, which takes the whole split", low=1
     )
     save_every: int = setting(0, "steps between additional checkpoints; 0: none")
+    keep_every: int = setting(
+        0,
+        "steps between checkpoints that stay, as step-000100 and so on: weights for a history of "
+        "learning; 0: none",
+    )
+    log: str | None = setting(
+        None,
+        "send the rows of log.csv there too; needs the package of that name",
+        choices=("tensorboard", "wandb"),
+    )
     log_every: int = setting(10, "steps between rows of log.csv and lines in a pipe", low=1)
     log_sparsity: bool = setting(
         False, "also measure the density, the share of nonzero codes, at each validation"
@@ -123,6 +141,14 @@ class Settings:
     def check(self):
         """Raise UserError for settings that no run can use."""
         cli.check(self)
+        if self.tokens:
+            from crate_mini.training import length  # only then
+
+            length.count(self.tokens)
+        if self.log:
+            from crate_mini.training import loggers  # only then
+
+            loggers.require(self.log)
         if self.min_lr is not None and self.min_lr > self.lr:
             raise UserError(
                 f"--min-lr {self.min_lr}, the cosine's end, is above its peak, --lr {self.lr}; "
@@ -158,6 +184,11 @@ def parse(argv=None):
     "state". Raises UserError for a line that cannot be run.
     """
     given, folder = read_flags(argv)
+    lengths = [name for name in LENGTHS if given.get(name) is not None]
+    if len(lengths) > 1:
+        raise UserError(
+            f"{' and '.join(map(cli.flag_name, lengths))} both set the length of the run; give one."
+        )
     changes = {}  # fields of the model's Config
     for f in fields(Config):
         if f.name in given:
@@ -196,6 +227,8 @@ def read_flags(argv):
     parser.add_argument("--resume", metavar="FOLDER", help="continue the run in this folder")
     terminal.add_flags(parser, Settings, "training")
     terminal.add_flags(parser, Config, "model", MODEL_DEFAULTS)
+    steps = dict(dest="train_steps", type=int, default=argparse.SUPPRESS, metavar="INT")
+    parser.add_argument("--steps", help="the same as --train-steps", **steps)
     given = vars(parser.parse_args(argv))
     config_file = given.pop("config")
     folder = given.pop("resume")
@@ -321,10 +354,14 @@ def resume(folder, given, changes):
                 f"--{name} {value} differs from the {old[name]} of {folder}; leave it out."
             )
     check_shape(changes, config, folder)
+    if any(name in given for name in LENGTHS):
+        old |= dict.fromkeys(LENGTHS[1:])  # the new length takes the place of the old
     s = Settings(**{**old, **given, "out": folder})
     s.check()
     finished = "val_loss" in meta["training"]  # else it was killed after the last step
-    if state["step"] > s.train_steps or (state["step"] == s.train_steps and finished):
+    later = any(name in given for name in LENGTHS[1:])  # then length.set_steps decides
+    is_over = state["step"] > s.train_steps or (state["step"] == s.train_steps and finished)
+    if is_over and not later:
         raise UserError(
             f"the run in {folder} has done all its {state['step']} steps; "
             f"add --train-steps {2 * state['step']} to continue."
@@ -395,7 +432,8 @@ def twin(s, config, n_ids):
     changed = {}
     for f in fields(s):
         value = getattr(other, f.name)
-        if f.name != "overwrite" and value != f.default:
+        derived = f.name == "train_steps" and (s.tokens or s.epochs)
+        if f.name != "overwrite" and value != f.default and not derived:
             changed[f.name] = value
     usual = new_config(s, n_ids)
     not_shared = KIND_FIELDS | unused(new_config(other, n_ids)).keys()
