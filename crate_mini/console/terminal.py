@@ -141,13 +141,14 @@ class Command:
     """A command of a script: run(settings, checkpoint), or run(settings) without a checkpoint.
 
     settings: a dataclass. positional: names of settings that may be given without their flags, as
-    in `studies neurons TEXT RANKS`.
+    in `studies neurons TEXT RANKS`. several(settings, checkpoints): what more than one does.
     """
 
     settings: type
     run: typing.Callable
     checkpoint: bool = True
     positional: tuple = ()
+    several: typing.Callable | None = None
 
 
 def dispatch(script, description, commands, argv=None):
@@ -184,12 +185,19 @@ def run_command(prog, command, words, description=None):
         parser.epilog = f"These may be given without their flags, in this order: {order}."
     if command.checkpoint:
         hint = "a checkpoint folder, like out/crate-3L/best"
-        parser.add_argument("ckpt", metavar="CKPT", help=hint)
+        nargs = None
+        if command.several:
+            nargs, hint = "+", f"{hint}; several of one run, like out/run/step-*: its history"
+        parser.add_argument("ckpt", metavar="CKPT", nargs=nargs, help=hint)
     add_flags(parser, command.settings)
     given = vars(parser.parse_args(with_flags(words, command.positional)))
     checkpoint = [given.pop("ckpt")] if command.checkpoint else []
     settings = command.settings(**given)
     check(settings)
+    if command.several and checkpoint:
+        (checkpoint,) = checkpoint
+        if len(checkpoint) > 1:
+            return command.several(settings, checkpoint)
     return command.run(settings, *checkpoint)
 
 

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from crate_mini import UserError
 from crate_mini.cli import setting
 from crate_mini.console import results, terminal
-from crate_mini.layers import figure, verdict
+from crate_mini.layers import figure, history, verdict
 from crate_mini.layers.measure import LASSO_TOKENS, bounds, measure_layers
+from crate_mini.layers.windows import DEFAULT_TOKENS, Windows
 from crate_mini.reference import EPS2
 from crate_mini.training import checkpoint
 
@@ -18,14 +18,17 @@ DEFAULT_SEED = 1337  # train.py's, for checkpoints that do not name theirs
 class Settings:
     """Measure, layer by layer, whether a model compresses and sparsifies as CRATE's theory says.
 
-    The untrained model is measured for comparison. Ends with a verdict in words.
+    The untrained model is measured for comparison. Ends with a verdict in words. Several
+    checkpoints of one run (train.py --keep-every) give the history of each layer instead.
     """
 
     data: str | None = checkpoint.data_setting("measure on")
     tokenizer: str | None = checkpoint.tokenizer_setting()
     val_fraction: float | None = checkpoint.val_fraction_setting()
     tokens: int = setting(
-        65536, "held-out tokens to measure on, in whole windows of the model's context", low=1
+        DEFAULT_TOKENS,
+        "held-out tokens to measure on, in whole windows of the model's context",
+        low=1,
     )
     lasso_tokens: int = setting(
         LASSO_TOKENS,
@@ -81,35 +84,4 @@ def run(settings, ckpt):
     print(f"\n{verdict.text(result['verdict'])}")
 
 
-class Windows:
-    """Batches of ids (B, T) of whole windows of held-out text, read again for each pass.
-
-    Raises UserError if there are none.
-    """
-
-    def __init__(self, settings, corpus, T):
-        if settings.tokens < T:
-            raise UserError(
-                f"--tokens {settings.tokens} must be at least {T}, the model's context; "
-                f"leave it out for the default {Settings.tokens}."
-            )
-        available = corpus.n_tokens["val"]
-        if available <= T:
-            raise UserError(
-                f"the held-out text has {available} tokens and one window needs {T + 1}; give more "
-                "text with --data, or hold out all of it with --val-fraction 1."
-            )
-        self.corpus = corpus
-        self.T = T
-        self.batch = settings.batch
-        self.tokens = min(settings.tokens, available - 1) // T * T
-
-    def __len__(self):
-        return -(-self.tokens // (self.T * self.batch))
-
-    def __iter__(self):
-        for ids, _ in self.corpus.blocks("val", self.batch, self.T, self.tokens):
-            yield ids
-
-
-COMMAND = terminal.Command(Settings, run)
+COMMAND = terminal.Command(Settings, run, several=history.run)

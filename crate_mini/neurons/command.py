@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from crate_mini import UserError, cli
 from crate_mini.cli import setting
 from crate_mini.console import results, terminal
-from crate_mini.neurons import beyond_report, pipeline, summary
+from crate_mini.neurons import beyond_report, history, pipeline, summary
 from crate_mini.neurons.record import Site, sites
 from crate_mini.neurons.workspace import Workspace
 from crate_mini.sae import autoencoder
@@ -21,7 +21,8 @@ class Settings:
 
     Every score comes with its controls and with counts of the neurons behind it. The stages are
     record, select, explain, simulate, score, beyond and report; the files that a stage has written
-    stay until it runs again.
+    stay until it runs again. Several checkpoints of one run (train.py --keep-every) give the
+    history of scores instead, and of the neurons that --follow names.
     """
 
     layers: str = setting("all", "layers whose codes to score: all, or numbers like 0,2")
@@ -59,6 +60,9 @@ class Settings:
     dedup: bool = setting(
         True, "take each top window from a different document (the paper does not)"
     )
+    follow: str | None = setting(
+        None, "with several checkpoints: neurons whose history to draw, like 0:12,1:40"
+    )
     data: str | None = checkpoint.data_setting("score on")
     tokenizer: str | None = checkpoint.tokenizer_setting()
     val_fraction: float | None = checkpoint.val_fraction_setting()
@@ -71,6 +75,8 @@ def run(settings, ckpt):
 
     Raises UserError for settings that do not fit the checkpoint, and whatever a stage raises.
     """
+    if settings.follow:
+        raise UserError("--follow needs several checkpoints of one run, like out/run/step-*.")
     controls = parse_controls(settings.controls)
     model, meta, tokenizer = checkpoint.open_model(ckpt, settings.device, settings.tokenizer)
     corpus = checkpoint.held_out(ckpt, meta, tokenizer, settings.data, settings.val_fraction)
@@ -152,4 +158,4 @@ def print_summary(folder, tokens):
     )
 
 
-COMMAND = terminal.Command(Settings, run)
+COMMAND = terminal.Command(Settings, run, several=history.run)

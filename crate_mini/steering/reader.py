@@ -4,12 +4,9 @@ No method keeps gradients or prints. Inside `with lab.steer(...)` they all descr
 model.
 """
 
-import tempfile
 import warnings
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -17,9 +14,8 @@ from crate_mini import UserError
 from crate_mini.console.terminal import printable
 from crate_mini.data.tokenizer import visible
 from crate_mini.intervene import must_exist
-from crate_mini.neurons import protocols, record
-from crate_mini.neurons.score import partners
-from crate_mini.neurons.workspace import Workspace
+from crate_mini.neurons.quick_score import quick_scores
+from crate_mini.neurons.record import Site
 from crate_mini.training import checkpoint
 
 LEAST_MEAN = 1e-9  # of a neuron, in the ratio that top_neurons sorts by
@@ -148,32 +144,13 @@ class Reader:
         """
         lab = self.lab
         must_exist("layer", layer, len(lab.model.blocks))
-        site = record.Site(f"L{layer}", layer, lab.model.config.n_code)
+        site = Site(f"L{layer}", layer, lab.model.config.n_code)
         if lab.sae:
-            site = record.Site(lab.known.site(layer), layer, lab.sae.c.numel(), lab.sae.encode)
-        with tempfile.TemporaryDirectory() as folder:
-            recorded = record.record(
-                lab.model,
-                lab.meta,
-                [site],
-                self.held_out(),
-                folder,
-                seed=seed,
-                tokens=tokens,
-                log=_ignore,
-                show_every=np.inf,
-            )
-            work = Workspace(
-                lab.model,
-                lab.meta,
-                lab.tokenizer,
-                self.held_out(),
-                Path(folder),
-                [site],
-                seed=seed,
-                _record=recorded,
-            )
-            return _scores(work, site)
+            site = Site(lab.known.site(layer), layer, lab.sae.c.numel(), lab.sae.encode)
+        facts = (lab.model, lab.meta, lab.tokenizer, self.held_out())
+        scores = quick_scores(*facts, [site], tokens, seed)[site.name]
+        names = ("ngram_r", "null_r", "density")
+        return {name: torch.from_numpy(scores[name]) for name in names}
 
     # ---- what follows ----------------------------------------------------------------------------
 
@@ -205,25 +182,7 @@ class Reader:
         return total / (ids.shape[1] - 1)
 
 
-def _scores(work, site):
-    """The three tensors of Reader.score, from the record in a Workspace."""
-    arrays, neurons = work.record.site(site.name), work.neurons(site)
-    true = arrays["uniform_score_acts"]
-    table = work.ngram_table(site, neurons)(work.record.shared["uniform_score"])
-    simulated = table.astype(np.float16)  # as interpret.py stores it
-    partner = partners(len(neurons), arrays["max"] > 0, work.rng(site, "null"))
-    scores = {"density": arrays["density"].astype(np.float64)}
-    for name, predicted in (("ngram_r", simulated), ("null_r", simulated[..., partner])):
-        values, _ = protocols.score_uniform(true, predicted)["r"]
-        scores[name] = np.where(arrays["max"] > 0, values, np.nan)
-    return {name: torch.from_numpy(values) for name, values in scores.items()}
-
-
 def as_warning(line):
     """The log of a Lab in Python: notes become warnings, other lines are dropped."""
     if line.startswith("note"):
         warnings.warn(line.removeprefix("note").strip(), stacklevel=2)
-
-
-def _ignore(line):
-    """A log that is not read."""

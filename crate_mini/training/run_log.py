@@ -420,9 +420,10 @@ class Log:
                 "loss": loss,
                 "lr": lr,
                 "grad_norm": norm,
-                "tokens_per_s": round(rate) if rate else "",
                 **validation,
             }
+            if rate:
+                values["tokens_per_s"] = round(rate)
             self._append([str(values.get(name, "")) for name in self.COLUMNS])
             if self.copy:
                 self.copy(values)

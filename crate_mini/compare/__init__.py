@@ -1,0 +1,1 @@
+"""Training runs next to each other: `python -m crate_mini.compare out/a out/b`."""
