@@ -4,14 +4,15 @@ C sees only addresses and sizes, so everything it relies on is checked here firs
 raises a UserError that names it. Tensors may have any leading dimensions, whose product is N, and
 any strides: what is not contiguous is copied.
 
-Every op checks its arguments, allocates its results (the function that does so is also its fake,
-for torch.compile) and calls `launch`. Gradients are ops too. All are registered at the end.
+Every op checks its arguments, allocates its results and calls `launch`, which does nothing when
+torch.compile calls the op with fake tensors. Gradients are ops too. All are registered at the end.
 """
 
 import inspect
 import math
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.library import custom_op
 
 from crate_mini import UserError
@@ -26,11 +27,9 @@ except ImportError as error:
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # Dtype of kernels.h
 CUDA_VERSION = 0  # of the CUDA kernels: 0 the best, 1 to 3 from naive to fast, for the benchmark
 SHAPES = {  # shape: the tensors that have it; "..." are the leading dimensions, N their product
-    "... d": "x z gy",
-    "... h": "a ga",
+    "... d": "x z gy q k v y g",
+    "... h": "a ga stats",
     "... K p": "gu",
-    "B K T p": "q k v y",
-    "B K 2 T": "stats",
     "d h": "D decoder",
     "h d": "atoms decoder_atoms",
     "d d": "U",
@@ -130,7 +129,7 @@ def check_ista(op, x, D, eta, lam, steps, lams=None, kernels=True, cast=False, *
     dtype = getattr(x, "dtype", None)  # what is not a tensor has none
     check_kinds(op, tensors, None if cast else dtype, acc_dtype(dtype) if kernels else None)
     if torch.compiler.is_compiling():  # shapes in sentences would be compiled in
-        return None
+        return ()
     if x.dim() == 0 or D.dim() != 2:
         shapes = f"got shapes {tuple(x.shape)} and {tuple(D.shape)}"
         raise misfit(op, f"expected x (..., d) and D (d, h), {shapes}")
@@ -160,7 +159,7 @@ def check_mssa(op, z, weight, bias, U, n_head, eps, kernels=True, cast=False, **
     dtype = mssa_dtype(z, U)
     check_kinds(op, tensors, None if cast else dtype, acc_dtype(dtype) if kernels else None)
     if torch.compiler.is_compiling():
-        return None
+        return ()
     if z.dim() == 0:
         raise misfit(op, "z must have at least one dimension, (..., d)")
     d = z.shape[-1]
@@ -172,31 +171,34 @@ def check_mssa(op, z, weight, bias, U, n_head, eps, kernels=True, cast=False, **
 
 
 def check_attention(op, q, k, v, kernels=True, cast=False, **others):
-    """Check q, k, v (B, K, T, p), and other tensors; kernels, cast: as for check_ista."""
+    """Check what the attention ops share, and other tensors; returns (dtype, *q.shape)."""
     tensors = dict(q=q, k=k, v=v, **others)
     dtype = getattr(q, "dtype", None)
     check_kinds(op, tensors, None if cast else dtype, acc_dtype(dtype))
     if torch.compiler.is_compiling():
-        return
-    if q.dim() != 4 or (kernels and not q.is_cpu):
-        problem = f"q has shape {tuple(q.shape)} on {q.device}"
-        raise misfit(op, f"{problem}, expected (B, K, T, p){' on the CPU' if kernels else ''}")
-    sizes = {**dict(zip("BKTp", q.shape)), "2": 2, "d": q.shape[-1]}
-    check_shapes(op, tensors, sizes, kernels)
+        return ()
+    if q.dim() != 4:
+        raise misfit(op, f"q has shape {tuple(q.shape)}, expected four dimensions")
+    check_shapes(op, tensors, {"d": q.shape[-1], "h": 2}, kernels)
+    return DTYPE_CODES.get(dtype), *q.shape
 
 
 # ---- calling C -----------------------------------------------------------------------------------
 
 
 def launch(kernel, scalars, inputs, outputs, strided=False):
-    """Call a function of kernels.h, on the device of its outputs; returns the outputs.
+    """Call a function of kernels.h, unless torch.compile only asks for the outputs; returns them.
 
-    strided: scalars tell the layout of inputs, else they are copied if they are not contiguous.
+    strided: inputs (.., .., .., p) are not made contiguous, and C is given their strides.
     None and empty tensors become null pointers. Raises UserError if this build has no CUDA kernels,
     and for an error that CUDA reports.
     """
+    if isinstance(outputs[0], FakeTensor):
+        return outputs
     # The lists keep copies alive while C reads them.
-    inputs = [t if t is None or strided else t.contiguous() for t in inputs]
+    inputs = [t if t is None or strided and t.stride(-1) == 1 else t.contiguous() for t in inputs]
+    if strided:
+        scalars = *scalars, *((0, 0, 0) if t is None else t.stride()[:3] for t in inputs)
     tensors = [*inputs, *outputs]
     addresses = [None if t is None or not t.numel() else t.data_ptr() for t in tensors]
     if outputs[0].device.type == "cpu":
@@ -249,15 +251,11 @@ def ista(x, D, decoder, lams, eta, lam, steps, keep):
     `keep` they are empty.
     """
     scalars = check_ista("ista", x, D, eta, lam, steps, lams, decoder=decoder)
-    results = ista_results(x, D, decoder, lams, eta, lam, steps, keep)
-    return launch("ista_forward", (*scalars, lam), (x, D, decoder, lams), results)
-
-
-def ista_results(x, D, decoder, lams, eta, lam, steps, keep):
     d, h = D.shape
     kept = steps - 1 if keep else 0, count_rows(x)
     y, a = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], h)
-    return y, a, x.new_empty(*kept, h), x.new_empty(*kept, d)
+    results = y, a, x.new_empty(*kept, h), x.new_empty(*kept, d)
+    return launch("ista_forward", (*scalars, lam), (x, D, decoder, lams), results)
 
 
 def ista_backward(x, D, decoder, lams, a, codes, residuals, gy, ga, eta, steps):
@@ -282,22 +280,15 @@ def ista_decode(x, D, atoms, decoder_atoms, lams, eta, lam, steps):
     op = "ista_decode"
     transposed = dict(atoms=atoms, decoder_atoms=decoder_atoms)
     scalars = check_ista(op, x, D, eta, lam, steps, lams, **transposed)
-    return launch(op, (*scalars, lam), (x, D, atoms, decoder_atoms, lams), decode_results(x, D))
-
-
-def decode_results(x, D, *_):
-    return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], D.shape[1])
+    results = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], D.shape[1])
+    return launch(op, (*scalars, lam), (x, D, atoms, decoder_atoms, lams), results)
 
 
 def mssa_project(z, weight, bias, U, n_head, eps):
     """LN(z) U as (..., K, p), in U's dtype. z has that dtype or is float32."""
     scalars = check_mssa("mssa_project", z, weight, bias, U, n_head, eps)
-    u = mssa_results(z, weight, bias, U, n_head)
+    u = z.new_empty(*z.shape[:-1], n_head, z.shape[-1] // n_head, dtype=U.dtype)
     return launch("mssa_project_forward", scalars, (z, weight, bias, U), (u,))[0]
-
-
-def mssa_results(z, weight, bias, U, n_head, *_):
-    return z.new_empty(*z.shape[:-1], n_head, z.shape[-1] // n_head, dtype=U.dtype)
 
 
 def mssa_project_backward(z, weight, bias, U, gu, eps):
@@ -314,58 +305,33 @@ def mssa_gradient(ctx, gu):
 
 
 def attention(q, k, v):
-    """(y (B, K, T, p), stats (B, K, 2, T): what backward needs of the scores).
-
-    k None: q; v None: k. Inputs are copied only if the p values of a head are not neighbours.
-    """
-    check_attention("attention", q, k, v)
-    return launch_attention("attention_forward", [q, k, v], attention_results(q, k, v))
+    """(y (B, T, K, p), two numbers for each of its rows for backward); k None: q; v None: k."""
+    scalars = check_attention("attention", q, k, v)
+    outputs = q.new_empty(q.shape), q.new_empty(*q.shape[:3], 2, dtype=acc_dtype(q.dtype))
+    return launch("attention_forward", scalars, (q, k, v), outputs, strided=True)
 
 
-def attention_results(q, k, v):
-    return empty_heads(q), q.new_empty(*q.shape[:2], 2, q.shape[2], dtype=acc_dtype(q.dtype))
+def attention_backward(q, k, v, y, stats, g):
+    """Gradients from y's, g: of q, k and v; for one that is None, added to that of what it is."""
+    scalars = check_attention("attention_backward", q, k, v, y=y, stats=stats, g=g)
+    outputs = stats, *empty_gradients(q, k, v)
+    return launch("attention_backward", scalars, (q, k, v, y, g), outputs, strided=True)[1:]
 
 
-def empty_heads(t):
-    """Room for (B, K, T, p), in memory (B, T, K, p), so that heads are joined without a copy."""
-    return t.new_empty(t.transpose(1, 2).shape).transpose(1, 2)
-
-
-def attention_backward(q, k, v, y, stats, gy):
-    """Gradients of q, k, v; one that is None has none, and its share is in that of what it is."""
-    check_attention("attention_backward", q, k, v, y=y, stats=stats, gy=gy)
-    gradients = attention_gradients(q, k, v)
-    launch_attention("attention_backward", [q, k, v, y, gy], (stats, *gradients))
-    return gradients
-
-
-def attention_gradients(q, k, v, *_):
-    return tuple(q.new_empty(0) if t is None else empty_heads(t) for t in (q, k, v))
-
-
-def launch_attention(kernel, heads, others):
-    """Call C with tensors (B, K, T, p) and their strides, then other tensors, which it returns."""
-    for i in (1, 2):
-        heads[i] = heads[i - 1] if heads[i] is None else heads[i]
-    heads = [t if t.stride(-1) == 1 else t.contiguous() for t in heads]
-    scalars = DTYPE_CODES[heads[0].dtype], *heads[0].shape, *(t.stride()[:3] for t in heads)
-    return launch(kernel, scalars, heads, others, strided=True)
-
-
-def attention_save(ctx, inputs, output):
+def save_all(ctx, inputs, output):
     ctx.save_for_backward(*inputs, *output)
 
 
-def attention_gradient(ctx, gy, _):
+def attention_gradient(ctx, g, _):
     op, saved = torch.ops.crate_kernels.attention_backward, ctx.saved_tensors
-    return tuple(if_given(op(*saved, gy), saved))
+    return tuple(if_given(op(*saved, g), saved))
 
 
 # ---- registration --------------------------------------------------------------------------------
 
 
 def register(function, fake, outputs, gradient=None, setup=save):
-    """Make a function the op torch.ops.crate_kernels.NAME; its fake only allocates the results.
+    """Make a function the op torch.ops.crate_kernels.NAME; fake allocates the results.
 
     outputs: how many tensors it returns. The names of its arguments tell their types. gradient and
     setup: how autograd goes back through it, and what that keeps.
@@ -382,10 +348,10 @@ def register(function, fake, outputs, gradient=None, setup=save):
     return op
 
 
-register(ista, ista_results, 4, ista_gradient)
+register(ista, ista, 4, ista_gradient)
 register(ista_backward, empty_gradients, 4)
-register(ista_decode, decode_results, 2)
-register(mssa_project, mssa_results, 1, mssa_gradient)
+register(ista_decode, ista_decode, 2)
+register(mssa_project, mssa_project, 1, mssa_gradient)
 register(mssa_project_backward, empty_gradients, 4)
-register(attention, attention_results, 2, attention_gradient, attention_save)
-register(attention_backward, attention_gradients, 3)
+register(attention_backward, attention_backward, 3)
+register(attention, attention, 2, attention_gradient, save_all)

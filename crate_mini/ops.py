@@ -55,7 +55,7 @@ def _choose(mode):
         return mode, "reference", f"plain PyTorch, faster than our kernels on {isa} processors"
     dtypes = " and ".join(str(dtype).removeprefix("torch.") for dtype in FASTER[isa])
     elsewhere = "the MSSA projection, few rows, other types or widths"
-    reason = f"{kernels}, for ISTA in {dtypes}; PyTorch where it is faster: {elsewhere}"
+    reason = f"{kernels}, for ISTA and attention in {dtypes}; PyTorch where faster: {elsewhere}"
     return mode, "fused", reason
 
 
@@ -116,6 +116,8 @@ def _is_faster(op, t, dtype):
     rows, d = fused.count_rows(t), t.shape[-1] if t.dim() else 0
     if t.is_cuda or d > _faster.get(dtype, -1):
         return False  # CUDA: not before it has been measured on a GPU
+    if op == "attention":
+        return rows * t.shape[-2] >= (2**16 if dtype == torch.bfloat16 else 2**19)
     if op == "ista_decode":  # where D is small, the overhead of a call decides
         return rows <= DECODE_ROWS and (dtype == torch.bfloat16 or d >= 256)
     # Packing D costs as much as the products of some rows. mssa_project: 0.7 to 1.05 times as fast.
@@ -178,9 +180,9 @@ def attention(q, k, v):
     dtype = _compute_dtype(q)
     if not _runs_fused("attention", q, dtype):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # The kernel adds the gradients of arguments that are the same.
-    k, v = None if k is q else k, None if v is k else v
-    return torch.ops.crate_kernels.attention(*_cast(dtype, q, k, v))[0]
+    heads = q, None if k is q else k, None if v is k else v  # the kernel adds their gradients
+    heads = [None if t is None else t.to(dtype).transpose(1, 2) for t in heads]
+    return torch.ops.crate_kernels.attention(*heads)[0].transpose(1, 2)
 
 
 def ista(x, D, eta, lam, steps, decoder=None):

@@ -89,6 +89,15 @@ def mssa(Z, U, scale=1.0, causal=True):
     return torch.einsum("knp,kdp->nd", attention(u, u, u, scale, causal), U)
 
 
+def attention(q, k, v, scale, causal=True):
+    """softmax(scale q k^T) v, head by head, no token seeing a later one; q, k, v (.., T, p)."""
+    scores = scale * q @ k.mT
+    if causal:
+        later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
 # ---- the sparsifier: proximal-gradient steps on the lasso ----------------------------------------
 
 
@@ -149,19 +158,6 @@ def mssa_project(z, weight, bias, U, n_head, eps=1e-5):
     x = F.layer_norm(z, z.shape[-1:], weight, bias, eps)
     u = x @ U  # U^T LN(z) of the paper
     return u.view(*z.shape[:-1], n_head, z.shape[-1] // n_head)
-
-
-def attention(q, k, v, scale=None, causal=True):
-    """softmax(scale q k^T) v, head by head, a token seeing no later one; scale None: 1 / sqrt(p).
-
-    q, k, v (.., T, p); returns (.., T, p).
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = scale * q @ k.mT
-    if causal:
-        later = torch.ones_like(scores, dtype=torch.bool).triu(1)
-        scores = scores.masked_fill(later, float("-inf"))
-    return scores.softmax(-1) @ v
 
 
 def ista(x, D, eta, lam, steps, decoder=None):

@@ -33,7 +33,14 @@ template <class T> struct Rows {
   T* operator+(int64_t i) const { return data + i * row; }
 };
 template <class T> Rows<T> head(const void* data, const Strides& s, int64_t b, int64_t k) {
-  return {(T*)data + b * s[0] + k * s[1], s[2]};
+  return {(T*)data + b * s[0] + k * s[2], s[1]};
+}
+
+// k null: it is q; v null: it is k.
+inline void share(const void* q, const Strides& q_strides, const void*& k, Strides& k_strides) {
+  if (k) return;
+  k = q;
+  k_strides = q_strides;
 }
 
 // A right side of K rows and N columns, packed once and used in parts.
@@ -187,10 +194,12 @@ template <class T> struct Backward {
 
 }  // namespace
 
-void attention_forward_cpu(int dtype, int64_t B, int64_t K, int64_t n, int64_t P, Strides q_strides,
+void attention_forward_cpu(int dtype, int64_t B, int64_t n, int64_t K, int64_t P, Strides q_strides,
                            Strides k_strides, Strides v_strides, const void* q, const void* k,
                            const void* v, void* y, void* stats, int threads) {
-  const Strides rows = {n * K * P, P, K * P};
+  share(q, q_strides, k, k_strides);
+  share(k, k_strides, v, v_strides);
+  const Strides rows = {n * K * P, K * P, P};
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
@@ -202,12 +211,14 @@ void attention_forward_cpu(int dtype, int64_t B, int64_t K, int64_t n, int64_t P
   });
 }
 
-void attention_backward_cpu(int dtype, int64_t B, int64_t K, int64_t n, int64_t P,
+void attention_backward_cpu(int dtype, int64_t B, int64_t n, int64_t K, int64_t P,
                             Strides q_strides, Strides k_strides, Strides v_strides,
                             Strides y_strides, Strides g_strides, const void* q, const void* k,
                             const void* v, const void* y, const void* gy, const void* stats,
                             void* gq, void* gk, void* gv, int threads) {
-  const Strides rows = {n * K * P, P, K * P};
+  share(q, q_strides, k, k_strides);
+  share(k, k_strides, v, v_strides);
+  const Strides rows = {n * K * P, K * P, P};
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)

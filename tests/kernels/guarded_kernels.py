@@ -148,24 +148,23 @@ class Kernels:
         return tensors(outputs)
 
     def attention(self, q, k, v):
-        """(y (B, T, K, p), stats (B, K, 2, T)) of q, k, v (B, K, T, p), with their strides."""
-        y = self.out(*q.transpose(1, 2).shape, dtype=q.dtype)
-        stats = self.out(*q.shape[:2], 2, q.shape[2], dtype=acc_dtype(q.dtype))
-        inputs = guard_strided(q, k, v)
-        self.run("attention_forward", attention_scalars(q, k, v), inputs, (y, stats))
-        return y.tensor, stats.tensor
+        """(y (B, T, K, p), stats (B, K, 2, T)) of q, k, v (B, T, K, p), taken with their strides.
+
+        k None: q; v None: k.
+        """
+        B, T, K, _ = q.shape
+        outputs = [
+            self.out(*q.shape, dtype=q.dtype),
+            self.out(B, K, 2, T, dtype=acc_dtype(q.dtype)),
+        ]
+        self.run("attention_forward", *strided(q, k, v), outputs)
+        return tensors(outputs)
 
     def attention_backward(self, q, k, v, y, stats, gy):
-        """(gq, gk or None, gv or None), (B, T, K, p); None: k is q, or v is k, and so their sums.
-
-        y and gy (B, K, T, p).
-        """
-        shape = q.transpose(1, 2).shape
-        gradients = [self.out(*shape, dtype=q.dtype) for _ in range(3)]
-        gradients[1] = None if k is q else gradients[1]
-        gradients[2] = None if v is k else gradients[2]
-        inputs = *guard_strided(q, k, v, y, gy), stats
-        self.run("attention_backward", attention_scalars(q, k, v, y, gy), inputs, gradients)
+        """[gq, gk, gv]; where k or v is None, so is its gradient."""
+        gradients = [None if t is None else self.out(*t.shape, dtype=t.dtype) for t in (q, k, v)]
+        scalars, inputs = strided(q, k, v, y, gy)
+        self.run("attention_backward", scalars, [*inputs, stats], gradients)
         return tensors(gradients)
 
 
@@ -219,15 +218,12 @@ class NaiveKernels(Kernels):
         return tensors([gx, gD, None if decoder is None else gdec, glam if want_lam else None])
 
 
-def guard_strided(*inputs):
-    """Guarded copies with the strides of the inputs; of a tensor that comes twice, the same one."""
-    copies = {id(t): Guarded.copy(t, t.stride()) for t in inputs}
-    return [copies[id(t)] for t in inputs]
-
-
-def attention_scalars(q, *others):
-    strides = [t.stride()[:3] for t in (q, *others)]
-    return DTYPE_CODES[q.dtype], *q.shape, *strides
+def strided(q, *others):
+    """(scalars, guarded copies) of tensors (B, T, K, p) that a kernel takes with their strides."""
+    inputs = q, *others
+    strides = [(0, 0, 0) if t is None else t.stride()[:3] for t in inputs]
+    copies = [None if t is None else Guarded.copy(t, t.stride()) for t in inputs]
+    return (DTYPE_CODES[q.dtype], *q.shape, *strides), copies
 
 
 def tensors(guarded):
