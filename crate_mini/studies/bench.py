@@ -5,8 +5,9 @@
                                                                   checked and timed
 
 A cell is the median and, after ±, half the distance of the quartiles. `products` is the floor: the
-matrix products alone. GFLOP/s and GB/s are those of `fused`: operations of the products, and the
-bytes that have to travel at least, each tensor once. `both` is forward and backward.
+matrix products alone; for attention, PyTorch's products around a softmax. GFLOP/s and GB/s are
+those of `fused`: operations of the products, and the bytes that have to travel at least, each
+tensor once. `both` is forward and backward.
 """
 
 import itertools
@@ -22,9 +23,11 @@ from crate_mini.studies import benchmarks
 from crate_mini.training.device import choose_device, keep_memory, machine
 
 DTYPES = ("bfloat16", "float32")
-OPS = ("ista", "mssa", "decode", "step")
+OPS = ("ista", "mssa", "attention", "decode", "step")
 # N rows, width d; h = 4 d
 SHAPES = ((8192, 128), (4096, 128), (4096, 384), (2048, 768), (3001, 100))
+# B texts of T tokens, K heads of width p
+HEADS = ((16, 256, 4, 32), (4, 1024, 4, 32), (16, 256, 12, 64), (16, 64, 4, 32))
 CONTESTANTS = ("fused", "eager", "compile", "products")
 
 
@@ -47,6 +50,9 @@ def cases(settings, device):
         if op == "step":
             for vocab in (50304, 4096, 256):
                 yield benchmarks.training_step(vocab, dtype, device)
+        elif op == "attention":
+            for kind, sizes in itertools.product(("mssa", "mhsa"), HEADS):
+                yield from benchmarks.attention(kind, *sizes, dtype, device)
         elif op == "decode":
             for d in (128, 768):
                 yield from benchmarks.decode(d, dtype, device)

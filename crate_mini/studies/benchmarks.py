@@ -127,7 +127,7 @@ def on(backend, run):
 
     def switched():
         with ops.use_backend(backend):
-            run()
+            return run()
 
     return switched
 
@@ -257,6 +257,54 @@ def mssa_problem(N, d, normal):
         [product, to_gradient],
         ((1 + wide) * N * d + d * d, (1 + 2 * wide) * N * d + 2 * d * d),
     )
+
+
+# ---- causal attention ----------------------------------------------------------------------------
+
+
+def product_attention(q, k, v):
+    """Two batched products around a softmax; keeps the (T, T) weights of every head."""
+    T, p = q.shape[-2:]
+    later = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    scores = torch.baddbmm(later, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=p**-0.5)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
+
+
+def attention(kind, B, T, K, p, dtype, device):
+    """K heads of width p over B texts of T tokens, forward and then both.
+
+    kind: mssa, where q = k = v, or mhsa. `eager` is PyTorch's scaled_dot_product_attention and
+    `products` is product_attention. Operations are counted below the diagonal.
+    """
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(4, B, T, K, p, generator=generator).to(device, dtype)
+    gy, *leaves = values
+    leaves = [t.clone().requires_grad_() for t in leaves[: 1 if kind == "mssa" else 3]]
+
+    def contestant(backend, f, backward):
+        @torch.set_grad_enabled(backward)
+        def run():
+            heads = [t.transpose(1, 2) for t in leaves]
+            y = f(*(heads * 3)[:3]).transpose(1, 2)
+            return torch.autograd.grad(y, leaves, gy) if backward else y
+
+        return on(backend, run)
+
+    for backward in (False, True):
+        contestants = {
+            "fused": contestant("fused", ops.attention, backward),
+            "eager": contestant("reference", ops.attention, backward),
+            "products": contestant("reference", product_attention, backward),
+        }
+        tensors = len(leaves) * (2 if backward else 1) + (3 if backward else 1)
+        yield Case(
+            f"attention {kind} {B}x{T} {K}x{p} {short_name(dtype)} "
+            f"{'both' if backward else 'forward'}",
+            contestants,
+            (7 if backward else 2) * B * K * T * T * p,
+            gy.element_size() * gy.numel() * tensors,
+            "products: baddbmm, softmax, bmm",
+        )
 
 
 # ---- versions of a kernel, slow to fast ----------------------------------------------------------

@@ -79,6 +79,19 @@ def test_gradcheck_mssa_project(biased):
     assert torch.autograd.gradcheck(f, (p["x"], p["weight"], p["bias"], p["U"]))
 
 
+@pytest.mark.parametrize("kinds", [(0, 0, 0), (0, 1, 1), (0, 1, 0), (0, 0, 1), (0, 1, 2)])
+def test_gradcheck_attention(kinds):
+    """With q, k and v the same or not, as MSSA, its corrections and MHSA have them."""
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(2, 2, 4, 3, generator=g, dtype=torch.float64) for _ in range(3)]
+    leaves = [t.requires_grad_() for t in leaves[: 1 + max(kinds)]]
+
+    def f(*leaves):
+        return ops.attention(*(leaves[i] for i in kinds))
+
+    assert torch.autograd.gradcheck(f, leaves)
+
+
 @pytest.mark.fuzz
 @given(
     seed=st.integers(0, 2**31),

@@ -18,7 +18,8 @@ from crate_mini import UserError, ops, reference
 from crate_mini import fused as compiled_ops
 from crate_mini.model import Block, Config
 
-NAMES = ["mssa_project", "ista", "ista, one step", "ista, tied", "ista_decode"]
+ROW_OPS = ["mssa_project", "ista", "ista, one step", "ista, tied", "ista_decode"]
+NAMES = [*ROW_OPS, "attention"]
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +51,10 @@ def call(name, t, module=ops):
     """The outputs of one op on these tensors, computed by ops or by reference."""
     if name == "mssa_project":
         return [module.mssa_project(t["z"], t["weight"], t["bias"], t["U"], 2)]
+    if name == "attention":
+        q = t["z"].unflatten(-1, (2, -1)).transpose(1, 2)
+        more = [q.shape[-1] ** -0.5] if module is reference else []
+        return [module.attention(q, q.flip(-2), q, *more).transpose(1, 2)]
     if name == "ista, one step":
         lams = t["lams"]
         if module is reference:  # which adds it to codes of the dtype that is computed in
@@ -135,7 +140,7 @@ def test_copies_live_while_a_kernel_reads_them(name, monkeypatch):
 
 
 @pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 3), (2, 0, 3), (1, 2, 3, 2)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ROW_OPS)
 def test_any_leading_shape(name, lead):
     t = example_tensors()
     t["z"] = t["x"] = torch.randn(*lead, 8, generator=torch.Generator().manual_seed(1))
@@ -158,6 +163,10 @@ def registered():
             z, weight, bias, U, x, D, decoder, lams = t.values()
             yield o.mssa_project, (z, weight, bias, U, 2, 1e-5)
             yield o.mssa_project, (transposed(z), weight, None, U, 4, 1e-5)
+            q, k, v = (w * z.unflatten(-1, (2, 4)) for w in (1, 2, 3))
+            for others in ((None, None), (k, None), (k, v), (None, v)):
+                yield o.attention, (q, *others)
+            yield o.attention, (q, q.transpose(2, 3).contiguous().transpose(2, 3), v)
             yield o.ista, (x, D, None, None, 0.3, 0.1, 2, True)
             yield o.ista, (x, D, None, None, 0.3, 0.1, 1, True)
             yield o.ista, (x, D, decoder, None, 0.3, 0.1, 2, True)
@@ -170,6 +179,9 @@ def registered():
         atoms = D.T.contiguous()
         yield o.ista_decode, (x, D, atoms, decoder.T, lams, 0.3, 0.0, 2)
         yield o.mssa_project_backward, (z, weight, None, U, u, 1e-5)
+        q, k, v = u, u + 1, u - 1
+        for others in ((None, None), (k, v)):
+            yield o.attention_backward, (q, *others, *o.attention(q, *others), k)
         yield o.ista_backward, (x, D, None, lams, *kept, y, None, 0.3, 3)
         yield o.ista_backward, (x, D, decoder, None, *kept, None, kept[0], 0.3, 3)
 
@@ -312,6 +324,7 @@ def test_the_environment_chooses(mode, output):
 
 t = example_tensors()
 z, weight, bias, U, x, D, decoder, lams = t.values()
+heads = z.unflatten(-1, (2, 4))  # (B, K, T, p)
 WRONG = [  # op, arguments, what the sentence must name
     (ops.ista, (x.double(), D, 0.1, 0.1, 2), "D"),
     (ops.ista, (x, D.T, 0.1, 0.1, 2), "D"),
@@ -357,6 +370,13 @@ WRONG = [  # op, arguments, what the sentence must name
     (ops.top_k, (x, 9), "k"),
     (ops.top_k, (x, 2.0), "k"),
     (ops.top_k, ([1.0], 1), "a"),
+    (ops.attention, (heads, heads, heads[..., :3]), "v"),
+    (ops.attention, (heads, heads[:, :, :1], heads), "k"),
+    (ops.attention, (heads, heads.double(), heads), "k"),
+    (ops.attention, (heads, heads.to("meta"), heads), "k"),
+    (ops.attention, (heads.int(), heads.int(), heads.int()), "int32"),
+    (ops.attention, (heads[0], heads[0], heads[0]), "q"),
+    (ops.attention, ([1.0], heads, heads), "q"),
 ]
 
 
@@ -428,6 +448,7 @@ def right_calls():
         (ops.ista, (x, D, 0.1, 0.1, 1)),
         (ops.ista_decode, (x, D, 0.1, 0.1, 2, decoder)),
         (ops.mssa_project, (z, weight, bias, U, 2)),
+        (ops.attention, (heads, heads + 1, heads)),
         *registered(),
     ]
 
@@ -488,7 +509,7 @@ def test_wrong_calls_never_crash(data):
 def test_auto_and_reference_answer_every_misfit_with_a_sentence(data):
     """A call with spoiled arguments works, or its refusal is a UserError; never another error."""
     for _ in range(20):
-        op, arguments = data.draw(st.sampled_from(right_calls()[:5]))
+        op, arguments = data.draw(st.sampled_from(right_calls()[:6]))
         arguments = list(arguments)
         arguments[data.draw(st.integers(0, len(arguments) - 1))] = junk(data.draw)
         mode = data.draw(st.sampled_from(["auto", "reference"]))
