@@ -32,6 +32,7 @@ SHAPES = {  # shape: the tensors that have it; "..." are the leading dimensions,
     "... K p": "gu",
     "d h": "D decoder",
     "h d": "atoms decoder_atoms",
+    "V d": "W",
     "d d": "U",
     "d": "weight bias",
     "h": "lam",
@@ -44,7 +45,7 @@ WIDE = ("lam", "weight", "bias", "stats")  # tensors in the dtype of sums
 NUMBERS = {  # type: the arguments that have it
     "float": "eta lam eps",
     "int": "steps n_head",
-    "bool": "keep needs_grad",
+    "bool": "keep needs_grad kernel",
     "ScalarType": "dtype",
 }
 TYPE_OF = {name: kind for kind, names in NUMBERS.items() for name in names.split()}

@@ -1,69 +1,105 @@
 """The language-model head: cross-entropy over the vocabulary, never holding all logits at once.
 
 The (B*T, V) float32 logits and their gradient would be by far the largest tensors of a small model.
-Here rows are processed in chunks that stay in cache: a chunk's logits, loss and gradient are
-computed and then overwritten by the next chunk's.
+Here rows are processed in chunks: a chunk's logits, loss and gradient are computed and then
+overwritten by the next chunk's. csrc/head_cpu.cpp does the same faster, where ops.py finds it so.
 """
 
 import torch
 
-from crate_mini import fused
+from crate_mini import fused, ops
 
-CHUNK = {"cpu": 2**20, "cuda": 2**26}  # logits at a time: they fit a CPU's cache, they fill a GPU
+CHUNK = {"cpu": 2**23, "cuda": 2**26}  # logits at a time: more rows per reading of W, more memory
+IGNORED = -100  # the target of a row that does not count, as in PyTorch
 
 
 def cross_entropy(x, W, targets):
     """Mean cross-entropy in nats of x (..., d) on the tied embedding W (V, d), targets (...) ids.
 
+    Rows whose target is -100 do not count; if none does, the loss is NaN and its gradients are 0.
     Under autocast the products run in the autocast dtype; the softmax, the loss and the sum of dW
     are float32. Value and gradients equal reference.cross_entropy up to that dtype's rounding.
+    Raises UserError if shapes, devices or ids do not fit.
     """
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    op = "cross_entropy"
+    fused.check_kinds(op, dict(x=x, W=W, targets=targets))
+    if not torch.compiler.is_compiling():
+        _check(op, x, W, targets)
+    dtype, kernel = ops.choose("head", x)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
-    op = torch.ops.crate_kernels.head
-    return op(x.flatten(0, -2), W, targets.flatten(), dtype, needs_grad)[0]
+    rows, ids = x.reshape(targets.numel(), x.shape[-1]), targets.flatten()
+    return torch.ops.crate_kernels.head(rows, W, ids, dtype, needs_grad, kernel)[0]
 
 
-def head(x, W, targets, dtype, needs_grad):
-    """Loss () float32 and its gradients in x (N, d) and W (V, d), which are empty unless needed."""
-    N = len(x)
-    rows = max(32, CHUNK.get(x.device.type, 2**20) // len(W))
+def _check(op, x, W, targets):
+    if x.dim() == 0:
+        raise fused.misfit(op, "x must have at least one dimension, (..., d)")
+    sizes = {"V": max(1, *W.shape[:1]), "d": x.shape[-1]}
+    fused.check_shapes(op, dict(x=x, W=W), sizes, kernels=False)
+    if targets.shape != x.shape[:-1] or targets.dtype not in (torch.int64, torch.int32):
+        kind = f"{targets.dtype} {tuple(targets.shape)}"
+        raise fused.misfit(op, f"targets is {kind}, expected int64 ids {tuple(x.shape[:-1])}")
+
+
+def head(x, W, targets, dtype, needs_grad, kernel):
+    """Loss () and its gradients in x (N, d) and W (V, d), which are empty unless needed.
+
+    Computed in dtype, by the compiled kernel or in chunks.
+    """
+    V = len(W)
+    bad = (targets >= V) | ((targets < 0) & (targets != IGNORED))
+    if targets.device.type == "cpu" and bad.any():  # on a GPU, to look would be to wait
+        problem = f"targets holds {targets[bad][0]}, expected ids below {V}, or {IGNORED} to ignore"
+        raise fused.misfit("cross_entropy", problem)
+    results = head_results(x, W, targets, dtype, needs_grad)
+    if kernel:
+        scalars = fused.DTYPE_CODES[dtype], len(x), *W.shape
+        return fused.launch("head", scalars, (x.to(dtype), W.to(dtype), targets.long()), results)
+    return _in_chunks(x.to(dtype), W.to(dtype), targets, *results)
+
+
+def head_results(x, W, targets, dtype, needs_grad, *_):
     wide = torch.promote_types(torch.float32, dtype)
-    x_cast, W_cast = x.to(dtype), W.to(dtype)
-    loss = x.new_zeros((), dtype=wide)
-    dx = torch.empty_like(x if needs_grad else x[:0])
-    dW = torch.zeros_like(W if needs_grad else W[:0], dtype=wide)
-    for i in range(0, N, rows):
-        chunk, ids = x_cast[i : i + rows], targets[i : i + rows, None]
-        logits = chunk @ W_cast.T  # (rows, V)
-        p = torch.softmax(logits, -1, dtype=wide)
+    shapes = (), x.shape if needs_grad else 0, W.shape if needs_grad else 0
+    return tuple(x.new_empty(shape, dtype=wide) for shape in shapes)
+
+
+def _in_chunks(x, W, targets, loss, dx, dW):
+    """The same in plain PyTorch, written to loss, dx and dW."""
+    rows = max(32, CHUNK.get(x.device.type, 2**20) // len(W))
+    counted = (targets != IGNORED).sum()
+    loss.zero_()
+    dW.zero_()
+    for i in range(0, len(x), rows):
+        chunk, ids = x[i : i + rows], targets[i : i + rows, None]
+        counts, ids = ids != IGNORED, ids.clamp(min=0).long()
+        logits = chunk @ W.T  # (rows, V)
+        p = torch.softmax(logits, -1, dtype=loss.dtype)
         # log sum exp = the largest logit - log its p, which cannot underflow
         largest_p, largest = p.max(-1, keepdim=True)
-        log_sum_exp = logits.gather(1, largest).to(wide) - largest_p.log()
-        loss += (log_sum_exp - logits.gather(1, ids).to(wide)).sum()
-        if needs_grad:  # d loss / d logits = (softmax - one-hot) / N
-            g = p.to(dtype).scatter_(1, ids, (p.gather(1, ids) - 1).to(dtype))
-            dx[i : i + rows] = g @ W_cast
-            dW += g.T @ chunk
-    return loss / N, dx.div_(N), dW.div_(N).to(W.dtype)
-
-
-def head_results(x, W, targets, dtype, needs_grad):
-    loss = x.new_empty((), dtype=torch.promote_types(torch.float32, dtype))
-    dx = torch.empty_like(x if needs_grad else x[:0])
-    dW = torch.empty_like(W if needs_grad else W[:0])
+        log_sum_exp = logits.gather(1, largest).to(loss.dtype) - largest_p.log()
+        losses = log_sum_exp - logits.gather(1, ids).to(loss.dtype)
+        loss += losses.where(counts, 0).sum()
+        if len(dW):  # d loss / d logits = (softmax - one-hot) / counted
+            g = p.to(x.dtype).scatter_(1, ids, (p.gather(1, ids) - 1).to(x.dtype))
+            dx[i : i + rows] = (g @ W) * counts
+            dW += g.T @ (chunk * counts)
+    loss /= counted
+    for gradient in (dx, dW):
+        gradient /= counted.clamp(min=1)
     return loss, dx, dW
 
 
 def _save(ctx, inputs, output):
+    ctx.dtypes = [t.dtype for t in inputs[:2]]
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, g, *_):
-    dx, dW = ctx.saved_tensors
-    return g.to(dx.dtype) * dx, g.to(dW.dtype) * dW, None, None, None
+    pairs = zip(ctx.saved_tensors, ctx.dtypes)
+    gradients = [(g * gradient).to(dtype) for gradient, dtype in pairs]
+    return *gradients, None, None, None, None
 
 
 fused.register(head, head_results, 3, _backward, _save)

@@ -28,6 +28,8 @@ FASTER = {
     "avx512": {torch.float32: math.inf},
     "avx2": {torch.float32: 128},
 }
+ON_CUDA = ("ista", "ista_decode", "mssa_project")  # the ops that have CUDA kernels
+HEAD_ROWS = 16  # W is packed in every call: fewer rows gain nothing
 DECODE_ROWS = 4  # without gradient, up to this many rows gain from skipping codes that are zero
 
 
@@ -55,7 +57,8 @@ def _choose(mode):
         return mode, "reference", f"plain PyTorch, faster than our kernels on {isa} processors"
     dtypes = " and ".join(str(dtype).removeprefix("torch.") for dtype in FASTER[isa])
     elsewhere = "the MSSA projection, few rows, other types or widths"
-    reason = f"{kernels}, for ISTA and attention in {dtypes}; PyTorch where faster: {elsewhere}"
+    kinds = f"ISTA, attention and the head in {dtypes}"
+    reason = f"{kernels}, for {kinds}; PyTorch where it is faster: {elsewhere}"
     return mode, "fused", reason
 
 
@@ -105,7 +108,7 @@ def _runs_fused(op, t, dtype):
     """Whether the kernels take this call on t (..., d) and its device, computing in dtype."""
     if _backend is None:
         raise UserError(_reason)
-    runnable = t.device.type == "cpu" or (t.is_cuda and _has_cuda and op != "attention")
+    runnable = t.device.type == "cpu" or (t.is_cuda and _has_cuda and op in ON_CUDA)
     if _backend != "fused" or not runnable:
         return False
     return _mode == "fused" or _is_faster(op, t, dtype)
@@ -120,6 +123,8 @@ def _is_faster(op, t, dtype):
         return rows * t.shape[-2] >= (2**16 if dtype == torch.bfloat16 else 2**19)
     if op == "ista_decode":  # where D is small, the overhead of a call decides
         return rows <= DECODE_ROWS and (dtype == torch.bfloat16 or d >= 256)
+    if op == "head":
+        return rows >= HEAD_ROWS
     # Packing D costs as much as the products of some rows. mssa_project: 0.7 to 1.05 times as fast.
     return op == "ista" and 3 * rows >= 2 * d
 
@@ -146,6 +151,12 @@ def _check_ista(op, x, D, eta, lam, steps, decoder=None):
     lams, number = (lam, 0.0) if isinstance(lam, Tensor) else (None, lam)
     kinds = dict(kernels=False, cast=_autocast(x))
     fused.check_ista(op, x, D, eta, number, steps, lams, **kinds, decoder=decoder)
+
+
+def choose(op, x):
+    """(dtype, whether the kernels run) of an op on x (..., d) that computes as a linear layer."""
+    dtype = _compute_dtype(x)
+    return dtype, _runs_fused(op, x, dtype)
 
 
 def _cast(dtype, *tensors):

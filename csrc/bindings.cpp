@@ -61,6 +61,7 @@ PYBIND11_MODULE(_C, m) {
   KERNEL(mssa_project_backward_cpu);
   KERNEL(attention_forward_cpu);
   KERNEL(attention_backward_cpu);
+  KERNEL(head_cpu);
 #ifdef CRATE_CUDA
 #define WITH_WORKSPACE(name) \
   KERNEL(name##_cuda);       \

@@ -96,6 +96,13 @@ void attention_backward_cpu(int dtype, int64_t B, int64_t T, int64_t K, int64_t 
                             Strides y_strides, Strides gy_strides, const void* q, const void* k,
                             const void* v, const void* y, const void* gy, const void* stats,
                             void* gq, void* gk, void* gv, int threads);
+// ---- the language-model head on the CPU; see head_cpu.cpp ----
+
+// Mean cross-entropy of the logits x W^T over the rows whose target is not negative, and its
+// gradients. x (N, d); W (V, d), V >= 1; targets (N) int64 below V; loss (1) acc, NaN if no row
+// counts; gx (N, d) acc and gW (V, d) acc, both or null.
+void head_cpu(int dtype, int64_t N, int64_t V, int64_t d, const void* x, const void* W,
+              const void* targets, void* loss, void* gx, void* gW, int threads);
 
 // ---- instruction sets of the CPU kernels, slow to fast; see product_cpu.cpp ----
 

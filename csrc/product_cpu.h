@@ -113,6 +113,12 @@ template <class T> struct Isa {
   void (*round_rows)(int64_t M, int64_t n, const Acc<T>* sums, int64_t ld, const Acc<T>* scale,
                      T* out, int64_t row);
 
+  // One block of softmax for M rows S (M, n), n a multiple of cols: top becomes the maximum of top
+  // and the row; E (M, n) = exp(S - top), or is null; factor = exp(old top - top); and sum becomes
+  // factor sum + the row of E summed.
+  void (*exponentials)(int64_t M, int64_t n, const Acc<T>* S, Acc<T>* top, Acc<T>* sum,
+                       Acc<T>* factor, T* E);
+
   Left<T> plain(const T* A, int64_t columns) const { return {A, columns, group, rows * columns}; }
   Left<T> transposed(const T* strips, int64_t K) const {
     return {strips, group, rows * group, rows * round_up(K)};

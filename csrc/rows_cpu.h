@@ -111,7 +111,7 @@ void combine(int64_t K, const Acc<T>* A, const T* rows, int64_t stride, int64_t 
 template <class T> constexpr Isa<T> table() {
   return {ROWS, 2 * W<T>, GROUP<T>, sizeof(Packed<T>), pack<T>, product<T>, interleave<T>,
           norm<T>, norm_backward<T>, combine<T>, softmax<T>, softmax_backward<T>, row_dots<T>,
-          round_rows<T>};
+          round_rows<T>, exponentials<T>};
 }
 
 }  // namespace ISA

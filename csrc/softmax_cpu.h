@@ -1,4 +1,5 @@
-// Included by rows_cpu.h, once per instruction set: what attention does between its products.
+// Included by rows_cpu.h, once per instruction set: what attention and the head do between their
+// products.
 //
 // Scores and weights are tiles with rows ld apart, ld a multiple of the vector width W, so whole
 // vectors can be read and written to the end of every row.
@@ -129,6 +130,32 @@ void round_rows(int64_t M, int64_t n, const Acc<T>* sums, int64_t ld, const Acc<
   for (int64_t i = 0; i < M; i++, sums += ld, out += row)
     for (int64_t j = 0; j < n; j += W<T>)
       store(out + j, load(sums + j) * (scale ? scale[i] : Acc<T>(1)), n - j);
+}
+
+// ---- softmax over columns that come block by block ----
+
+// See Isa. A NaN in S is lost in the maximum and found again in the sum.
+template <class T>
+void exponentials(int64_t M, int64_t n, const Acc<T>* S, Acc<T>* top, Acc<T>* sum, Acc<T>* factor,
+                  T* E) {
+  for (int64_t i = 0; i < M; i++, S += n, E += E ? n : 0) {
+    Vec<T> largest = top[i] - Vec<T>{}, added{};
+    for (int64_t j = 0; j < n; j += W<T>) {
+      Vec<T> v = load(S + j);
+      largest = (v > largest) ? v : largest;
+    }
+    Acc<T> before = top[i];
+    for (int64_t l = 0; l < W<T>; l++) top[i] = largest[l] > top[i] ? largest[l] : top[i];
+    // Where every value so far is -inf, exp(-inf - 0) = 0.
+    Acc<T> shift = top[i] == -__builtin_huge_val() ? 0 : top[i];
+    for (int64_t j = 0; j < n; j += W<T>) {
+      Vec<T> e = exponential(load(S + j) - shift);
+      added += e;
+      if (E) store(E + j, e);
+    }
+    factor[i] = exponential(before - shift - Vec<T>{})[0];
+    sum[i] = sum[i] * factor[i] + total(added);
+  }
 }
 
 }  // namespace ISA
