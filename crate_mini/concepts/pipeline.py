@@ -75,6 +75,7 @@ class Pipeline:
         self.seeds = terminal.number_list(settings.seeds, "--seeds", whole_number, "0,1,2")
         self.methods = choose_methods(settings.methods)
         self.stamps = {}  # by stage
+        self.made_with = {}  # by stage: the values that its stamp is a digest of
         self.out = folder(settings, ckpt)
         self.out.mkdir(parents=True, exist_ok=True)
         llm_ratings.check(self.judges, self.out, settings)
@@ -98,6 +99,7 @@ class Pipeline:
         """
         values = {name: getattr(self.settings, name) for name in names}
         values |= {**more, "before": self.stamps.get(before)}
+        self.made_with[stage] = values
         text = json.dumps([stage, values], sort_keys=True)
         self.stamps[stage] = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self.stamps[stage]
@@ -111,7 +113,7 @@ class Pipeline:
             if content.get("made") == stamp and not content.get("stopped"):
                 return content
         print(name, flush=True)
-        content = {"made": stamp, **make()}
+        content = {"made": stamp, "made_with": self.made_with[name], **make()}
         results.write_json(path, content)
         return content
 

@@ -3,6 +3,8 @@
 `run` is always a pipeline.Pipeline whose stages are done.
 """
 
+from dataclasses import asdict
+
 import numpy as np
 
 from crate_mini.concepts import codebook_checks, concept_words, faithfulness
@@ -37,6 +39,7 @@ def collect(run):
         **checkpoint.result_header("interpret.py", run.ckpt, run.meta, run.model.lm),
         "seed": run.seeds[0],
         "seeds": run.seeds,
+        "settings": asdict(run.settings),
         "layers": run.layers,
         "k": run.k,
         "classes": run.vectors.classes,

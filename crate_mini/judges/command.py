@@ -217,6 +217,7 @@ def llm_row(row, entry, names, llm):
     new_row = protocols.score_row(
         row["site"], row["layer"], row["neuron"], row, row["label"], {}, scores
     )
+    new_row["made_with"] = row.get("made_with")
     if entry:
         kept = ("explanations", "simulated", "failed", "reasons")
         new_row["llm"] = {name: entry[name] for name in kept}

@@ -1,6 +1,6 @@
 """`interpret.py layers`: rates, sparsity, lasso objective and dictionary, layer by layer."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from crate_mini.cli import setting
 from crate_mini.console import results, terminal
@@ -61,6 +61,7 @@ def run(settings, ckpt):
         meta,
         model,
         seed=seed,
+        settings=asdict(settings),
         corpus=corpus.meta,
         window=config.block_size,
         tokens=windows.tokens,

@@ -5,6 +5,7 @@ from html import escape
 
 import numpy as np
 
+from crate_mini.neurons.summary import redrawn_notes
 from crate_mini.plots.svg import Plot, count_ticks
 
 ABOUT = {  # metric: its note in the table of means
@@ -147,12 +148,13 @@ def means(summary):
     notes = [
         "All layers: the mean of the layers’ means. As the paper averages: without the last layer "
         "at 6 and 12 layers; variance of the layers’ means. One training seed.",
+        *redrawn_notes(summary["sites"].values()),
         *summary.get("what_the_simulator_saw", {}).values(),
     ]
     paragraphs = "".join(f"<p>{escape(note)}</p>" for note in notes)
     return (
         '<div class="wide"><table class="means"><thead><tr><th scope="col">mean over live neurons'
-        f"<small>with its 95 % interval, neurons redrawn</small></th>{head}</tr></thead>"
+        f"<small>with its 95 % interval; ± over splits of documents</small></th>{head}</tr></thead>"
         f'<tbody>{"".join(rows)}</tbody></table></div><div class="saw">{paragraphs}</div>'
     )
 
@@ -179,6 +181,8 @@ def _cell(statistic, n):
         count = f"layers {', '.join(map(str, statistic['layers']))}"
     else:
         bounds = f"{_two(low)} to {_two(high)}" if statistic.get("ci95") else "no interval"
+        if statistic.get("split_sd") is not None:
+            bounds += f", ±{statistic['split_sd']:.3f}"
         count = _count(statistic, n)
     return (
         f"<td><b>{mean:.3f}</b> <small>{bounds}</small>"

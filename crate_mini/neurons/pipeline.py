@@ -57,8 +57,12 @@ def run(work, start="record", until="report"):
         raise UserError(
             f"--until {until} comes before --from {start}; the order is {', '.join(names)}."
         )
-    if start != names[0]:
-        work.check_record()  # refuse at once a record that these settings do not fit
+    if start != names[0]:  # refuse at once files that these settings do not fit
+        work.check_record()
+        for stage in chosen:
+            for earlier in set(READS.get(stage, ())) - set(chosen):
+                for site in work.sites:
+                    work.check_file(earlier, site)
     for name in chosen:
         began = time.monotonic()
         try:
@@ -297,6 +301,7 @@ def _joined(blocks, axis):
     return joined
 
 
+READS = {"simulate": ("select", "explain"), "score": ("simulate", "select", "explain")}
 STAGES = {
     "record": record_sites,
     "select": select_excerpts,

@@ -37,6 +37,9 @@ def score_neurons(work):
         site_rows, site_shown, spreads[site.name] = _score_site(work, site)
         rows += site_rows
         shown += site_shown
+    made_with = work.made_with
+    for row in (*rows, *shown):
+        row["made_with"] = made_with
     results.write_rows(work.folder / "scores.jsonl", rows)
     results.write_rows(work.folder / "excerpts.jsonl", shown)
     header = work.record.header
@@ -49,6 +52,7 @@ def score_neurons(work):
         "machine": header["machine"],
         "record": header,
         "match_density": work.density or None,
+        "made_with": made_with,
         **summarised,
         "spread": spreads,
     }

@@ -47,6 +47,11 @@ def read_summary(folder, rows):
             f"the scores in {folder} are of another record than the one there now; score again "
             "with `python interpret.py neurons CKPT --from select`."
         )
+    if any(row.get("made_with") != summary.get("made_with") for row in rows):
+        raise UserError(
+            f"{folder / 'scores.jsonl'} and summary.json were made with different settings; score "
+            "again with `python interpret.py neurons CKPT --from score`."
+        )
     counted = Counter(row["site"] for row in rows)
     for site, statistics in summary.get("sites", {}).items():
         total = statistics["n"].get("neurons", {}).get("total", counted[site])
@@ -82,7 +87,7 @@ def read(folder):
     neurons = []
     for row in rows:
         name = row["site"], row["neuron"]
-        if name not in shown:
+        if name not in shown or shown[name].get("made_with") != row.get("made_with"):
             raise UserError(
                 f"{folder / 'excerpts.jsonl'} lacks neuron {name[1]} of {name[0]}; score again "
                 "with `python interpret.py neurons CKPT --from score`."

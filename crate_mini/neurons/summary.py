@@ -6,6 +6,7 @@ the live neurons.
 """
 
 import itertools
+import textwrap
 from collections import Counter
 
 import numpy as np
@@ -20,6 +21,7 @@ ORDER = (*CORRELATIONS, "f1", "auprc", "f1_chance", *PROTOCOLS)
 SPARSE = 0.01  # density below which more windows are wanted
 WINDOWS = {"dense": 50, "sparse": 200}  # uniform windows wanted for dense and sparse neurons
 PAPER_DROPS_LAST = (6, 12)  # layers of the models whose last layer the paper leaves out
+WIDTH = 100  # of a line of notes
 SITES_ACROSS = 5  # sites next to one another in a printed table
 
 
@@ -308,14 +310,8 @@ def _notes_on_counts(sites):
         "n = live + dead + undefined + failed; mean over the live [95 % interval], with\n"
         "± the standard deviation over splits of the documents into fit and score"
     )
-    redrawn = {}
-    for site in sites:
-        for metric, statistic in site.items():
-            sources = statistic.get("redrawn") if isinstance(statistic, dict) else None
-            if sources:
-                redrawn.setdefault(" and ".join(sources), {})[metric] = True
-    for sources, metrics in redrawn.items():
-        text += f"\nredrawn for the intervals of {', '.join(metrics)}: {sources}"
+    for sentence in redrawn_notes(sites):
+        text += f"\n{textwrap.fill(sentence, WIDTH)}"
     few = sum(site["n"].get("few_windows", 0) for site in sites)
     if few:
         text += (
@@ -332,6 +328,20 @@ def _notes_on_counts(sites):
             "they seldom fire)"
         )
     return "\n\n".join([text, "\n".join(lines)]) if lines else text
+
+
+def redrawn_notes(sites):
+    """Sentences on what was redrawn for the intervals of the sites' means."""
+    metrics_by_sources = {}
+    for site in sites:
+        for metric, statistic in site.items():
+            if isinstance(statistic, dict) and statistic.get("ci95"):
+                sources = ", ".join(statistic.get("redrawn", ["neurons"]))
+                metrics_by_sources.setdefault(sources, {})[metric] = True
+    return [
+        f"redrawn for the intervals ({sources}): {', '.join(metrics)}"
+        for sources, metrics in metrics_by_sources.items()
+    ]
 
 
 def _site_columns(sites):

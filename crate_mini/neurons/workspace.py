@@ -1,5 +1,7 @@
 """The state that the stages of `interpret.py neurons` share: model, text, settings, files."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +16,8 @@ from crate_mini.neurons.documents import FitScoreSplit
 from crate_mini.neurons.record import max_bigrams
 from crate_mini.neurons.simulators import SAW, NgramTable
 
+FACTS = ("stamp", "neurons", "before")  # in the file of a stage: what it was made from
 EXCERPT_ARRAYS = ("tokens", "acts", "doc", "origin")  # the fields of Excerpts that `select` keeps
-ONE_ROW_A_NEURON = {"select": "openai_tar_fit_tokens", "simulate": "openai_tar_ngram"}
 TEXT_FACTS = ("text_sha256", "tokenizer_hash", "val_fraction")  # of Corpus.meta: which text it is
 
 
@@ -24,7 +26,8 @@ class Workspace:
     """A model with its text, the settings of the command, and the folder that holds all files.
 
     A stage reads the files of earlier stages and writes its own. Each file carries the stamp of
-    the record it was made from, so that files of two records never mix.
+    the record it was made from and the choices that it depends on, so that files of two records,
+    or of two choices, never mix.
     """
 
     model: object
@@ -85,6 +88,9 @@ class Workspace:
             weights = recorded.get(site.name, {}).get("sha256")
             if weights not in (None, site.sha256):
                 yield f"is of another autoencoder {site.sae}, which has been trained again since"
+        splits = self.folder / "splits.json"
+        if self.splits and not splits.exists():
+            yield f"was made with --splits 0, not {self.splits}"
         complete = len(record.shared["pairs"]) < max_bigrams(
             sum(site["width"] for site in header["sites"])
         )
@@ -177,25 +183,72 @@ class Workspace:
 
     def write(self, stage, site, arrays):
         """Write {name: array} of a stage, to be read with `read`."""
+        facts = {
+            "stamp": np.array(self.record.header["stamp"]),
+            "neurons": self.neurons(site),
+            "before": np.array(self._before(stage, site)),
+        }
         with atomic_write(self.file(stage, site)) as file:
-            np.savez(file, stamp=np.array(self.record.header["stamp"]), **arrays)
+            np.savez(file, **facts, **arrays)
 
     def read(self, stage, site):
         """The arrays that a stage wrote for a site, as attributes of a namespace.
 
-        Raises UserError if the file is missing, damaged or made from another record.
+        Raises UserError as `check_file` does.
         """
+        self.check_file(stage, site)
+        return SimpleNamespace(**npz.arrays(self.file(stage, site), _make(stage)))
+
+    def check_file(self, stage, site):
+        """Raise UserError unless the file of a stage for a site can be used.
+
+        It may be missing or damaged, or made from another record, for other neurons, or before a
+        file that it was made from was made again.
+        """
+        if stage == "explain":
+            self.explanations(site)
+            return
         path = self.file(stage, site)
-        arrays = npz.arrays(path, f"make it with --from {stage}")
-        if str(arrays.pop("stamp", "")) != self.record.header["stamp"]:
+        facts = npz.arrays(path, _make(stage), FACTS)
+        if str(facts["stamp"]) != self.record.header["stamp"]:
             raise UserError(f"{path} is of another record; make it again with --from {stage}.")
-        n, wanted = len(arrays[ONE_ROW_A_NEURON[stage]]), len(self.neurons(site))
-        if n != wanted:
+        neurons, wanted = facts["neurons"], self.neurons(site)
+        if not np.array_equal(neurons, wanted):
+            differs = f"{len(neurons)} neurons, not of {len(wanted)}"
+            if len(neurons) == len(wanted):
+                differs = "other neurons"
             raise UserError(
-                f"{path} is of {n} neurons, not of {wanted}; make it again with --from {stage}, or "
-                f"give the --n that it was made with."
+                f"{path} is of {differs}; make it again with --from {stage}, or give the --n that "
+                "it was made with."
             )
-        return SimpleNamespace(**arrays)
+        if str(facts["before"]) != self._before(stage, site):
+            raise UserError(
+                f"{path} is older than what it was made from; make it again with --from {stage}."
+            )
+
+    def _before(self, stage, site):
+        """A digest of what a stage reads of the stages before it; "" for the first."""
+        if stage == "select":
+            return ""
+        path = self.file("select", site)
+        if not path.exists():
+            raise UserError(f"{path} is missing; make it with --from select.")
+        digest = hashlib.sha256(path.read_bytes())
+        labels = [line["label"] for line in self.explanations(site)]
+        digest.update(json.dumps(labels).encode())
+        return digest.hexdigest()[:16]
+
+    @property
+    def made_with(self):
+        """What the scores of these settings are made with: a JSON-able dict."""
+        return {
+            "record": self.record.header["stamp"],
+            "n": self.n,
+            "controls": list(self.controls),
+            "match_density": self.density or None,
+            "splits": self.splits,
+            "trie": self.trie,
+        }
 
     def selected(self, arrays, protocol, part, i):
         """The excerpts of the i-th scored neuron, without padding; arrays: what `select` wrote."""
@@ -233,11 +286,22 @@ class Workspace:
         scored = [(row["site"], row["neuron"]) for row in rows]
         wanted = [(site.name, j) for site in self.sites for j in self.neurons(site).tolist()]
         saw = summary.get("what_the_simulator_saw", {})
-        if sorted(scored) != sorted(wanted) or set(saw) != set(self.saw):
+        same = {"n": self.n}  # two of them may choose the same neurons
+        made_with = {**summary.get("made_with", self.made_with), **same}
+        if (
+            sorted(scored) != sorted(wanted)
+            or set(saw) != set(self.saw)
+            or made_with != {**self.made_with, **same}
+        ):
             raise UserError(
-                f"the scores in {self.folder} are of other --layers, --n, --controls or --trie "
-                "than these; give the same again, or score again with --from select."
+                f"the scores in {self.folder} are of other --layers, --n, --controls, --trie "
+                "or --splits than these; give the same again, or score again with --from select."
             )
+
+
+def _make(stage):
+    """The end of a sentence about a file that cannot be used."""
+    return f"make it with --from {stage}"
 
 
 def _origin(header):

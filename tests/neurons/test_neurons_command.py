@@ -10,7 +10,7 @@ import torch
 
 import interpret
 from crate_mini import model
-from crate_mini.console import terminal
+from crate_mini.console import results, terminal
 from crate_mini.data.batches import open_corpus
 from crate_mini.data.tokenizer import load_tokenizer
 from crate_mini.judges import language_model
@@ -71,7 +71,7 @@ def call(place, monkeypatch, capsys):
 
 
 def test_neurons_then_their_pages(place, call):
-    code, printed, err = call("neurons best --n 9 --trie 1 --tokens 9000")
+    code, printed, err = call("neurons best --n 9 --trie 1 --splits 1 --tokens 9000")
     assert not code, err
     assert not err
     metrics = ("token_r", "ngram_r", "label_r@10", "null_r", "init_r")
@@ -111,7 +111,7 @@ def test_features_of_an_autoencoder(place, call):
     )
     assert not code, err
     sae = "features/sae-L0-x2-k4.pt"
-    code, _, err = call(f"neurons best --sae {sae} --n 5 --tokens 9000 --out features")
+    code, _, err = call(f"neurons best --sae {sae} --n 5 --tokens 9000 --splits 0 --out features")
     assert not code, err
     folder = place / "features" / "sae"
     assert (folder / "index.html").exists()
@@ -122,14 +122,16 @@ def test_features_of_an_autoencoder(place, call):
 
 
 def test_match_density_has_a_folder_of_its_own(place, call):
-    code, _, err = call("neurons best --match-density 0.05 --layers 0 --n 5 --tokens 9000")
+    code, _, err = call(
+        "neurons best --match-density 0.05 --layers 0 --n 5 --tokens 9000 --splits 0"
+    )
     assert not code, err
     rows = read_rows(place / "interpret" / "density-0.05" / "scores.jsonl")
     assert max(row["density"] for row in rows) < 0.1
 
 
 def test_a_stage_alone(place, call):
-    words = "neurons best --n 3 --tokens 9000 --layers 0 --out alone"
+    words = "neurons best --n 3 --tokens 9000 --splits 0 --layers 0 --out alone"
     folder = place / "alone"
     assert not call(f"{words} --until select")[0]
     selected = {path.name for path in folder.iterdir()}
@@ -152,7 +154,7 @@ def scores(folder):
 
 def test_stages_with_other_settings_refuse_or_do_as_a_fresh_run(place, call):
     """Never a mixture of files that were made with different choices."""
-    words = "neurons best --tokens 9000 --out choices"
+    words = "neurons best --tokens 9000 --splits 1 --out choices"
     assert not call(f"{words} --n 5 --trie 1")[0]
     before = (place / "choices" / "scores.jsonl").read_bytes()
     (place / "other.txt").write_text((place / "text.txt").read_text()[:30_000])
@@ -168,10 +170,12 @@ def test_stages_with_other_settings_refuse_or_do_as_a_fresh_run(place, call):
         (
             "report",
             "--n 5 --trie 1 --controls none",
-            "of other --layers, --n, --controls or --trie",
+            "of other --layers, --n, --controls, --trie or --splits",
         ),
-        ("report", "--n 4 --trie 1", "of other --layers, --n, --controls or --trie"),
+        ("report", "--n 4 --trie 1", "of other --layers, --n, --controls, --trie or --splits"),
         ("explain", "--n 4", "select-L0.npz is of 5 neurons, not of 4"),
+        ("score", "--n 5 --trie 1 --splits 2", "has 1 other splits, not --splits 2"),
+        ("report", "--n 5 --trie 1 --splits 0", "--controls, --trie or --splits than these"),
     ):
         code, _, err = call(f"{words} --from {stage} {changes}")
         assert (code, err.count("\n")) == (2, 1), (stage, changes, err)
@@ -179,16 +183,62 @@ def test_stages_with_other_settings_refuse_or_do_as_a_fresh_run(place, call):
     assert (place / "choices" / "scores.jsonl").read_bytes() == before
     for changes in ("--controls none", "--controls shuffle", "--layers 0 --controls none"):
         assert not call(f"{words} --n 5 --trie 1 --from select {changes}")[0]
-        assert not call(f"neurons best --tokens 9000 --n 5 --trie 1 {changes} --out fresh")[0]
+        fresh = f"neurons best --tokens 9000 --splits 0 --n 5 --trie 1 {changes} --out fresh"
+        assert not call(fresh)[0]
         assert scores(place / "choices") == scores(place / "fresh"), changes
     code, _, err = call(f"{words} --n 5 --trie 1 --from score")
     assert code == 2 and "made without --controls init" in err
+    code, _, err = call("neurons best --tokens 9000 --n 5 --out fresh --from select")
+    assert code == 2 and "was made with --splits 0, not 3" in err
+
+
+def test_a_stage_made_again_outdates_those_after_it(place, call):
+    """Labels of other tables, scores half written: nothing is mixed with what came before."""
+    words = "neurons best --tokens 9000 --n 3 --layers 0 --splits 0 --controls none --out chain"
+    folder = place / "chain"
+    assert not call(words)[0]
+    lines = read_rows(folder / "explain-L0.jsonl")
+    lines[0]["label"]["rest"] = 9.0
+    results.write_rows(folder / "explain-L0.jsonl", lines)
+    code, _, err = call(f"{words} --from score")
+    assert code == 2 and "simulate-L0.npz is older than what it was made from" in err
+    assert not call(f"{words} --from explain")[0]
+    rows = read_rows(folder / "scores.jsonl")
+    assert all(row["made_with"]["n"] == 3 for row in rows)
+    for name in ("scores.jsonl", "excerpts.jsonl"):
+        before = (folder / name).read_bytes()
+        rows = read_rows(folder / name)
+        results.write_rows(folder / name, [{**row, "made_with": {"n": 0}} for row in rows])
+        code, _, err = call(f"{words} --from report")
+        assert code == 2 and "--from score" in err, name
+        (folder / name).write_bytes(before)
+    (folder / "select-L0.npz").unlink()
+    code, _, err = call(f"{words} --from score")
+    assert code == 2 and "select-L0.npz is missing; make it with --from select" in err
+
+
+def test_the_spread_over_splits_stands_next_to_each_mean(place, call):
+    words = "neurons best --tokens 9000 --n 5 --layers 0 --splits 2 --controls shuffle --out spread"
+    code, printed, err = call(words)
+    assert not code, err
+    assert "one document" in printed  # all of the text
+    summary = json.loads((place / "spread" / "summary.json").read_text())
+    splits = summary["spread"]["L0"]["splits"]
+    assert {len(means) for means in splits.values()} == {3}
+    ngram = summary["sites"]["L0"]["ngram_r"]
+    assert ngram["split_sd"] == pytest.approx(np.std(splits["ngram_r"], ddof=1))
+    assert splits["ngram_r"][0] == pytest.approx(ngram["mean"], abs=1e-4)  # the split in use
+    assert ngram["redrawn"] == ["documents", "splits", "neurons"]  # 5 of 128 were drawn
+    assert f"] ±{ngram['split_sd']:.3f}" in printed
+    assert not (place / "spread" / "split").exists()
+    for metric in ("token_r", "null_r", "f1", "auprc", "openai_tar[ngram]"):
+        assert "documents" in summary["sites"]["L0"][metric]["redrawn"], metric
 
 
 def test_one_layer_of_a_record_that_had_no_room_for_all_bigrams(place, call, monkeypatch):
     """Alone it would have had room for more, and so have another table."""
     monkeypatch.setattr(record, "BIGRAM_BYTES", 4 * 2 * 128 * 10)  # ten for two layers of 128
-    words = "neurons best --n 2 --tokens 9000 --controls none --out bigrams"
+    words = "neurons best --n 2 --tokens 9000 --splits 0 --controls none --out bigrams"
     assert not call(f"{words} --until record")[0]
     code, _, err = call(f"{words} --from select --layers 0")
     assert code == 2 and "is of L0, L1, which share its room for bigrams" in err
@@ -197,7 +247,7 @@ def test_one_layer_of_a_record_that_had_no_room_for_all_bigrams(place, call, mon
 
 def test_features_of_an_autoencoder_that_was_trained_again(place, call):
     sae = "sae best --layer 0 --k 3 --expansion 2 --batch 32 --tokens 300 --out again --steps"
-    words = "neurons best --sae again/sae-L0-x2-k3.pt --n 3 --tokens 9000 --out again"
+    words = "neurons best --sae again/sae-L0-x2-k3.pt --n 3 --tokens 9000 --splits 0 --out again"
     assert not call(f"{sae} 9")[0] and not call(words)[0]
     assert not call(f"{words} --from select")[0]
     assert not call(f"{sae} 12")[0]
@@ -207,7 +257,7 @@ def test_features_of_an_autoencoder_that_was_trained_again(place, call):
 
 def test_densities_that_look_alike_have_folders_of_their_own(place, call):
     for share in ("0.0500001", "0.05000012"):
-        words = f"neurons best --match-density {share} --layers 0 --n 1 --tokens 9000"
+        words = f"neurons best --match-density {share} --layers 0 --n 1 --tokens 9000 --splits 0"
         assert not call(f"{words} --until record --out alike")[0]
         assert (place / "alike" / f"density-{share}" / "record.json").exists()
 
@@ -262,7 +312,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(words, reason, call):
 
 
 def test_a_full_disk_is_one_sentence_and_finished_stages_stay(place, call, monkeypatch):
-    words = "neurons best --n 3 --tokens 9000 --layers 0 --out full"
+    words = "neurons best --n 3 --tokens 9000 --splits 0 --layers 0 --out full"
 
     def contents():
         files = [path for path in (place / "full").iterdir() if path.is_file()]
@@ -284,7 +334,7 @@ def test_a_full_disk_is_one_sentence_and_finished_stages_stay(place, call, monke
 
 
 def test_an_endpoint_that_is_down_and_a_key_that_is_missing(place, call, monkeypatch):
-    words = "neurons best --n 3 --tokens 9000 --layers 0 --controls none --out words"
+    words = "neurons best --n 3 --tokens 9000 --splits 0 --layers 0 --controls none --out words"
     assert not call(words)[0]
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     impatient = partial(language_model.HttpClient, sleep=lambda seconds: None)
