@@ -130,6 +130,13 @@ def bootstrap_interval(groups, draws=1000, seed=0, weights=None):
     return bounds[:, 0].tolist() if np.ndim(groups[0]) == 1 else bounds
 
 
+def pseudo_values(statistic, sums):
+    """(D, ..) jackknife pseudo-values of statistic(sums (k, ..)), from sums (k, D, ..)."""
+    total = sums.sum(1)
+    whole, without = statistic(total), statistic(total[:, None] - sums)
+    return len(without) * whole - (len(without) - 1) * without
+
+
 def wilson(successes, n, z=NORMAL_95):
     """(low, high) of Wilson's score interval for a share, 95 % by default; (0, 1) when n is 0."""
     if n == 0:

@@ -73,7 +73,7 @@ def run(settings, ckpt):
     )
     untrained = checkpoint.untrained(config, seed).to(model.tokens.weight.device)
     for name, network in (("trained", model), ("untrained", untrained)):
-        result[name] = measure_layers(network, windows, name, settings.lasso_tokens)
+        result[name] = measure_layers(network, windows, name, settings.lasso_tokens, tokenizer.eot)
     result["verdict"] = verdict.judge(result)
     path = results.write_json(folder / "layers.json", result)
     picture = figure.draw(result, folder / "layers.png")

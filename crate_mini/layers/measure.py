@@ -12,10 +12,11 @@ import statistics
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from crate_mini import UserError, reference
+from crate_mini import UserError, reference, stats
 from crate_mini.console import terminal
 from crate_mini.intervene import hook_codes
 from crate_mini.layers import optimum
@@ -103,10 +104,10 @@ class Probe:
     """Measures one block in the passes made while it is `attached`; `report` gives the numbers.
 
     chosen: numbers of the tokens, counted over all passes, whose codes `find_optimum` compares with
-    the best possible ones.
+    the best possible ones. documents: a list of the document of each window of all passes.
     """
 
-    def __init__(self, number, block, chosen):
+    def __init__(self, number, block, chosen, documents):
         self.number = number
         self.block = block
         self.bases = bases(block.attention)
@@ -118,6 +119,7 @@ class Probe:
         self.residual_energy = 0  # sum |LN(z) - D a|^2 of the codes in use
         self.input_energy = 0  # sum |LN(z)|^2
         self.chosen = chosen
+        self.documents = documents
         self.seen = 0  # tokens
         self.x = None  # LN(z) (n, d) of the pass that is under way
         self.kept = []  # (LN(z), codes) of the chosen tokens
@@ -212,6 +214,8 @@ class Probe:
             "rate": {site: _mean_and_std(rates) for site, rates in self.rates.items()},
             "windows": len(self.rates[BEFORE]["U"]),
             "windows_compressed": _windows_that_fall(self.rates),
+            "change": _changes(self.rates, self.documents),
+            "documents": len(set(self.documents)),
             "neurons": len(density),
             "density": density.mean().item(),
             "density_deciles": deciles.tolist(),
@@ -265,26 +269,54 @@ def _windows_that_fall(rates):
     return counts
 
 
+def _changes(rates, documents):
+    """{name of the basis: {"mean", "ci95"}} of what attention adds to the rate of a window.
+
+    95 % interval over other documents, None for one; documents: that of each window.
+    """
+    numbers = np.unique(documents, return_inverse=True)[1]
+    changes = {}
+    for name, before in rates[BEFORE].items():
+        change = np.array(rates[AFTER][name]) - before
+        sums = np.array([np.bincount(numbers, change), np.bincount(numbers)])  # (2, D)
+        values = stats.pseudo_values(_ratio, sums) if sums.shape[1] > 1 else []
+        ci95 = stats.bootstrap_interval([values])
+        changes[name] = {"mean": change.mean().item(), "ci95": ci95}
+    return changes
+
+
+def _ratio(sums):
+    return sums[0] / sums[1]
+
+
 # ---- all layers ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def measure_layers(model, windows, name="model", lasso_tokens=LASSO_TOKENS):
+def measure_layers(model, windows, name="model", lasso_tokens=LASSO_TOKENS, eot=None):
     """[Probe.report() of each layer] of a model in eval mode, over batches of ids (B, T).
 
-    name: for the progress line. lasso_tokens: how many tokens, drawn at random but always the same
-    ones, get the best possible codes. Raises UserError if the stream is not finite somewhere.
+    The batches follow one another in the text, where the token `eot` ends a document; without it,
+    each window counts as one. A window belongs to the document that it begins in. name: for the
+    progress line. lasso_tokens: how many tokens, drawn at random but always the same ones, get the
+    best possible codes. Raises UserError if the stream is not finite somewhere.
     """
     total = sum(ids.numel() for ids in windows)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     chosen = order[:lasso_tokens].sort().values
-    probes = [Probe(number, block, chosen) for number, block in enumerate(model.blocks)]
+    documents = []
+    blocks = enumerate(model.blocks)
+    probes = [Probe(number, block, chosen, documents) for number, block in blocks]
+    ended = 0  # documents
     with ExitStack() as hooks:
         for probe in probes:
             hooks.enter_context(probe.attached(model))
         for ids in terminal.track(windows, name):
             stream, _ = model.trunk(ids.to(model.tokens.weight.device))
             must_be_finite(stream, "the stream after the last layer")
+            for row in ids:
+                documents.append(ended)
+                ended += 1 if eot is None else int((row == eot).sum())
     for probe in terminal.track(probes, "best codes"):
         probe.find_optimum()
     return [probe.report() for probe in probes]

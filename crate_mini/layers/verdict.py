@@ -127,9 +127,11 @@ def judge_attention(layer):
     direction = direction_of(changes["U"], small)
     orthonormal = direction_of(changes["orthonormal U"], small)
     subject = "it goes" if direction == "stays" else "R^c goes"
+    ci95 = layer.get("change", {}).get("U", {}).get("ci95")  # old files have none
+    interval = f", 95 % {signed(ci95[0])} to {signed(ci95[1])}" if ci95 else ""
     sentence = (
         f"{VERBS[direction]}: {subject} from {before:.1f} to {after:.1f} nats "
-        f"({signed(changes['U'])})"
+        f"({signed(changes['U'])}{interval})"
     )
     if direction != "stays":
         falling = layer["windows_compressed"]["U"]
@@ -143,6 +145,7 @@ def judge_attention(layer):
         "before": before,
         "after": after,
         "change": changes["U"],
+        "change_ci95": ci95,
         "change_orthonormal": changes["orthonormal U"],
         "change_whole": changes["whole"],
         "direction": direction,

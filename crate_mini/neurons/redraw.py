@@ -47,9 +47,9 @@ def correlation(sums):
     return np.where(varies, np.clip(r, -1, 1), np.nan)
 
 
-def pseudo_values(whole, without):
-    """(D, ..) jackknife pseudo-values of a statistic: the whole (..), without each part (D, ..)."""
-    return len(without) * whole - (len(without) - 1) * without
+def fisher_z(sums):
+    """Fisher's z (..) of the correlation of sums (6, ..); NaN where that is undefined."""
+    return np.arctanh(np.clip(correlation(sums), -PERFECT, PERFECT))
 
 
 def neuron_intervals(x, y, docs, seed=0):
@@ -66,12 +66,10 @@ def neuron_intervals(x, y, docs, seed=0):
     for start in range(0, x.shape[2], BLOCK):
         block = slice(start, start + BLOCK)
         sums = document_sums(x[..., block], y[..., block], docs)
-        total = sums.sum(1)
-        whole = correlation(total)
-        without = correlation(total[:, None] - sums)
-        z, z_without = (np.arctanh(np.clip(r, -PERFECT, PERFECT)) for r in (whole, without))
-        low, high = np.tanh(stats.bootstrap_interval([pseudo_values(z, z_without)], seed=seed))
-        intervals[block] = np.stack([np.minimum(low, whole), np.maximum(high, whole)], 1)
+        values = stats.pseudo_values(fisher_z, sums)
+        low, high = np.tanh(stats.bootstrap_interval([values], seed=seed))
+        r = correlation(sums.sum(1))
+        intervals[block] = np.stack([np.minimum(low, r), np.maximum(high, r)], 1)
     return intervals
 
 
@@ -128,7 +126,7 @@ def _shifts(scores, groups, n=None):
     if len(groups) < 2 or not scores.shape[1]:
         return None
     scores = np.where(np.isfinite(scores), scores, scores[0])
-    values = pseudo_values(scores[0], scores[1:])  # (G, k)
+    values = len(groups) * scores[0] - (len(groups) - 1) * scores[1:]  # (G, k) pseudo-values
     shifts = values.mean(1) - values.mean()
     k = values.shape[1]
     if n is not None and 1 < k < n:

@@ -244,15 +244,17 @@ def live_by_layer(by_layer):
 # ---- two models ----------------------------------------------------------------------------------
 
 
-def compare(ours, theirs, seed=0, family="codes", other=None):
+def compare(ours, theirs, seed=0, family="codes", other=None, spreads=({}, {})):
     """Differences of two models, ours minus theirs; each given as rows.
 
-    Returns {metric: {layer or "all": {"difference", "ci95"}}} for layers and metrics that both
-    have. Neurons of two models are not matched, so each side is redrawn separately. family, other:
-    the sites of ours and of theirs, "codes" or an autoencoder's name; by default the same.
+    Returns {metric: {layer or "all": {"difference", "ci95", "redrawn"}}} for layers and metrics
+    that both have. Neurons of two models are not matched, so each side is redrawn separately.
+    Documents are the same for both if they were scored on one text with one seed: then give the
+    spread of both summaries, and they are redrawn too, and split again. family, other: the sites of
+    ours and of theirs, "codes" or an autoencoder's name; by default the same.
     """
-    left_scores = live_by_layer(families(ours).get(family, {}))
-    right_scores = live_by_layer(families(theirs).get(other or family, {}))
+    sides = families(ours).get(family, {}), families(theirs).get(other or family, {})
+    left_scores, right_scores = (live_by_layer(rows) for rows in sides)
     compared = {}
     for metric in left_scores:
         left, right = left_scores[metric], right_scores.get(metric, {})
@@ -265,15 +267,39 @@ def compare(ours, theirs, seed=0, family="codes", other=None):
         for name, chosen in groups.items():
             left_groups = [left[layer] for layer in chosen]
             right_groups = [right[layer] for layer in chosen]
-            compared[metric][name] = difference(left_groups, right_groups, seed)
+            known = []
+            for rows, spread in zip(sides, spreads):
+                sites = [rows[layer][0]["site"] for layer in chosen]
+                known.append(_known({site: spread.get(site, {}) for site in sites}, metric))
+            compared[metric][name] = difference(left_groups, right_groups, seed, *known)
     return compared
 
 
-def difference(left, right, seed=0):
-    """{"difference", "ci95"} of two means of group means, neurons of each side redrawn."""
+def difference(left, right, seed=0, left_known=(), right_known=()):
+    """{"difference", "ci95", "redrawn"} of two means of group means.
+
+    Neurons of each side are redrawn; left_known, right_known: as `_known` returns them.
+    """
+    sources = left + right
     weights = [1 / len(left)] * len(left) + [-1 / len(right)] * len(right)
-    interval = stats.bootstrap_interval(left + right, seed=seed, weights=weights)
-    return {"difference": _mean_of_means(left) - _mean_of_means(right), "ci95": interval}
+    redrawn = ["neurons"]
+    _, left_shifts, left_splits = left_known or (None, {}, [])
+    _, right_shifts, right_splits = right_known or (None, {}, [])
+    groups = [group for group in left_shifts if group in right_shifts]
+    if len(groups) > 1:
+        sources = [*sources, [left_shifts[group] - right_shifts[group] for group in groups]]
+        weights.append(1)
+        redrawn.append("documents")
+    if len(left_splits) == len(right_splits) > 1:
+        splits = np.subtract(left_splits, right_splits)
+        sources = [*sources, splits - splits.mean()]
+        weights.append(len(splits) ** 0.5)
+        redrawn.append("splits")
+    return {
+        "difference": _mean_of_means(left) - _mean_of_means(right),
+        "ci95": stats.bootstrap_interval(sources, seed=seed, weights=weights),
+        "redrawn": redrawn,
+    }
 
 
 def _mean_of_means(groups):

@@ -195,6 +195,11 @@ class Study:
         """The rows of scores.jsonl of one scoring."""
         return read_rows(neurons_run(preset, kind, seed) / folder / "scores.jsonl")
 
+    def spread(self, preset, kind, seed, folder):
+        """How the means of one scoring move with its documents; {} in an older summary.json."""
+        path = neurons_run(preset, kind, seed) / folder / "summary.json"
+        return results.read_json(path).get("spread", {})
+
     def differences(self):
         """Each model's means minus the twin's, by layer and over all, for each preset and seed."""
         if "gpt2" not in self.models:
@@ -205,13 +210,14 @@ class Study:
         for preset, kind, seed, folder in grid:
             ours = self.rows(preset, kind, seed, folder)
             twin = self.rows(preset, "gpt2", seed, folder)
+            spreads = [self.spread(preset, model, seed, folder) for model in (kind, "gpt2")]
             entries.append(
                 {
                     "preset": preset,
                     "of": f"{kind} - gpt2",
                     "seed": seed,
                     "scoring": SCORINGS[folder],
-                    **summary.compare(ours, twin, seed=seed),
+                    **summary.compare(ours, twin, seed=seed, spreads=spreads),
                 }
             )
         return entries

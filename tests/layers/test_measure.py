@@ -11,7 +11,16 @@ from tiny_layers import KINDS, D, H, K, T, gaussian, tiny, token_ids
 
 from crate_mini import UserError, model
 from crate_mini.intervene import hook_codes
-from crate_mini.layers.measure import bases, bounds, dictionary, measure_layers, unit_rate
+from crate_mini.layers import measure
+from crate_mini.layers.measure import (
+    AFTER,
+    BEFORE,
+    bases,
+    bounds,
+    dictionary,
+    measure_layers,
+    unit_rate,
+)
 from crate_mini.training import checkpoint
 
 # ---- coding rate ---------------------------------------------------------------------------------
@@ -375,3 +384,35 @@ def test_windows_in_which_the_rate_falls_are_counted():
     (layer, _) = measure_layers(lm, [token_ids(rows=5)])
     assert layer["windows"] == 5
     assert layer["windows_compressed"] == {"U": 5, "orthonormal U": 5, "whole": 5}
+
+
+def test_the_interval_of_a_change_holds_it_and_redraws_documents():
+    """Windows of one document change alike; the planted fault is to redraw windows."""
+    rng, hits = np.random.default_rng(0), {"documents": 0, "windows": 0}
+    for _ in range(300):
+        sizes = rng.integers(1, 12, 20)
+        document = np.repeat(np.arange(20), sizes)
+        n = len(document)
+        after = 5 + rng.normal(size=20)[document] + 0.5 * rng.normal(size=n)
+        rates = {BEFORE: {"U": [4.0] * n}, AFTER: {"U": after.tolist()}}
+        for unit, numbers in (("documents", document.tolist()), ("windows", list(range(n)))):
+            change = measure._changes(rates, numbers)["U"]
+            low, high = change["ci95"]
+            assert low <= change["mean"] <= high
+            hits[unit] += low < 1 < high
+    assert 0.90 <= hits["documents"] / 300 <= 0.98
+    assert hits["windows"] / 300 < 0.85
+    assert measure._changes(rates, [0] * n)["U"]["ci95"] is None
+
+
+def test_a_window_belongs_to_the_document_it_begins_in():
+    ids = token_ids(rows=5).clamp(min=1)
+    ids[1, 3] = ids[1, 9] = ids[3, 15] = 0  # three documents end
+    lm = tiny()
+    (layer, *_) = measure_layers(lm, [ids[:2], ids[2:]], eot=0)
+    assert layer["documents"] == 3  # windows 0 and 1, 2 and 3, 4
+    apart = measure_layers(lm, [ids])[0]
+    assert apart["documents"] == 5
+    for name, change in layer["change"].items():
+        before, after = (rates[name]["mean"] for rates in layer["rate"].values())
+        assert change["mean"] == pytest.approx(after - before)

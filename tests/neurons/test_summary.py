@@ -101,6 +101,52 @@ def test_two_models_differ_by_what_was_put_in():
     assert low < 0 < high
 
 
+def made_up_spread(seed, common, layers=3):
+    """Spreads of sites whose means move together by `common` (16,), and a little each."""
+    rng = np.random.default_rng(seed)
+    spread = {}
+    for layer in range(layers):
+        moves = common + 0.01 * rng.normal(size=16)
+        documents = {str(group): move for group, move in enumerate(moves - moves.mean())}
+        spread[f"L{layer}"] = {
+            "neurons": 30,
+            "documents": {"ngram_r": documents},
+            "splits": {"ngram_r": [0.1, 0.3, 0.2, 0.2]},
+        }
+    return spread
+
+
+def test_layers_move_together_with_the_documents():
+    """The mean over layers is no surer than a layer where all layers hang on the same text."""
+    common = np.random.default_rng(0).normal(size=16)
+    summarised = summary.summarise(made_up_rows(), {}, 3, spread=made_up_spread(1, common))
+    layer = summarised["sites"]["L1"]["ngram_r"]
+    of_all = summarised["overall"]["codes"]["ngram_r"]
+    widths = [high - low for low, high in (layer["ci95"], of_all["ci95"])]
+    assert widths[1] == pytest.approx(widths[0], rel=0.2)
+    expected = 4 * np.std(common, ddof=1) / 16**0.5  # about two standard errors to each side
+    assert widths[0] == pytest.approx(expected, rel=0.25)
+    assert layer["redrawn"] == of_all["redrawn"] == ["documents", "splits"]
+    assert layer["split_sd"] == pytest.approx(np.std([0.1, 0.3, 0.2, 0.2], ddof=1))
+    text = summary.table(summarised)
+    assert "±0.082" in text and "(documents, splits): ngram_r" in text
+    assert "(neurons): openai_tar" in text
+
+
+def test_what_two_models_share_of_the_text_is_not_counted_against_their_difference():
+    common = np.random.default_rng(0).normal(size=16)
+    ours, theirs = made_up_rows(1, h=200), made_up_rows(2, h=200)
+    spreads = made_up_spread(1, common), made_up_spread(2, common)
+    alone = summary.compare(ours, theirs)["ngram_r"]["all"]
+    paired = summary.compare(ours, theirs, spreads=spreads)["ngram_r"]["all"]
+    assert paired["redrawn"] == ["neurons", "documents", "splits"]
+    apart = made_up_spread(1, common), made_up_spread(2, -common)
+    unlike = summary.compare(ours, theirs, spreads=apart)["ngram_r"]["all"]
+    widths = [np.diff(result["ci95"])[0] for result in (alone, paired, unlike)]
+    assert widths[1] == pytest.approx(widths[0], rel=0.1)
+    assert widths[2] > 3 * widths[0]
+
+
 def test_the_table_has_every_mean_count_and_sentence():
     rows = made_up_rows(layers=8)
     summarised = summary.summarise(rows, {"ngram": "ngram: saw two tokens"}, 8)
