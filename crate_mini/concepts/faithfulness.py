@@ -42,7 +42,7 @@ COLUMN = 23  # characters, in `table`
 
 
 def interval(values):
-    """95 % bootstrap interval of the mean of values (n,); for one text its own value, twice."""
+    """95 % interval of the mean of values (n,) of texts, redrawn; of one text its value, twice."""
     return stats.bootstrap_interval([values], DRAWS) or [float(values[0])] * 2
 
 

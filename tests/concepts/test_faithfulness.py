@@ -68,6 +68,26 @@ def test_one_text_has_its_own_value_for_an_interval():
     assert outcome["drop_ci95"] == [1.0, 1.0]
 
 
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """Texts are drawn; a text is right or wrong before and after, or its probability changes."""
+    rng, hits = np.random.default_rng(0), {"accuracy": 0, "drop": 0, "change": 0, "90 % planted": 0}
+    for _ in range(400):
+        intact = rng.random(60) < 0.9
+        right = intact & (rng.random(60) < 0.8)
+        outcome = faithfulness.outcome(right, intact, 0.5)
+        hits["accuracy"] += outcome["ci95"][0] <= 0.72 <= outcome["ci95"][1]
+        low, high = outcome["drop_ci95"]
+        hits["drop"] += low <= 0.18 <= high
+        low, high = faithfulness.interval(rng.beta(0.5, 2, 60))
+        hits["change"] += low <= 0.2 <= high
+        less = 0.16 * (high - low) / 2  # 1.645 of 1.96
+        hits["90 % planted"] += low + less <= 0.2 <= high - less
+    shares = {name: count / 400 for name, count in hits.items()}
+    planted = shares.pop("90 % planted")
+    assert all(0.90 <= share <= 0.98 for share in shares.values()), shares
+    assert planted < shares["change"] - 0.02
+
+
 def test_a_shared_mean_makes_an_ablation_flip_the_sign():
     """The README's caution, on data: codes share a large mean, and the class is a small part."""
     generator = torch.Generator().manual_seed(0)

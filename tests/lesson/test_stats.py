@@ -157,3 +157,24 @@ def test_the_interval_depends_on_its_seed_alone():
     interval = stats.bootstrap_interval(values, seed=1)
     assert interval == stats.bootstrap_interval(values, seed=1)
     assert interval != stats.bootstrap_interval(values, seed=2)
+
+
+@pytest.mark.parametrize("share, n", [(0.5, 20), (0.9, 60), (0.72, 200)])
+def test_wilsons_interval_holds_the_share_as_often_as_it_says(share, n):
+    drawn = np.random.default_rng(n).binomial(n, share, 2000)
+    intervals = np.array([stats.wilson(int(successes), n) for successes in drawn])
+    assert 0.93 <= ((intervals[:, 0] <= share) & (share <= intervals[:, 1])).mean() <= 0.98
+
+
+def test_pseudo_values_of_a_mean_are_the_values_and_of_a_ratio_have_its_error():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=12)
+    counts = np.ones(12)
+    np.testing.assert_allclose(stats.pseudo_values(lambda s: s[0] / s[1], np.stack([x, counts])), x)
+    errors, ratios = [], []
+    for _ in range(500):
+        n = rng.integers(1, 9, 30)
+        values = stats.pseudo_values(lambda s: s[0] / s[1], np.stack([rng.normal(3 * n, n), n]))
+        errors.append(values.std(ddof=1) / 30**0.5)
+        ratios.append(values.mean())
+    assert np.mean(errors) == pytest.approx(np.std(ratios), rel=0.15)
