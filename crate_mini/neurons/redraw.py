@@ -140,7 +140,7 @@ def _shifts(scores, groups, n=None):
 # ---- the interval of a mean ----------------------------------------------------------------------
 
 
-def mean_interval(live, drawn_from, shifts=None, splits=(), share=0.5, seed=0):
+def mean_interval(live, drawn_from, shifts=None, splits=(), share=0.5, *, seed=0):
     """(95 % interval or None, what was redrawn) of the mean of the means of groups of scores.
 
     live: lists of scores, one for each layer; drawn_from: how many neurons each layer has. shifts:

@@ -5,6 +5,7 @@
     "splits"      {metric: [its mean in each split]}: the documents are dealt to the parts again by
                   other seeds, and tables are made and scored anew, for at most SAMPLE neurons of a
                   site; the first split is the one in use
+    "share"       of all held-out tokens, those of the score part
 
 The stage `record` writes splits.json, the stage `score` puts all of it into summary.json.
 """
@@ -56,7 +57,13 @@ def of_site(work, site, pairs, maxima, scores):
     n = true.shape[2]
     shifts |= redraw.score_shifts(again, numbers, n, [work.seed, site.layer])
     known = {metric: shift for metric, shift in shifts.items() if shift}
-    return {"neurons": site.width, "documents": known, "splits": split_means(work, site)}
+    header = work.record.header
+    return {
+        "neurons": site.width,
+        "documents": known,
+        "splits": split_means(work, site),
+        "share": header["tokens"]["score"] / work.corpus.n_tokens[header["split"]],
+    }
 
 
 # ---- splits --------------------------------------------------------------------------------------

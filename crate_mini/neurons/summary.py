@@ -115,9 +115,10 @@ def _few_excerpts(rows, metrics):
 
 
 def _known(spreads, metric):
-    """(neurons of each site, shifts, splits) of a metric's mean over sites, from their spreads.
+    """(neurons of each site, shifts, splits, share) of a metric's mean over sites.
 
-    As redraw.mean_interval takes them; shifts and splits are empty unless all sites have them.
+    From the spread of each site, as redraw.mean_interval takes them; shifts and splits are empty
+    unless all sites have them.
     """
     widths = [spread.get("neurons") for spread in spreads.values()]
     shifts = [spread.get("documents", {}).get(metric) or {} for spread in spreads.values()]
@@ -126,15 +127,17 @@ def _known(spreads, metric):
     if all(shifts):
         for group in dict.fromkeys(itertools.chain(*shifts)):
             mean_shifts[group] = sum(site.get(group, 0) for site in shifts) / len(shifts)
-    return widths, mean_shifts, np.mean(splits, 0).tolist() if all(splits) else []
+    mean_splits = np.mean(splits, 0).tolist() if all(splits) else []
+    share = max(spread.get("share", 0.5) for spread in spreads.values())
+    return widths, mean_shifts, mean_splits, share
 
 
-def statistics(scores, seed=0, widths=(None,), shifts=None, splits=()):
+def statistics(scores, seed=0, widths=(None,), *moves):
     """One metric over neurons; scores: [(number or None, status)].
 
-    The mean of the live with its 95 % interval (of redraw.mean_interval, which explains the last
-    three) and its standard deviation over splits; median and deciles; and the mean with dead and
-    undefined neurons as 0. Nothing is known about the failed: they are left out.
+    The mean of the live with its 95 % interval (redraw.mean_interval explains widths and moves) and
+    its standard deviation over splits; median and deciles; and the mean with dead and undefined
+    neurons as 0. Nothing is known about the failed: they are left out.
     """
     live = [value for value, status in scores if status == "live"]
     known = sum(status != "failed" for _, status in scores)
@@ -153,19 +156,17 @@ def statistics(scores, seed=0, widths=(None,), shifts=None, splits=()):
     return {
         "n": len(live),
         "mean": float(np.mean(live)),
-        **_interval(
-            [live], [widths[0] and widths[0] - len(scores) + len(live)], shifts, splits, seed
-        ),
+        **_interval([live], [widths[0] and widths[0] - len(scores) + len(live)], seed, *moves),
         "median": deciles[4],
         "deciles": deciles,
         "mean_undefined_as_0": float(np.sum(live) / known),
     }
 
 
-def _interval(live, widths, shifts, splits, seed):
+def _interval(live, widths, seed, shifts=None, splits=(), share=0.5):
     """{"ci95", "redrawn", "split_sd"} of a mean; see redraw.mean_interval."""
     drawn_from = [width or float("inf") for width in widths]
-    ci95, redrawn = redraw.mean_interval(live, drawn_from, shifts, splits, seed)
+    ci95, redrawn = redraw.mean_interval(live, drawn_from, shifts, splits, share, seed=seed)
     split_sd = float(np.std(splits, ddof=1)) if len(splits) > 1 else None
     return {"ci95": ci95, "redrawn": redrawn, "split_sd": split_sd}
 
@@ -222,7 +223,7 @@ def _overall_interval(by_layer, groups, spread, metric, seed):
     widths = []
     for width, (layer, live) in zip(known[0], groups.items()):
         widths.append(width and width - len(by_layer[layer]) + len(live))
-    return _interval(list(groups.values()), widths, *known[1:], seed)
+    return _interval(list(groups.values()), widths, seed, *known[1:])
 
 
 def _or_none(function, means):
@@ -283,8 +284,8 @@ def difference(left, right, seed=0, left_known=(), right_known=()):
     sources = left + right
     weights = [1 / len(left)] * len(left) + [-1 / len(right)] * len(right)
     redrawn = ["neurons"]
-    _, left_shifts, left_splits = left_known or (None, {}, [])
-    _, right_shifts, right_splits = right_known or (None, {}, [])
+    _, left_shifts, left_splits, _ = left_known or (None, {}, [], None)
+    _, right_shifts, right_splits, _ = right_known or (None, {}, [], None)
     groups = [group for group in left_shifts if group in right_shifts]
     if len(groups) > 1:
         sources = [*sources, [left_shifts[group] - right_shifts[group] for group in groups]]

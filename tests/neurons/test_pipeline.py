@@ -8,7 +8,16 @@ from planted_workspace import META, planted_workspace
 
 from crate_mini import UserError, stats
 from crate_mini.console import results
-from crate_mini.neurons import beyond, page_excerpts, pipeline, planted, record, score, summary
+from crate_mini.neurons import (
+    beyond,
+    page_excerpts,
+    pipeline,
+    planted,
+    record,
+    redraw,
+    score,
+    summary,
+)
 from crate_mini.neurons.planted import INDEX
 from crate_mini.neurons.simulators import SAW, NgramTable, excerpt_table
 from crate_mini.neurons.workspace import Workspace
@@ -192,6 +201,26 @@ def test_every_neuron_but_a_dead_one_has_its_effect(finished):
             assert effect["kl"] == effect["loss"] == 0
             assert effect["clamp"] == pytest.approx(row["max"], rel=1e-3)
             assert effect["far"]["clamp"] == pytest.approx(5 * row["max"], rel=1e-3)
+
+
+def test_intervals_are_of_the_documents_of_the_record(finished):
+    rows = read_lines(finished, "scores.jsonl")
+    shared, true = finished.record.shared, finished.record.site("L0")["uniform_score_acts"]
+    expected = finished.read("simulate", finished.sites[0]).uniform_ngram
+    docs = shared["uniform_score_doc"]
+    assert len(np.unique(docs)) < len(docs)
+    intervals = redraw.neuron_intervals(true, expected, docs, finished.seed)
+    of_windows = redraw.neuron_intervals(true, expected, np.arange(len(docs)), finished.seed)
+    for j in (INDEX["bigram"], INDEX["noise"]):
+        assert rows[j]["ci95"]["ngram_r"] == pytest.approx(intervals[j], abs=1e-4)
+    noise = INDEX["noise"]
+    assert rows[noise]["ci95"]["ngram_r"] != pytest.approx(of_windows[noise], abs=1e-4)
+    content = json.loads((finished.folder / "summary.json").read_text())
+    for metric in ("ngram_r", "f1", "openai_tar[ngram]", "anthropic_2023[ngram]"):
+        assert content["sites"]["L0"][metric]["redrawn"] == ["documents"], metric
+        shifts = content["spread"]["L0"]["documents"][metric]
+        assert len(shifts) == redraw.GROUPS
+        assert sum(shifts.values()) == pytest.approx(0, abs=1e-6)
 
 
 # ---- stages again, alone, interrupted ------------------------------------------------------------

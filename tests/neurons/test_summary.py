@@ -133,6 +133,21 @@ def test_layers_move_together_with_the_documents():
     assert "(neurons): openai_tar" in text
 
 
+def test_what_other_splits_add_to_an_interval():
+    """Half of the text scored: other text moves a mean with twice the variance of other splits."""
+    common = np.random.default_rng(0).normal(size=16)
+    spread, widths = made_up_spread(1, common, 1), {}
+    for share in (0.5, 0.01):
+        spread["L0"]["share"] = share
+        spread["L0"]["splits"]["ngram_r"] = np.linspace(-4, 4, 30).tolist()
+        for seed in (0, 1337):
+            site = summary.summarise(made_up_rows(), {}, 3, seed, spread=spread)["sites"]["L0"]
+            widths[share, seed] = np.diff(site["ngram_r"]["ci95"])[0]
+    sd = np.std(np.linspace(-4, 4, 30), ddof=1)
+    for (share, _), width in widths.items():
+        assert width == pytest.approx(2 * 1.96 * sd / (1 - share) ** 0.5, rel=0.15)
+
+
 def test_what_two_models_share_of_the_text_is_not_counted_against_their_difference():
     common = np.random.default_rng(0).normal(size=16)
     ours, theirs = made_up_rows(1, h=200), made_up_rows(2, h=200)
