@@ -211,10 +211,10 @@ def test_intervals_are_of_the_documents_of_the_record(finished):
     assert len(np.unique(docs)) < len(docs)
     intervals = redraw.neuron_intervals(true, expected, docs, finished.seed)
     of_windows = redraw.neuron_intervals(true, expected, np.arange(len(docs)), finished.seed)
-    for j in (INDEX["bigram"], INDEX["noise"]):
-        assert rows[j]["ci95"]["ngram_r"] == pytest.approx(intervals[j], abs=1e-4)
-    noise = INDEX["noise"]
-    assert rows[noise]["ci95"]["ngram_r"] != pytest.approx(of_windows[noise], abs=1e-4)
+    live = [j for j, row in enumerate(rows) if "ngram_r" in row["ci95"]]
+    written = [rows[j]["ci95"]["ngram_r"] for j in live]
+    np.testing.assert_allclose(written, intervals[live], atol=1e-4)
+    assert not np.allclose(written, of_windows[live], atol=2e-4)
     content = json.loads((finished.folder / "summary.json").read_text())
     for metric in ("ngram_r", "f1", "openai_tar[ngram]", "anthropic_2023[ngram]"):
         assert content["sites"]["L0"][metric]["redrawn"] == ["documents"], metric
