@@ -12,6 +12,7 @@ best neuron of a property is the best of all.
 """
 
 from contextlib import suppress
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ SCHEMA = 1
 TOKENS = 250_000  # read at most, fit and score part together
 MEMORY = 1 << 31  # bytes of activations that are kept
 ROTATIONS = 5
-PROBE_DRAWS = 200
+PROBE_DRAWS = 100
 SETS = (  # in the order of tables and figures
     "neurons",
     "rotation",
@@ -281,13 +282,18 @@ class Battery:
             draws.append(redrawn[1:])
         return float(np.mean(values)), np.nanmean(draws, 0)
 
+    @cached_property
+    def _table_auprc(self):
+        return self._auprc([puzzle.table for puzzle in self.puzzles])
+
     def _probing(self, features):
         """{"k = 1": {"auprc", "ci95", "minus_table"}, ...} of a set; {} if there is no puzzle."""
         content = {}
         if not self.puzzles:
             return content
-        table, table_draws = self._auprc([puzzle.table for puzzle in self.puzzles])
-        for k, predictions in probing.probe(self.puzzles, features).items():
+        table, table_draws = self._table_auprc
+        n = len(self.texts.token)
+        for k, predictions in probing.probe(self.puzzles, features, n).items():
             mean, draws = self._auprc(predictions)
             content[f"k = {k}"] = {
                 "auprc": mean,
@@ -303,7 +309,7 @@ class Battery:
         """{"properties", "table", "chance"}: AUPRC of the token table, and of no information."""
         if not self.puzzles:
             return {"properties": []}
-        table, draws = self._auprc([puzzle.table for puzzle in self.puzzles])
+        table, draws = self._table_auprc
         return {
             "properties": [text_states.NAMES[puzzle.number] for puzzle in self.puzzles],
             "table": {"auprc": table, "ci95": beyond_token.interval(draws)},

@@ -21,7 +21,7 @@ from crate_mini.neurons.documents import PARTS
 LEAST = 3  # occurrences of a token type in the fit documents
 TOKENS_WITH = 50  # that a property must hold on, and not hold on, in each part
 DOCUMENTS_WITH = 5  # that they must lie in
-BLOCK = 128  # features in memory at a time, as float32
+BLOCK_FLOATS = 1 << 25  # activations in memory at a time, as float32
 BATCH_TOKENS = 1 << 13
 ROWS = 1 << 15  # tokens in float64 at a time
 SAME = 1e-10  # share of a feature's power that is rounding, not variation within a token type
@@ -180,8 +180,14 @@ class Correlations:
     density: float = 0.0
 
 
+def blocks(width, n):
+    """Arrays of the numbers 0 .. width - 1: columns of n tokens that fit into BLOCK_FLOATS."""
+    size = max(1, BLOCK_FLOATS // n)
+    return [np.arange(i, min(i + size, width)) for i in range(0, width, size)]
+
+
 def correlate(texts, properties, features):
-    """The Correlations of a set of features, in blocks of BLOCK columns: matrix products alone.
+    """The Correlations of a set of features, a block of columns at a time: matrix products alone.
 
     features: has `width`, and `columns(numbers)` which gives (N, b) float32.
     """
@@ -192,8 +198,7 @@ def correlate(texts, properties, features):
         result.own[part] = np.full((features.width, p), np.nan)
     masks = {"fit": texts.is_fit, "score": ~texts.is_fit}
     powers = {"fit": properties.fit_power, "score": properties.score_power}
-    for start in range(0, features.width, BLOCK):
-        block = np.arange(start, min(start + BLOCK, features.width))
+    for block in blocks(features.width, len(texts.token)):
         x = features.columns(block)
         result.density += float((x[texts.is_fit] > 0).float().mean(0).sum()) / features.width
         residual = texts.residual(x)
@@ -243,8 +248,7 @@ def document_moments(texts, properties, features, chosen):
     chosen (p,): the feature of each property. Sums of 1, a, q, a^2, q^2, a q.
     """
     a = torch.empty(len(texts.token), len(chosen))
-    for start in range(0, len(chosen), BLOCK):
-        block = slice(start, start + BLOCK)
+    for block in blocks(len(chosen), len(a)):
         a[:, block] = texts.residual(features.columns(chosen[block]))
     score = ~texts.is_fit
     a, q = a[score].double(), properties.residual[score].double()

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crate_mini.neurons.beyond_token import BLOCK, SAME
+from crate_mini.neurons.beyond_token import SAME, blocks
 from crate_mini.neurons.text_states import LETTERS
 
 KS = (1, 5)  # features in a probe
 OFTEN = 20  # occurrences of a word type in the fit documents
 AMBIGUOUS = (0.1, 0.9)  # share of its tokens on which the property holds
 POSITIVES = 30  # tokens on which the property holds and does not, in each part
-MOST = 20_000  # tokens of each part in one probe
+MOST = 10_000  # tokens of each part in one probe
 RIDGE = 1.0  # of the weights, for standardised features
 NEWTON_STEPS = 12
 
@@ -86,12 +86,11 @@ def _at_most(rows, n):
     return rows[np.linspace(0, len(rows) - 1, n).astype(int)]
 
 
-def probe(puzzles, features):
-    """{k: [prediction (n,) on the score rows of each puzzle]} of a set of features."""
+def probe(puzzles, features, n):
+    """{k: [prediction on the score rows of each puzzle]} of a set of features of n tokens."""
     most = max(KS)
     r = np.zeros((len(puzzles), features.width))
-    for start in range(0, features.width, BLOCK):
-        block = np.arange(start, min(start + BLOCK, features.width))
+    for block in blocks(features.width, n):
         x = features.columns(block)
         for i, puzzle in enumerate(puzzles):
             r[i, block] = _correlation(x[puzzle.fit].numpy(), puzzle.fit_holds)

@@ -7,6 +7,8 @@
                 removed, and when half as many are added (Oikarinen, Yan & Weng 2025). One that is
                 wrong by a millionth must score 1 like a perfect one, however seldom the neuron
                 fires.
+    beyond      Scores beyond the token find every planted property of the text so far, and give
+                a function of the token alone nothing (selftest_beyond.py).
 
 The planted neurons go through the stages record, select, explain, simulate and score like those of
 any model.
@@ -23,7 +25,7 @@ from crate_mini.cli import setting
 from crate_mini.console import results, terminal
 from crate_mini.data.batches import open_corpus
 from crate_mini.data.tokenizer import load_tokenizer
-from crate_mini.neurons import pipeline, planted, protocols, score_files
+from crate_mini.neurons import pipeline, planted, protocols, score_files, selftest_beyond
 from crate_mini.neurons.labels import LABEL_TOKENS
 from crate_mini.neurons.record import sites
 from crate_mini.neurons.simulators import excerpt_table
@@ -62,9 +64,11 @@ def run(settings):
         "command": results.command("interpret.py"),
         "machine": machine(choose_device("cpu")),
         **outcome,
+        "beyond": selftest_beyond.solve(folder, settings.seed),
     }
     path = results.write_json(folder / "selftest.json", result)
-    print(f"\n{table(outcome)}\n\nfile      {path}")
+    beyond = selftest_beyond.table(result["beyond"])
+    print(f"\n{table(outcome)}\n\n{beyond}\n\nfile      {path}")
 
 
 def solve(folder, documents=1500, seed=0, log=print):

@@ -69,7 +69,7 @@ def test_planted_neurons_are_found_and_the_token_scores_nothing():
 
 def test_blocks_of_features_do_not_matter(monkeypatch):
     whole = correlate(TEXTS, PROPERTIES, Features(planted()))
-    monkeypatch.setattr(beyond_token, "BLOCK", 3)
+    monkeypatch.setattr(beyond_token, "BLOCK_FLOATS", 3 * len(FIT))
     pieces = correlate(TEXTS, PROPERTIES, Features(planted()))
     assert np.allclose(whole.r["score"], pieces.r["score"], atol=1e-6, equal_nan=True)
 

@@ -17,6 +17,7 @@ def word(id):
     return WORDS[id]
 
 
+N = len(TEXTS.token)
 PUZZLES = probing.puzzles(TEXTS, Properties(TEXTS), word)
 
 
@@ -46,13 +47,13 @@ def test_probes_find_what_features_tell_and_no_more():
     noise = rng.normal(size=(len(holds), 20))
     halves = [holds + 2 * rng.normal(size=holds.shape) for _ in range(4)]
     acts = torch.from_numpy(np.column_stack([noise, *halves])).float()
-    one, five = (auprc(probing.probe(PUZZLES, Features(acts))[k]) for k in probing.KS)
+    one, five = (auprc(probing.probe(PUZZLES, Features(acts), N)[k]) for k in probing.KS)
     table = auprc([puzzle.table for puzzle in PUZZLES])
-    nothing = auprc(probing.probe(PUZZLES, Features(acts[:, :20]))[1])
+    nothing = auprc(probing.probe(PUZZLES, Features(acts[:, :20]), N)[1])
     chance = np.array([puzzle.score_holds.mean() for puzzle in PUZZLES])
     assert (five > one + 0.05).all() and (one > nothing + 0.05).all()
     assert abs(nothing - chance).max() < 0.05
-    by_token = auprc(probing.probe(PUZZLES, TokenMeans(acts, TEXTS))[5])
+    by_token = auprc(probing.probe(PUZZLES, TokenMeans(acts, TEXTS), N)[5])
     assert (by_token < table + 0.03).all(), "functions of the token tell no more than the table"
 
 

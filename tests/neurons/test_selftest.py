@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 import interpret
-from crate_mini.neurons import selftest
+from crate_mini.neurons import selftest, selftest_beyond
+from crate_mini.neurons.beyond_token import Texts
 from crate_mini.neurons.planted import INDEX
+from crate_mini.neurons.planted_states import MISLEADING
+from crate_mini.neurons.text_states import NAMES
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +69,22 @@ def test_spoiling_removes_or_adds_half():
     assert removed.sum() == pytest.approx(10_000, rel=0.05)
     added = selftest.spoil(predicted, "added", 0.1, rng)
     assert added.sum() == pytest.approx(30_000, rel=0.05)
+
+
+def test_scores_beyond_the_token_find_what_is_planted(outcome):
+    printed, result = outcome
+    judged = result["beyond"]
+    assert f"{len(NAMES)} of {len(NAMES)} planted neurons" in printed
+    assert all(found["passes"] for found in judged["properties"].values())
+    neurons = judged["neurons"]
+    assert set(neurons) == set(MISLEADING)
+    assert all(found["passes"] for found in neurons.values()), neurons
+    assert neurons["a random number for each token"]["r"] is None
+    assert neurons["one word, in quotes only"]["r"] > 0.9
+
+
+def test_scores_that_forget_the_token_fail_the_selftest(tmp_path, monkeypatch):
+    """A planted fault: without removing token means, a number for each token scores."""
+    monkeypatch.setattr(Texts, "residual", lambda texts, x: x - x[texts.is_fit].mean(0))
+    judged = selftest_beyond.solve(tmp_path, log=lambda line: None)
+    assert not judged["neurons"]["a random number for each token"]["passes"]
