@@ -1,6 +1,7 @@
 """The stage `score`: the scores of every neuron, and their summary.
 
 token_r, ngram_r, label_r@10     Pearson r of a simulator on the uniform windows
+context_gain                     ngram_r - token_r: what the token before adds to the token
 null_r, init_r                   its controls: another neuron's table; the untrained model
 f1, auprc                        does the n-gram table predict when the neuron fires (at a tenth
                                  of its maximum)? f1_chance: what a blind guess gets in both
@@ -127,13 +128,17 @@ def uniform_pairs(work, site, simulated, neurons):
 
 
 def uniform_scores(pairs, maxima):
-    """{metric: (values (n,), reasons (n,))} of `uniform_pairs`, with firing scores of ngram_r's.
+    """{metric: (values (n,), reasons (n,))} of `uniform_pairs`, and what follows from them.
+
+    That is the gain of context, and the firing scores of ngram_r's pair.
 
     maxima (n,): the largest activations known.
     """
     scores = {}
     for metric, (true, expected) in pairs.items():
         scores[metric] = protocols.score_uniform(true, expected)["r"]
+    (token_r, problems), (ngram_r, others) = scores["token_r"], scores["ngram_r"]
+    scores["context_gain"] = ngram_r - token_r, np.where(problems == "", others, problems)
     ngram = protocols.score_uniform(*pairs["ngram_r"], maxima)
     return scores | {name: ngram[name] for name in ("f1", "auprc", "f1_chance")}
 

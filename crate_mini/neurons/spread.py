@@ -38,6 +38,11 @@ def of_site(work, site, pairs, maxima, scores):
     shifts = {}
     for metric, (true, expected) in pairs.items():
         shifts[metric] = redraw.correlation_shifts(true, expected, groups)
+    if shifts["token_r"] and shifts["ngram_r"]:
+        gain = {}
+        for group, shift in shifts["ngram_r"].items():
+            gain[group] = shift - shifts["token_r"][group]
+        shifts["context_gain"] = gain
     true, expected = pairs["ngram_r"]
 
     def again(neurons, group):
@@ -157,9 +162,10 @@ def _scores(recorded, site, neurons=slice(None)):
         "ngram_r": expected,
         "null_r": np.roll(expected, 1, -1),
     }
-    return {
-        metric: protocols.score_uniform(true, acts)["r"][0] for metric, acts in simulated.items()
-    }
+    scores = {}
+    for metric, acts in simulated.items():
+        scores[metric] = protocols.score_uniform(true, acts)["r"][0]
+    return scores | {"context_gain": scores["ngram_r"] - scores["token_r"]}
 
 
 def _means(by_split):

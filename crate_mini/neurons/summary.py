@@ -16,7 +16,7 @@ from crate_mini.neurons import redraw
 from crate_mini.neurons.protocols import FEWER, PROTOCOLS, flat_scores, status_of
 
 STATUS = ("live", "dead", "undefined", "failed")
-CORRELATIONS = ("token_r", "ngram_r", "label_r@10", "null_r", "init_r")
+CORRELATIONS = ("token_r", "ngram_r", "context_gain", "label_r@10", "null_r", "init_r")
 ORDER = (*CORRELATIONS, "f1", "auprc", "f1_chance", *PROTOCOLS)
 SPARSE = 0.01  # density below which more windows are wanted
 WINDOWS = {"dense": 50, "sparse": 200}  # uniform windows wanted for dense and sparse neurons

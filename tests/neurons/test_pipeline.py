@@ -70,6 +70,9 @@ def test_scores_of_planted_neurons(finished):
     assert abs(uniform[third_back]["ngram_r"]) < 0.1 < 0.9 < scores[third_back]["trie_r"]
     assert scores[third_back]["trie_f1"] > 0.8
     assert abs(uniform["noise"]["ngram_r"]) < 0.05
+    for by_metric in (token_set, uniform["bigram"], uniform["position"]):
+        gain = by_metric["ngram_r"] - by_metric["token_r"]
+        assert by_metric["context_gain"] == pytest.approx(gain, abs=2e-6)
     assert scores["token set"]["openai_tar[ngram]"] > 0.99
     assert scores["token set"]["openai_random[ngram]"] > 0.9
 
