@@ -2,6 +2,7 @@
 
     layers     coding rate, sparsity, lasso objective of each layer: does the theory hold?
     neurons    what makes each neuron fire, and how predictable is it? scores, controls, pages
+    text       which neurons fire on a text of yours? a table and a page with coloured tokens
     sae        sparse autoencoders on one layer's codes, the baseline: how sparse, at what loss?
     selftest   planted neurons: which simulators and metrics can be trusted? (takes no CKPT)
     llm        a language model explains neurons and simulates them from its explanations
@@ -17,6 +18,7 @@ from crate_mini.console import terminal
 COMMANDS = {
     "layers": "crate_mini.layers.command",
     "neurons": "crate_mini.neurons.command",
+    "text": "crate_mini.neurons.text",
     "sae": "crate_mini.sae.command",
     "selftest": "crate_mini.neurons.selftest",
     "llm": "crate_mini.judges.command",

@@ -190,7 +190,8 @@ def run_command(prog, command, words, description=None):
             nargs, hint = "+", f"{hint}; several of one run, like out/run/step-*: its history"
         parser.add_argument("ckpt", metavar="CKPT", nargs=nargs, help=hint)
     add_flags(parser, command.settings)
-    given = vars(parser.parse_args(with_flags(words, command.positional)))
+    words = with_flags(words, command.positional, int(command.checkpoint))
+    given = vars(parser.parse_args(words))
     checkpoint = [given.pop("ckpt")] if command.checkpoint else []
     settings = command.settings(**given)
     check(settings)
@@ -201,16 +202,24 @@ def run_command(prog, command, words, description=None):
     return command.run(settings, *checkpoint)
 
 
-def with_flags(words, positional):
-    """TEXT 600 --seed 1 as --text TEXT --steps 600 --seed 1; the last takes all the rest."""
+def with_flags(words, positional, skip=0):
+    """TEXT 600 --seed 1 as --text TEXT --steps 600 --seed 1; the last takes all the rest.
+
+    skip: how many words before them stay as they are.
+    """
     if not positional:
         return list(words)
-    plain = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
-    flagged = []
+    flagged, words = list(words[:skip]), words[skip:]
+    plain = list(itertools.takewhile(_is_plain, words))
     for i, name in enumerate(positional[: len(plain)]):
         values = plain[i:] if name == positional[-1] else [plain[i]]
         flagged += [flag_name(name), *values]
     return flagged + list(words[len(plain) :])
+
+
+def _is_plain(word):
+    """Whether a word is no flag; - stands for standard input, and no flag holds a space."""
+    return not word.startswith("-") or word == "-" or (" " in word and word[:2] != "--")
 
 
 def run(main):
