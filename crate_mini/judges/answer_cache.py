@@ -21,6 +21,7 @@ from crate_mini.console import results
 from crate_mini.console.results import atomic_write
 from crate_mini.judges.queries import NoAnswer
 
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 CHARACTERS_PER_TOKEN = 3  # in quoted words
 
 
@@ -76,7 +77,7 @@ class AnswerCache:
         if source.exists() or replay:
             try:
                 self.answers = read_answers(source)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (*UNREADABLE, OSError) as error:
                 advice = "give another file"
                 if not replay:
                     advice = "remove it, and its questions are asked again"

@@ -1,7 +1,8 @@
 """`interpret.py llm`: a language model on neurons that `interpret.py neurons` has scored.
 
 Next to its scores stand those of two tables on the same neurons and excerpts: [five excerpts]
-holds everything that the model was shown, the evidence ceiling; [ngram] has seen the corpus.
+holds everything that the model was shown, the evidence ceiling; [ngram] has seen the corpus. Each
+score comes with that of a wrong explanation, another neuron's, and with the difference.
 """
 
 import re
@@ -13,7 +14,7 @@ from crate_mini import UserError
 from crate_mini.cli import setting
 from crate_mini.console import results, terminal
 from crate_mini.judges import pipeline, simulation
-from crate_mini.judges.pipeline import judge_label, metric_names
+from crate_mini.judges.pipeline import all_names, judge_label, metric_names
 from crate_mini.neurons import excerpts, protocols, record_files, score_files, summary
 from crate_mini.neurons.protocols import DEAD
 from crate_mini.training import checkpoint
@@ -55,7 +56,7 @@ class Settings:
     )
     rung: str = setting(
         "auto",
-        f"how it simulates: {', '.join(simulation.MODES)}; auto: the first mode that passes the "
+        f"how it judges: {', '.join(simulation.MODES)}; auto: the cheapest mode that passes the "
         "probe",
     )
     protocols: str = setting(
@@ -70,7 +71,7 @@ class Settings:
         0, "tokens to spend at most; the same command continues from there; 0: no limit"
     )
     price: str = setting("", "dollars per million tokens in and out, like 0.15,0.60, for --dry-run")
-    dry_run: bool = setting(False, "ask nothing; print the prompts and about how many tokens")
+    dry_run: bool = setting(False, "ask nothing; print the prompts and the price of each mode")
     record: str = setting("", "file to write the answers of this run to")
     replay: str = setting("", "file to take all answers from; needs no model")
     tokenizer: str | None = checkpoint.tokenizer_setting()
@@ -209,7 +210,8 @@ def llm_row(row, entry, names, llm):
         scores |= entry["scores"]
     elif llm["rung"]:
         for name in names:
-            scores |= dict.fromkeys(metric_names(name, llm["simulator"], llm["rung"]), (None, DEAD))
+            for metric in metric_names(name, llm["simulator"], llm["rung"]):
+                scores |= dict.fromkeys(all_names(metric, llm["rung"]), (None, DEAD))
     scored = (*names, "openai_random") if "openai_tar" in names else names
     for metric, value in protocols.flat_scores(row["scores"]).items():
         if "[" in metric and metric.split("[")[0] in scored:
@@ -219,8 +221,7 @@ def llm_row(row, entry, names, llm):
     )
     new_row["made_with"] = row.get("made_with")
     if entry:
-        kept = ("explanations", "simulated", "failed", "reasons")
-        new_row["llm"] = {name: entry[name] for name in kept}
+        new_row["llm"] = {name: entry[name] for name in entry if name != "scores"}
     return new_row
 
 

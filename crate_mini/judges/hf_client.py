@@ -1,5 +1,7 @@
 """Client of a language model in this process, through transformers."""
 
+import inspect
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
@@ -8,8 +10,10 @@ import torch
 
 from crate_mini import UserError
 from crate_mini.data.formats import extra
-from crate_mini.judges.queries import LEVELS, NoAnswer, level_logprobs
+from crate_mini.judges.queries import LEVELS, NoAnswer, level_logprobs, needs_the_next_token
 
+LARGE = 10**9  # weights from which a model is kept in bfloat16
+SAME = 0.5  # largest difference of log-probabilities that is rounding, in bfloat16
 BEGINNINGS = 20  # most likely tokens among which the first one of an answer is chosen
 
 
@@ -51,16 +55,21 @@ class HfClient:
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # a damaged file can raise anything
             raise UserError(
                 f"hf:{name} cannot be loaded ({' '.join(str(error).split())[:200]}); give a "
                 "folder, a .gguf file, a package that holds one, or a name on the hub."
             ) from None
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = model.to(device).eval()
+        self.model = smaller(model).to(device).eval()
         self.lock = Lock()
         self.new_cache = transformers.DynamicCache
+        self.cache_name = cache_name(model.forward)
         self.level_ids = {level: self._ids_after_tab(level) for level in LEVELS}
+        self.digit_ids = {}
+        for digit in "0123456789":
+            self.digit_ids[digit] = self.tokenizer.encode(digit, add_special_tokens=False)
+        self.in_one_pass = None  # whether several continuations can be tried together
         self._forget()
 
     def _forget(self):
@@ -123,11 +132,15 @@ class HfClient:
             raise NoAnswer("the tokenizer joins a slot with what stands before it")
         positions = [starts[slot] for slot in query["at"]]
         logits = self._logits(ids, positions[0] - 1)
+        alternatives = {}
+        for i in positions:
+            alternatives[i] = single_tokens(self.level_ids, logits[i - positions[0]])
+        tried = [i for i in positions if needs_the_next_token(alternatives[i])]
+        digits = dict(zip(tried, self._digits_after_ones(ids, tried)))
         slots = []
-        # Backwards, so that what precedes a slot is still cached when a "1" is tried in it.
-        for i in reversed(positions):
-            slots.append(self._levels(ids[:i], logits[i - positions[0]]))
-        return {"slots": slots[::-1], "tokens": [len(ids), 0]}
+        for i in positions:
+            slots.append(level_logprobs(alternatives[i], partial(digits.get, i)))
+        return {"slots": slots, "tokens": [len(ids), 0]}
 
     # ---- the model ----
 
@@ -135,9 +148,7 @@ class HfClient:
         """(ids, characters (start, end) of each) of a query's prompt."""
         if "chat" in query:
             messages = [{"role": role, "content": content} for role, content in query["chat"]]
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
+            text = self._chat_text(messages)
             encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
         else:
             encoded = self.tokenizer(query["prompt"], return_offsets_mapping=True)
@@ -146,6 +157,18 @@ class HfClient:
         if len(ids) + query.get("most", 2) > longest:
             raise NoAnswer(f"a prompt of {len(ids)} tokens exceeds the model's {longest}")
         return ids, encoded["offset_mapping"]
+
+    def _chat_text(self, messages):
+        """Messages as the model's template writes them; many templates know no system message."""
+        options = {"tokenize": False, "add_generation_prompt": True}
+        try:
+            return self.tokenizer.apply_chat_template(messages, **options)
+        except Exception:  # whatever a template raises
+            if messages[0]["role"] != "system":
+                raise NoAnswer("the tokenizer's chat template does not take these roles") from None
+        system, first, *rest = messages
+        joined = {**first, "content": f"{system['content']}\n\n{first['content']}"}
+        return self._chat_text([joined, *rest])
 
     def _logits(self, ids, first):
         """Logits (n - first, V) for what follows each of ids[first:n]."""
@@ -156,19 +179,69 @@ class HfClient:
         if len(self.cached_ids) > shared:
             self.cache.crop(shared - len(self.cached_ids))  # a negative number removes that many
         new_ids = torch.tensor([ids[shared:]], device=self.model.device)
-        out = self.model(new_ids, past_key_values=self.cache, use_cache=True).logits
+        cache = {self.cache_name: self.cache}
+        out = self.model(new_ids, **cache, use_cache=True).logits
+        if out[0, -1].isnan().any():
+            raise NoAnswer("the model computes NaN")
         self.cached_ids = list(ids)
         return out[0, first - shared :].float()
 
     def _levels(self, ids, logits):
         """{level: log-probability} of what follows ids, whose last logits are given."""
+        alternatives = single_tokens(self.level_ids, logits)
+        return level_logprobs(alternatives, lambda: self._digits_after_one(ids))
 
-        def after_one():
-            digits = {d: self.tokenizer.encode(d, add_special_tokens=False) for d in "0123456789"}
-            with_one = [*ids, self.level_ids["1"][0]]
-            return single_tokens(digits, self._logits(with_one, len(ids))[-1])
+    def _digits_after_one(self, ids):
+        """{digit: log-probability} of what follows ids and a "1"."""
+        with_one = [*ids, self.level_ids["1"][0]]
+        return single_tokens(self.digit_ids, self._logits(with_one, len(ids))[-1])
 
-        return level_logprobs(single_tokens(self.level_ids, logits), after_one)
+    def _digits_after_ones(self, ids, positions):
+        """The same with a "1" in the place of each of these positions of ids.
+
+        All in one pass, unless the model computes something else then.
+        """
+        if not positions:
+            return []
+        if self.in_one_pass is None:
+            self.in_one_pass = self._one_pass_is_right(ids, positions)
+        if self.in_one_pass:
+            if self.cached_ids != ids:
+                self._logits(ids, len(ids) - 1)
+            return self._ones_in_one_pass(ids, positions)
+        backwards = [self._digits_after_one(ids[:i]) for i in reversed(positions)]
+        return backwards[::-1]  # so that what precedes a position was still cached
+
+    def _one_pass_is_right(self, ids, positions):
+        """Whether one pass over all positions computes the same as the last one by itself."""
+        try:
+            *_, last = self._ones_in_one_pass(ids, positions)
+        except (RuntimeError, TypeError, ValueError, IndexError):  # no such masks
+            self._forget()
+            return False
+        alone = self._digits_after_one(ids[: positions[-1]])
+        return all(abs(last[digit] - alone[digit]) < SAME for digit in alone)
+
+    def _ones_in_one_pass(self, ids, positions):
+        """Appends a "1" for each position, which attends to what precedes it there and to itself.
+
+        The cache holds ids, before and after.
+        """
+        n, m = len(ids), len(positions)
+        device = self.model.device
+        hidden = torch.full((m, n + m), torch.finfo(self.model.dtype).min, dtype=self.model.dtype)
+        for row, i in enumerate(positions):
+            hidden[row, :i] = 0
+            hidden[row, n + row] = 0
+        out = self.model(
+            torch.full((1, m), self.level_ids["1"][0], device=device),
+            attention_mask=hidden[None, None].to(device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=True,
+            **{self.cache_name: self.cache},
+        )
+        self.cache.crop(-m)
+        return [single_tokens(self.digit_ids, row.float()) for row in out.logits[0]]
 
     def _likeliest(self, ids, ends, first):
         """The most likely next token.
@@ -183,6 +256,18 @@ class HfClient:
             if token not in ends and self.tokenizer.decode([token]).strip():
                 return token
         return None
+
+
+def cache_name(forward):
+    """What a forward pass calls the keys and values that it is given."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+def smaller(model):
+    """A large model in bfloat16, where this machine computes in it; half the memory and time."""
+    weights = sum(weight.numel() for weight in model.parameters())
+    able = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return model.to(torch.bfloat16) if weights > LARGE and able else model
 
 
 def single_tokens(texts, logits):

@@ -83,10 +83,10 @@ class LanguageModel:
             return None
         return f"no {needed} ({self.can['why'].get(needed, 'unknown')})"
 
-    def simulate(self, mode, explanation, tokens):
-        """(activations or None, why not) of one excerpt; tokens: its tokens as strings."""
-        query = MODES[mode].ask(self.style, explanation, tokens)
+    def simulate(self, mode, explanation, shown):
+        """(answer or None, why not) to one question; shown: see simulation.Mode."""
+        query = MODES[mode].ask(self.style, explanation, shown)
         try:
-            return MODES[mode].read(self.ask(query), tokens), None
+            return MODES[mode].read(self.ask(query), shown), None
         except NoAnswer as error:
             return None, str(error)

@@ -1,6 +1,8 @@
 """From selected excerpts of neurons to scores: probe the simulator, explain, simulate, score.
 
-An excerpt without a usable answer is missing and counted; it never becomes a zero.
+A score is worth what it has over a wrong explanation: every neuron is also simulated from the words
+of another neuron, and the difference is the result. An excerpt without a usable answer is missing
+and counted; it never becomes a zero.
 """
 
 import time
@@ -12,8 +14,8 @@ import numpy as np
 
 from crate_mini import UserError
 from crate_mini.console import terminal
-from crate_mini.judges import explanation, probe, prompt_files, simulation
-from crate_mini.judges.answer_cache import AnswerCache, BudgetSpent, answer_key, token_estimate
+from crate_mini.judges import explanation, price, probe, prompt_files, simulation
+from crate_mini.judges.answer_cache import AnswerCache, BudgetSpent
 from crate_mini.judges.language_model import LanguageModel
 from crate_mini.judges.queries import NoAnswer
 from crate_mini.judges.simulation import MODES
@@ -22,7 +24,9 @@ from crate_mini.training.device import machine
 
 PROMPTS = ("explain", "puzzles", *(mode.prompt for mode in MODES.values()))
 ENOUGH = 40  # simulations after which too many failures end the run
-SAMPLE_EXPLANATION = "some ten words on what this neuron fires on"  # for an estimate
+CONSTANT = "simulated activations are constant"  # why a simulation has no correlation
+WRONG = ", wrong words"  # in the name of the score with another neuron's explanation
+GAIN = ", true - wrong"  # in the name of the difference
 
 
 def run(selected, decode, settings, folder, log=print):
@@ -35,13 +39,13 @@ def run(selected, decode, settings, folder, log=print):
     (versions), rung (the mode), probe (results by mode), saw (a sentence), despite_probe, stopped
     (a sentence or None), total (questions, failed, tokens), and neurons: {neuron: what
     `simulate_neuron` returns}. A neuron that the budget did not reach is missing; the same call
-    continues there. With dry_run it returns an `estimate`.
+    continues there. With dry_run it returns an estimate, see price.py.
 
     Raises UserError if there is no such model, the server is down, the probe fails, or more than
     5 % of the simulations have no answer.
     """
     if settings.dry_run:
-        return estimate(selected, decode, settings, log)
+        return price.estimate(selected, decode, settings, log)
     Path(folder).mkdir(parents=True, exist_ok=True)
     cache = AnswerCache(Path(folder, "llm-cache.jsonl"), settings.budget, settings.replay)
     simulator, explainer = open_models(settings, cache)
@@ -61,14 +65,20 @@ def run(selected, decode, settings, folder, log=print):
         for model in dict.fromkeys([simulator, explainer or simulator]):
             # Here, before several threads ask at once.
             log(f"{model.name}: {', '.join(model.can['can']) or 'no usable capability'}")
-        mode, result["probe"] = probe.choose_mode(simulator, settings, threads, log)
+        modes = price.cheapest_first(selected, decode, settings)
+        mode, result["probe"] = probe.choose_mode(
+            simulator, modes, settings.despite_probe, threads, log
+        )
         result["rung"] = mode
         result["saw"] = MODES[mode].saw
         result["despite_probe"] = not probe.passed(result["probe"][mode])
+        explained = explain_all(explainer, selected, decode, threads)
+        wrong = words_of_others(explained)
         jobs = {}
         for neuron, excerpts in selected.items():
+            words = explained[neuron], wrong[neuron]
             jobs[neuron] = threads.submit(
-                simulate_neuron, simulator, explainer, mode, excerpts, decode
+                simulate_neuron, simulator, mode, neuron, excerpts, *words, decode
             )
         collect(jobs, result["neurons"], log)
     except BudgetSpent:
@@ -100,45 +110,155 @@ def open_models(settings, cache):
     return simulator, open_model(settings.explainer)
 
 
+# ---- explanations --------------------------------------------------------------------------------
+
+
+def explain_all(explainer, selected, decode, threads):
+    """{neuron: {protocol: (words or None, why not)}}; see `run` for selected."""
+    jobs = {}
+    for neuron, excerpts in selected.items():
+        jobs[neuron] = threads.submit(explain_neuron, explainer, excerpts, decode)
+    return {neuron: job.result() for neuron, job in jobs.items()}
+
+
+def explain_neuron(explainer, selected, decode):
+    """{protocol: (words or None, why not)} of one neuron."""
+    explained = {}
+    for protocol, (to_explain, _) in selected.items():
+        try:
+            explained[protocol] = explanation.explain(explainer, to_explain, decode), None
+        except NoAnswer as error:
+            explained[protocol] = None, str(error)
+    return explained
+
+
+def words_of_others(explained):
+    """{neuron: {protocol: the words of another neuron, or None}}: the wrong explanations.
+
+    explained: see `explain_all`. The other neuron is the next one of the same site with different
+    words, else the next one anywhere.
+    """
+    names = list(explained)
+    wrong = {}
+    for i, neuron in enumerate(names):
+        others = names[i + 1 :] + names[:i]
+        near = [other for other in others if site_of(other) == site_of(neuron)]
+        far = [other for other in others if site_of(other) != site_of(neuron)]
+        wrong[neuron] = {}
+        for protocol, (own, _) in explained[neuron].items():
+            candidates = [explained[other][protocol][0] for other in near + far]
+            candidates = [words for words in candidates if words not in (None, own)]
+            wrong[neuron][protocol] = candidates[0] if candidates else None
+    return wrong
+
+
+def site_of(neuron):
+    """The site in a neuron's name: "L0" of "L0 17"."""
+    return str(neuron).rpartition(" ")[0]
+
+
 # ---- one neuron ----------------------------------------------------------------------------------
 
 
-def simulate_neuron(simulator, explainer, mode, selected, decode):
-    """Explain one neuron, simulate it, score it; selected: {protocol: (to explain, to score)}.
+def simulate_neuron(simulator, mode, neuron, selected, explained, wrong, decode):
+    """Judge one neuron by its explanation and by another neuron's, and score both.
 
-    Returns {"explanations", "simulated" (rows, None where failed), "failed" (counts)} by protocol,
-    "scores": {"PROTOCOL[llm:NAME@MODE]": (number or None, reason or None)} and "reasons" of what
-    failed. openai_random is scored on the excerpts of openai_tar, at no extra cost.
+    selected: {protocol: (to explain, to score)}; explained, wrong: by protocol, see above.
+
+    Returns {"explanations", "wrong explanations", "simulated", "simulated wrong" (answers, None
+    where failed), "failed" (counts)} by protocol, "scores": {metric: (number or None, reason or
+    None)}, see `metric_names`, and "reasons" of what failed. openai_random is scored on the
+    excerpts of openai_tar, at no extra cost.
     """
-    entry = {"explanations": {}, "simulated": {}, "failed": {}, "scores": {}, "reasons": {}}
-    for protocol, (to_explain, to_score) in selected.items():
-        words = None
-        answers = [(None, "no explanation")] * len(to_score.tokens)
-        try:
-            words = explanation.explain(explainer, to_explain, decode)
-            texts = [token_strings(tokens, decode) for tokens in to_score.tokens]
-            answers = [simulator.simulate(mode, words, tokens) for tokens in texts]
-        except NoAnswer as error:
-            entry["reasons"][f"{protocol} explanation"] = str(error)
-        rows = [row for row, _ in answers]
-        entry["explanations"][protocol] = words
-        entry["failed"][protocol] = rows.count(None)
-        for i, (_, reason) in enumerate(answers):
-            if reason:
-                entry["reasons"][f"{protocol} {i}"] = reason
-        metrics = metric_names(protocol, simulator.name, mode)
-        if mode == "detection":
-            entry["scores"] |= dict.fromkeys(metrics, detection_score(to_score, rows))
-            entry["simulated"][protocol] = [None if row is None else row[0] for row in rows]
+    entry = {
+        "explanations": {protocol: words for protocol, (words, _) in explained.items()},
+        "wrong explanations": wrong,
+        "simulated": {},
+        "simulated wrong": {},
+        "failed": {},
+        "scores": {},
+        "reasons": {},
+    }
+    for protocol, (_, to_score) in selected.items():
+        cases = simulation.cases(mode, to_score, decode, f"{neuron} {protocol}")
+        words, why_not = explained[protocol]
+        if why_not:
+            entry["reasons"][f"{protocol} explanation"] = why_not
+        true = Answers(mode, cases)
+        false = Answers(mode, cases)
+        if not MODES[mode].needs_words:
+            true.ask(simulator, "")
         else:
-            entry["scores"] |= activation_scores(metrics, to_score, rows)
-            entry["simulated"][protocol] = rows
+            true.ask(simulator, words)
+            false.ask(simulator, wrong[protocol])
+        entry["simulated"][protocol] = true.given
+        entry["simulated wrong"][protocol] = false.given
+        entry["failed"][protocol] = true.failed + false.failed
+        entry["reasons"] |= true.reasons(protocol) | false.reasons(f"{protocol} wrong")
+        for metric, scored in metric_names(protocol, simulator.name, mode).items():
+            scores = true.score(scored, to_score), false.score(scored, to_score)
+            entry["scores"] |= with_gain(metric, mode, *scores)
     return entry
 
 
-def token_strings(tokens, decode):
-    """The tokens of one excerpt as strings, after the first column and without padding."""
-    return [decode([int(id)]) for id in tokens[1:] if id >= 0]
+class Answers:
+    """The answers to a neuron's questions, cases [(shown, truth)], asked with some words.
+
+    given: an answer for each case, None where it failed; [] before anything is asked.
+    """
+
+    def __init__(self, mode, cases):
+        self.mode = mode
+        self.cases = cases
+        self.given, self.why_not = [], []
+
+    def ask(self, simulator, words):
+        """Ask with these words; without any (None), do nothing."""
+        for shown, _ in self.cases if words is not None else []:
+            answer, reason = simulator.simulate(self.mode, words, shown)
+            self.given.append(answer)
+            self.why_not.append(reason)
+
+    @property
+    def failed(self):
+        return self.given.count(None)
+
+    def reasons(self, name):
+        """{"NAME i": why answer i failed}."""
+        return {f"{name} {i}": reason for i, reason in enumerate(self.why_not) if reason}
+
+    def score(self, protocol, excerpts):
+        """(number or None, reason or None) under a protocol."""
+        if not self.cases:
+            return None, "too few excerpts in which it fires strongly, or does not"
+        if not self.given:
+            return None, "failed: no explanation"
+        if MODES[self.mode].gives_activations:
+            return protocols.score_excerpts(protocol, excerpts, padded(self.given, excerpts))
+        truths, answers = [], []
+        for (_, truth), answer in zip(self.cases, self.given):
+            if answer is not None:
+                truths.append(truth)
+                answers.append(answer)
+        message = f"{self.failed} of {len(self.cases)} questions without a readable answer"
+        if self.failed > protocols.MISSING * len(self.cases):
+            return None, f"failed: {message}"
+        value, reason = MODES[self.mode].agreement(truths, answers)
+        if value is None:
+            return None, reason
+        return round(value, 4), f"{message}, left out" if self.failed else None
+
+
+def padded(rows, excerpts):
+    """Rows of activations, None where failed, as wide as the excerpts, NaN after their end."""
+    width = np.shape(excerpts.tokens)[1] - 1
+    wide = []
+    for row in rows:
+        wide.append(None if row is None else row + [float("nan")] * (width - len(row)))
+    return wide
+
+
+# ---- scores --------------------------------------------------------------------------------------
 
 
 def judge_label(simulator, mode):
@@ -147,41 +267,43 @@ def judge_label(simulator, mode):
 
 
 def metric_names(protocol, simulator, mode):
-    """{metric: protocol that scores it} of a simulation of the excerpts of one protocol."""
+    """{metric: protocol that scores it} of the excerpts of one protocol, with the true words."""
     label = judge_label(simulator, mode)
-    if mode == "detection":
-        return {f"detection({protocol})[{label}]": protocol}
+    if not MODES[mode].gives_activations:
+        return {f"{mode}({protocol})[{label}]": protocol}
     names = [protocol]
     if protocol == "openai_tar":
         names.append("openai_random")
     return {f"{name}[{label}]": name for name in names}
 
 
-def activation_scores(metrics, excerpts, rows):
-    """{metric: (number or None, reason or None)} of simulated activations, None where failed.
+def all_names(metric, mode):
+    """The names of a score, of its control and of the difference; intruder has no control."""
+    start = metric.removesuffix("]")
+    names = [metric, f"{start}{WRONG}]", f"{start}{GAIN}]"]
+    return names if MODES[mode].needs_words else [names[0], names[2]]
 
-    metrics: {metric: protocol}.
+
+def with_gain(metric, mode, true, false):
+    """{metric: (number or None, reason or None)} of a score, its control and their difference.
+
+    true, false: the scores with the neuron's own explanation and with another's. A simulation that
+    is constant has no correlation, but it predicts nothing: in the difference it counts as chance.
+    Without a control, chance is subtracted.
     """
-    width = np.shape(excerpts.tokens)[1] - 1
-    padded = []
-    for row in rows:
-        if row is None:
-            padded.append(None)
-        else:
-            padded.append(row + [float("nan")] * (width - len(row)))
-    return {
-        metric: protocols.score_excerpts(protocol, excerpts, padded)
-        for metric, protocol in metrics.items()
-    }
+    chance = MODES[mode].chance
+    if not MODES[mode].needs_words:
+        false = chance, None
+    sides = [chance if reason == CONSTANT else value for value, reason in (true, false)]
+    if None in sides:
+        gain = None, true[1] or false[1]
+    else:
+        gain = sides[0] - sides[1], None
+    scores = [true, false, gain] if MODES[mode].needs_words else [true, gain]
+    return dict(zip(all_names(metric, mode), scores))
 
 
-def detection_score(excerpts, rows):
-    """(balanced accuracy or None, reason or None) of rows [0] or [1], None where failed."""
-    answered = [(acts, row) for acts, row in zip(excerpts.acts, rows) if row is not None]
-    if not answered:
-        return None, "failed: no answer"
-    truth, answers = zip(*answered)
-    return simulation.detection_accuracy(truth, answers)
+# ---- progress ------------------------------------------------------------------------------------
 
 
 def collect(jobs, entries, log):
@@ -193,7 +315,8 @@ def collect(jobs, entries, log):
     asked, failed = 0, 0
     for done, (neuron, job) in enumerate(jobs.items(), 1):
         entries[neuron] = entry = job.result()
-        asked += sum(map(len, entry["simulated"].values()))
+        for name in ("simulated", "simulated wrong"):
+            asked += sum(map(len, entry[name].values()))
         failed += sum(entry["failed"].values())
         enough = asked >= ENOUGH or done == len(jobs)
         if enough and not probe.few_failures(failed, asked):
@@ -210,63 +333,3 @@ def collect(jobs, entries, log):
             f"neuron {done} of {len(jobs)} ({failed} of {asked} simulations failed)  "
             f"ETA {terminal.eta(remaining)}"
         )
-
-
-# ---- a dry run -----------------------------------------------------------------------------------
-
-
-def estimate(selected, decode, settings, log):
-    """Log what a run would ask: prompts, tokens, dollars. Nothing is asked.
-
-    Returns {mode: [questions, tokens in, tokens out]}.
-    """
-    style = "chat" if settings.style == "chat" else "text"
-    pairs = []
-    for neuron, excerpts in selected.items():
-        pairs += [(neuron, *pair) for pair in excerpts.values()]
-    explaining = []
-    if settings.explainer != "template":
-        explaining = [explanation.query(to_explain, decode, style) for _, to_explain, _ in pairs]
-    if explaining:
-        log(f"to explain:\n{prompt_text(explaining[0])}\n")
-    totals = {}
-    for mode in simulation.chosen_modes(settings.rung):
-        asked = []
-        for neuron, _, to_score in pairs:
-            words = f"{SAMPLE_EXPLANATION} {neuron}"  # no two neurons share an explanation
-            for tokens in to_score.tokens:
-                asked.append(MODES[mode].ask(style, words, token_strings(tokens, decode)))
-        totals[mode] = total(explaining + asked)
-        questions, tokens_in, tokens_out = totals[mode]
-        cost = dollars(settings.price, tokens_in, tokens_out)
-        log(
-            f"{mode}: {questions:,} questions, about {tokens_in:,} tokens in and "
-            f"{tokens_out:,} out{cost}; the probe comes on top. The last:"
-        )
-        if asked:
-            log(f"{prompt_text(asked[-1])}\n")
-    return totals
-
-
-def total(queries):
-    """[questions, tokens in, tokens out] of queries, the same one counted once."""
-    estimates = {answer_key("", query): token_estimate(query) for query in queries}
-    tokens_in = sum(tokens for tokens, _ in estimates.values())
-    tokens_out = sum(tokens for _, tokens in estimates.values())
-    return [len(estimates), tokens_in, tokens_out]
-
-
-def dollars(price, tokens_in, tokens_out):
-    """The cost as text, ", about $1.23"; "" without a price.
-
-    price: dollars per million tokens in and out, like "0.15,0.60".
-    """
-    if not price:
-        return ""
-    price_in, price_out = map(float, price.split(","))
-    return f", about ${price_in * tokens_in / 1e6 + price_out * tokens_out / 1e6:.2f}"
-
-
-def prompt_text(query):
-    """A query's prompt for people to read."""
-    return query.get("prompt") or "\n".join(f"[{role}] {text}" for role, text in query["chat"])

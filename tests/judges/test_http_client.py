@@ -1,81 +1,18 @@
-"""A scripted server that fails: what is tried again, what counts as missing, where the key goes."""
+"""A scripted server that fails: what is tried again, what counts as missing, what is refused."""
 
 import json
-import logging
+import re
 import socket
-import threading
 import time
-from contextlib import contextmanager
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from planted_excerpts import decode, run, selected
+from scripted_server import CHAT, FINE, KEY_ENV, QUERY, USAGE, client, judge, server
 
 from crate_mini import UserError
-from crate_mini.judges import pipeline
-from crate_mini.judges.command import Settings
+from crate_mini.judges import http_client
 from crate_mini.judges.http_client import HttpClient
 from crate_mini.judges.queries import NoAnswer
-
-KEY = "sk-secret-0123456789"
-KEY_ENV = "CRATE_TEST_KEY"
-QUERY = {"ask": "text", "prompt": "say", "most": 3}
-USAGE = {"prompt_tokens": 1, "completion_tokens": 1}
-FINE = (200, {}, {"choices": [{"text": "yes"}], "usage": USAGE})
-
-
-@contextmanager
-def server(*script):
-    """(base URL, requests seen) of a server that answers by a script.
-
-    An entry is (status, headers, body), or None to cut the connection; the last one is repeated. A
-    request is (time, path, headers, JSON body).
-    """
-    seen, remaining = [], list(script)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append((time.monotonic(), self.path, dict(self.headers), body))
-            entry = remaining.pop(0) if len(remaining) > 1 else remaining[0]
-            if entry is None:
-                self.connection.shutdown(socket.SHUT_RDWR)
-                return
-            status, headers, content = entry
-            if not isinstance(content, bytes):
-                content = json.dumps(content).encode()
-            self.send_response(status)
-            for name, value in {"Content-Length": len(content), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *args):
-            pass
-
-    running = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{running.server_port}/v1", seen
-    finally:
-        running.shutdown()
-        thread.join()
-        running.server_close()
-
-
-def client(url, waits=None, **options):
-    """A client that does not wait but appends to `waits` how long it would."""
-    waits = [] if waits is None else waits
-    return HttpClient("m", url, KEY_ENV, sleep=waits.append, **options)
-
-
-def judge(folder, url, **changes):
-    """A run over the planted neurons with the model `m` of a server as simulator."""
-    changes = {"explainer": "template", "despite_probe": True, **changes}
-    return run(folder, simulator="http:m", url=url, **changes)
-
 
 # ---- tried again ---------------------------------------------------------------------------------
 
@@ -154,13 +91,19 @@ def test_a_server_that_is_not_running_ends_the_run():
         {"choices": []},
         {"choices": [{}]},
         {"choices": [None]},
-        {"choices": [{"text": None}]},
-        {"choices": [{"text": " \n"}]},
+        {"choices": {"0": 1}},
+        {"choices": [{"text": 7}]},
+        b"[" * 100_000,
+        b'{"choices":' * 100_000,
+        b"\xff\xfe",
+        b"1e999999",
     ],
+    ids=range(12),
 )
 def test_nonsense_counts_as_missing(body):
-    with server((200, {}, body)) as (url, seen), pytest.raises(NoAnswer, match="not OpenAI's"):
+    with server((200, {}, body)) as (url, seen), pytest.raises(NoAnswer) as error:
         client(url).ask(QUERY)
+    assert re.search("not OpenAI's|too deeply nested", str(error.value))
     assert len(seen) == 1  # the next answer would be the same
 
 
@@ -180,7 +123,7 @@ def test_prompt_logprobs_that_a_server_ignores_count_as_missing(choice):
 
 @pytest.mark.parametrize("style", ["text", "chat"])
 def test_a_server_that_can_do_nothing_lacks_every_mode(style, tmp_path):
-    words = "logprobs: no prompt logprobs .*404.*detection: no " + style
+    words = f"^m gives no usable answers .logprobs: no prompt.*404.*such path.*; json: no {style} "
     missing = 404, {}, {"error": "no such path"}
     with server(missing) as (url, _), pytest.raises(UserError, match=words):
         judge(tmp_path, url, rung="auto", style=style)
@@ -191,12 +134,89 @@ def test_a_server_that_can_do_nothing_lacks_every_mode(style, tmp_path):
 def test_a_server_that_answers_wrongly_is_refused(pairs, tmp_path):
     """Every simulation of the probe is missing; none is taken for zeros."""
     reply = 200, {}, {"choices": [{"message": {"content": pairs}}]}
-    words = "wins for 0 of 3 planted neurons, 27 of 27 sim"
+    words = "no usable answers .json: 72 of 72 questions unanswered .mostly: (no JSON|another num)"
     with server(reply) as (url, _), pytest.raises(UserError, match=words):
         judge(tmp_path, url, rung="json", style="chat")
 
 
-# ---- the key -------------------------------------------------------------------------------------
+def test_a_reply_is_read_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(http_client, "LARGEST_REPLY", 1000)
+    with server((200, {}, b" " * 1001)) as (url, _), pytest.raises(NoAnswer, match="1,000 bytes"):
+        client(url).ask(QUERY)
+    with server((500, {}, b"x" * 200_000)) as (url, _), pytest.raises(NoAnswer, match="too long"):
+        client(url, tries=1).ask(QUERY)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1.5", "null", '"x"', "[]", "1e999"])
+def test_a_log_probability_that_cannot_be_one_is_no_answer(value):
+    body = '{"choices": [{"logprobs": {"tokens": ["a", "\\t", "?", "x"], "top_logprobs": '
+    body += f'[null, {{}}, {{"3": {value}}}, null]}}}}]}}'
+    slots = {"ask": "slots", "prompt": "a\t?", "at": [2]}
+    with server((200, {}, body.encode())) as (url, _), pytest.raises(NoAnswer):
+        client(url).ask(slots)
+    good = body.replace(value, "-Infinity").encode()  # some servers write this for "never"
+    with server((200, {}, good)) as (url, _):
+        assert client(url).ask(slots)["slots"] == [{"3": -99}]
+
+
+@pytest.mark.parametrize("tokens", [None, -5, 10**30, "many", True, float("inf"), [1]])
+def test_impossible_counts_of_tokens_count_as_unknown(tokens):
+    usage = {"prompt_tokens": tokens, "completion_tokens": 2}
+    body = json.dumps({"choices": [{"text": "yes"}], "usage": usage}).encode()
+    with server((200, {}, body)) as (url, _):
+        assert client(url).ask(QUERY)["tokens"] == [0, 2]
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def chat_reply(content, **facts):
+    choice = {"message": {"content": content}, **facts}
+    return 200, {}, {"choices": [choice], "usage": USAGE}
+
+
+@pytest.mark.parametrize(
+    "reply, reason",
+    [
+        (chat_reply("no", finish_reason="content_filter"), "content filter"),
+        (chat_reply(None, finish_reason="length"), "does the model reason first"),
+        (chat_reply(""), "an empty answer"),
+        (chat_reply(" \n"), "an empty answer"),
+        (
+            (200, {}, {"choices": [{"message": {"content": None, "refusal": "I won't."}}]}),
+            "I won't",
+        ),
+        ((400, {}, {"error": {"message": "flagged", "code": "content_filter"}}), "400: flagged"),
+        ((422, {}, {"detail": "bad"}), "422: bad"),
+    ],
+)
+def test_a_refusal_of_one_question_is_told_with_its_reason(reply, reason):
+    with server(reply) as (url, _), pytest.raises(NoAnswer, match=reason):
+        client(url).ask(CHAT)
+
+
+@pytest.mark.parametrize(
+    "status, message, expected",
+    [
+        (401, "no such key", f"401: no such key.; is the key in {KEY_ENV} right"),
+        (402, "pay", f"402: pay.; is the account behind {KEY_ENV} paid up"),
+        (403, "not you", f"403: not you.; may the key in {KEY_ENV} use this model"),
+        (429, "quota", "429: quota.; the quota is used up"),
+        (404, "model 'm' not found, try pulling it first", "does not serve m .status 404: model"),
+        (404, "The model `m` does not exist or you do not have access", "does not serve m"),
+        (400, "m is not a valid model ID", "does not serve m"),
+        (400, "echo is not supported", "m gives no usable answers .*400: echo is not supported"),
+        (400, "Unknown parameter for this model", "m gives no usable answers .*Unknown parameter"),
+    ],
+)
+def test_a_server_that_refuses_everything_is_not_called_a_bad_judge(
+    status, message, expected, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(HttpClient, "_post", once(HttpClient._post))
+    reply = status, {}, {"error": {"message": message}}
+    with server(reply) as (url, _), pytest.raises(UserError, match=expected) as error:
+        judge(tmp_path, url, rung="auto", key_env=KEY_ENV)
+    assert "does not tell" not in str(error.value)
 
 
 def once(post):
@@ -209,56 +229,56 @@ def once(post):
     return post_once
 
 
-def test_the_key_is_in_no_file_and_no_message(tmp_path, monkeypatch, caplog, capsys):
-    """It is sent to the server and nowhere else, even if the server sends it back."""
-    caplog.set_level(logging.DEBUG)
-    monkeypatch.setenv(KEY_ENV, KEY)
-    monkeypatch.setattr(HttpClient, "_post", once(HttpClient._post))
-    messages = []
-    recorded = {"rung": "json", "style": "chat", "record": str(tmp_path / "recording")}
-    for status in (400, 401, 500):
-        with server((status, {}, {"error": f"bad key {KEY}"})) as (url, seen):
-            for changes in ({"rung": "auto"}, recorded):
-                asked = Settings(simulator="http:m", url=url, key_env=KEY_ENV, **changes)
-                with pytest.raises(UserError) as error:
-                    pipeline.run(selected(), decode, asked, tmp_path, messages.append)
-                messages += [str(error.value), repr(asked)]
-        assert seen[0][2]["Authorization"] == f"Bearer {KEY}"
-    outputs = [caplog.text, *capsys.readouterr(), *messages]
-    outputs += [path.read_text() for path in tmp_path.iterdir()]
-    assert len(messages) >= 12
-    assert not any(KEY in output for output in outputs)
-    assert any("***" in output for output in outputs)
+def test_a_moved_server_is_named():
+    moved = 308, {"Location": "https://elsewhere.example/v1"}, {}
+    with (
+        server(moved) as (url, _),
+        pytest.raises(UserError, match="redirects to https://elsewhere"),
+    ):
+        client(url).ask(QUERY)
 
 
-def test_the_key_travels_to_one_host_only(monkeypatch):
-    monkeypatch.setenv(KEY_ENV, KEY)
-    with server(FINE) as (other, stolen):
-        moved = 302, {"Location": f"{other}/completions"}, {}
-        with server(moved) as (url, _), pytest.raises(UserError, match="302"):
-            client(url).ask(QUERY)
-    assert not stolen
-    with pytest.raises(UserError, match="unencrypted"):
-        client("http://models.example.org/v1")
-    client("https://models.example.org/v1")
+# ---- parameters that models of today refuse ------------------------------------------------------
 
 
-def test_a_server_elsewhere_needs_a_key(monkeypatch):
-    monkeypatch.delenv(KEY_ENV, raising=False)
-    with pytest.raises(UserError, match=f"models.example.org needs a key: .*{KEY_ENV}"):
-        client("https://models.example.org/v1")
+def test_max_tokens_is_negotiated_once():
+    def picky(path, body):
+        if "max_tokens" in body:
+            message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+            return 400, {}, {"error": {"message": message}}
+        return chat_reply("yes")
+
+    with server(picky) as (url, seen):
+        asking = client(url)
+        for _ in range(3):
+            assert asking.ask(CHAT)["text"] == "yes"
+    bodies = [body for _, _, _, body in seen]
+    assert len(bodies) == 4  # one refusal, then never again
+    assert bodies[0]["max_tokens"] == 3
+    assert all(body["max_completion_tokens"] >= 1000 for body in bodies[1:])  # models think first
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "file:///etc/hosts",
-        "127.0.0.1:8080/v1",
-        "ftp://127.0.0.1/v1",
-        "http://me@127.0.0.1/v1",
-        "",
-    ],
-)
-def test_what_is_not_a_base_url_is_refused(url):
-    with pytest.raises(UserError, match="not a base URL"):
-        client(url)
+def test_a_temperature_that_is_refused_is_left_out():
+    def picky(path, body):
+        if "max_tokens" in body or "temperature" in body:
+            word = "max_completion_tokens" if "max_tokens" in body else "'temperature' must be 1"
+            return 400, {}, {"error": {"message": f"use {word}"}}
+        return chat_reply("yes")
+
+    with server(picky) as (url, seen):
+        asking = client(url)
+        assert asking.ask(CHAT)["text"] == asking.ask(CHAT)["text"] == "yes"
+    assert len(seen) == 4
+
+
+def test_a_server_that_refuses_every_spelling_is_left_alone():
+    refused = 400, {}, {"error": "max_completion_tokens and temperature are wrong"}
+    with server(refused) as (url, seen), pytest.raises(NoAnswer, match="status 400: max_comp"):
+        client(url).ask(CHAT)
+    assert len(seen) == 3
+
+
+def test_an_answer_in_parts_is_joined():
+    parts = [{"type": "text", "text": "y"}, {"type": "image"}, {"type": "text", "text": "es"}]
+    with server(chat_reply(parts)) as (url, _):
+        assert client(url).ask(CHAT)["text"] == "yes"

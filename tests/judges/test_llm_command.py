@@ -78,6 +78,9 @@ def test_scores_stand_next_to_those_of_the_tables(run, folder):
     assert result["llm"]["despite_probe"]
     assert result["seed"] == 0
     for site in ("L0", "L1"):
+        gain = result["sites"][site][f"openai_tar[{NAME}, true - wrong]"]
+        assert gain["n"] >= 2
+        assert len(gain["ci95"]) == 2  # over neurons
         for protocol in ("openai_tar", "openai_random"):
             counts = result["sites"][site]["n"]
             n = counts[f"{protocol}[{NAME}]"]
@@ -99,7 +102,9 @@ def test_the_judges_rows_are_those_of_neurons_with_its_scores_added(run, folder)
         r = row["scores"][f"openai_tar[{NAME}]"]
         assert r is None or -1 <= r <= 1
         assert set(np.concatenate(row["llm"]["simulated"]["openai_tar"])) <= {0, 10}
-        assert row["llm"]["explanations"]["openai_tar"].startswith("the tokens ")
+        words = row["llm"]["explanations"]["openai_tar"]
+        assert words.startswith("the tokens ")
+        assert row["llm"]["wrong explanations"]["openai_tar"] != words
     scores = [row["scores"][f"openai_tar[{NAME}]"] for row in live]
     assert max(r for r in scores if r is not None) > 0.2  # tokens tell something
     dead = [row for row in rows if row["status"] == "dead"]
@@ -108,9 +113,9 @@ def test_the_judges_rows_are_those_of_neurons_with_its_scores_added(run, folder)
 
 def test_a_model_that_fails_the_probe_is_refused_before_it_is_asked_about_neurons(fail):
     message = fail()
-    assert "of 3 planted neurons" in message
+    assert "of 12 planted neurons won, 9 needed" in message
     assert "--despite-probe" in message
-    assert LanguageModel.client.asked <= 27
+    assert LanguageModel.client.asked <= 72
 
 
 def test_a_dry_run_asks_nothing(run):
@@ -118,6 +123,7 @@ def test_a_dry_run_asks_nothing(run):
     assert client.asked == 0
     for words in ("logprobs:", "detection:", "$", "nothing was asked"):
         assert words in printed
+    assert printed.count("<- the cheapest: chosen if it passes the probe") == 1
 
 
 def test_a_budget_stops_the_run_and_the_same_command_continues(run, folder):
@@ -162,7 +168,7 @@ def test_neurons_are_drawn_by_the_seed(run, folder):
         (("--budget", "-1"), "--budget -1 must lie in 0 to"),
         (("--workers", "0"), "--workers 0 must lie in 1 to"),
         (("--style", "x"), "auto, chat or text"),
-        (("--rung", "E"), "auto, logprobs, json or detection"),
+        (("--rung", "E"), "auto, logprobs, json, detection, fuzzing or intruder"),
         (("--price", "3"), "two numbers"),
     ],
 )
@@ -185,7 +191,7 @@ def test_scores_of_another_record_are_refused(fail, folder, tmp_path):
 
 
 def test_too_many_failures_end_the_run(fail):
-    message = fail("--despite-probe", failures=range(28, 60))
+    message = fail("--despite-probe", failures=range(73, 105))
     assert "simulations have no usable answer (mostly: status 500)" in message
 
 

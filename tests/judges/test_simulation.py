@@ -2,18 +2,19 @@
 
 import json
 import re
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from planted_excerpts import decode, selected
 
 from crate_mini import UserError
 from crate_mini.judges import explanation, pipeline, prompt_files, simulation
 from crate_mini.judges.queries import NoAnswer
-from crate_mini.judges.simulation import MODES, detection_accuracy
+from crate_mini.judges.simulation import MODES
 from crate_mini.neurons import metrics
 
 AWKWARD = [
@@ -108,40 +109,109 @@ def test_an_explanation_without_a_model_names_the_top_tokens():
 # ---- how answers are read ------------------------------------------------------------------------
 
 
+def read(mode, text, shown=(" a", " b")):
+    return MODES[mode].read({"text": text}, list(shown))
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "nope",
         "[]",
+        "[]" * 1000,
         '[[" a", 1]]',
         '[[" a", 1], [" b", 2], [" c", 3]]',
-        '[[" a", 1], ["b", 2]]',
         "7",
         "null",
-        '[[" a", 1], [" b", 2.0]]',
+        '[[" a", 1], [" b", 2.5]]',
         '[[" a", 1], [" b", 11]]',
         '[[" a", 1], [" b", -1]]',
         '[[" a", 1], [" b", true]]',
-        '[[" a", 1], [" b", "2"]]',
+        '[[" a", 1], [" b", null]]',
+        '[[" a", 1], [" b", []]]',
+        '[[" a", 1], [" b", "eleven"]]',
         '[[" a", 1], [" b"]]',
         '[[" b", 1], [" a", 2]]',
-        '[[" a", 1], [" b", 2]] ok',
+        '[[1, 1], [" b", 2]]',
+        '[[" a", 1], [" b", 2',
+        '[[" a", 1], [" b", 2}',
+        '[[" a", NaN], [" b", Infinity]]',
+        '[[" a", 1e999], [" b", 2]]',
+        '[[" a", ' + "9" * 5000 + '], [" b", 2]]',
+        '{"a": {"b": [1]}, "c": 2}',
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "[" * 100_000 + "]" * 100_000,
+        '["' + r"\"" * 90_000,
+        "[" + "x" * 300_000,
+        "'",
+        "",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_what_is_not_one_level_for_each_token_is_no_answer(text):
+    start = time.perf_counter()
+    with pytest.raises(NoAnswer):
+        read("json", text)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ' [[" a", 1], [" b", 10]]\n',
+        '```json\n[[" a", 1], [" b", 10]]\n```',
+        '```\n[[" a", 1],\n [" b", 10]]\n```\nI hope this helps!',
+        'Sure! Here are the pairs [as asked]: [[" a", 1], [" b", 10]] ok',
+        "[[' a', 1], [' b', 10]]",
+        "It's this: [(' a', 1), (' b', 10),]",
+        '[[" a", 1,], [" b", 10,],]',
+        '[[" a", "1"], [" b", 10.0]]',
+        '[[" a", One], [" b", "ten"]]',
+        '[["a", 1], ["b", 10]]',
+        '{"pairs": [[" a", 1], [" b", 10]]}',
+        '[{"token": " a", "level": 1}, {"token": " b", "level": 10}]',
+        '<think>first [[" a", 0], [" b", 0]]</think>[[" a", 1], [" b", 10]]',
+        '[[" a", 1]] was wrong: [[" a", 1], [" b", 10]]',
     ],
 )
-def test_json_is_read_strictly(text):
-    with pytest.raises(NoAnswer):
-        MODES["json"].read({"text": text}, [" a", " b"])
+def test_a_right_answer_is_read_whatever_its_notation(text):
+    assert read("json", text) == [1, 10]
 
 
-def test_correct_json_is_read():
-    answer = {"text": ' [[" a", 1], [" b", 10]]\n'}
-    assert MODES["json"].read(answer, [" a", " b"]) == [1, 10]
+@given(TOKENS, st.data(), st.sampled_from([json.dumps, repr]))
+def test_any_tokens_come_back_in_json_and_in_python(tokens, data, notation):
+    levels = [data.draw(st.integers(0, 10)) for _ in tokens]
+    pairs = [[token, level] for token, level in zip(tokens, levels)]
+    if notation is repr:  # Python's own escapes, like \\x85, are not read
+        printable = all(char.isprintable() or char in "\n\t" for token in tokens for char in token)
+        assume(printable)
+    text = f"Here:\n```\n{notation(pairs)}\n```"
+    assert read("json", text, tokens) == levels
 
 
-@pytest.mark.parametrize("text", ["yes", "2", "1.0", "true", "[1]"])
-def test_detection_is_read_strictly(text):
-    with pytest.raises(NoAnswer):
-        MODES["detection"].read({"text": text}, [" a"])
+@pytest.mark.parametrize(
+    "text", ["2", "[2]", "1 or 0", "maybe", "-1", "10", "1.5", "", "x" * 300_000]
+)
+def test_a_verdict_that_is_neither_0_nor_1_is_no_answer(text):
+    for mode in ("detection", "fuzzing"):
+        with pytest.raises(NoAnswer):
+            read(mode, text)
+
+
+@pytest.mark.parametrize(
+    "text", ["1", " 1\n", "**1**", "Answer: 1", "```\n1\n```", "1.0", "yes", "[1]"]
+)
+def test_a_verdict_is_read_whatever_is_around_it(text):
+    assert read("detection", text) == read("fuzzing", text) == 1
+    assert read("detection", "No, it does not.") == 0
+
+
+def test_an_intruder_is_a_number_from_1_to_4():
+    assert read("intruder", "Text 3.") == 3
+    for text in ("5", "0", "three"):
+        with pytest.raises(NoAnswer, match="not one of 1, 2, 3, 4"):
+            read("intruder", text)
 
 
 def test_a_token_without_a_number_makes_the_excerpt_missing():
@@ -153,33 +223,83 @@ def test_a_token_without_a_number_makes_the_excerpt_missing():
             read({"slots": slots}, [" a", " b"])
 
 
-def test_detection_is_scored_by_balanced_accuracy():
-    truth = [[0, 9], [1, 0], [0, 0], [5, 0]]  # the first and the last fire strongly
-    assert detection_accuracy(truth, [[1], [0], [0], [1]])[0] == 1
-    assert detection_accuracy(truth, [[1], [1], [1], [1]])[0] == 0.5
-    assert detection_accuracy(truth, [[1], [0], [1], [0]])[0] == 0.5
-    assert detection_accuracy([[3], [2]], [[1], [1]])[0] is None
-    assert detection_accuracy([[0], [0]], [[0], [0]])[0] is None
+# ---- what is shown, and the truth ----------------------------------------------------------------
 
 
-def test_padding_does_not_count_as_firing():
-    nan = float("nan")
-    truth = [[1, 2, 3], [9, nan, nan], [0, 1, 0]]  # the second fires strongly
-    for rows in (truth, truth[1:] + truth[:1]):
-        answers = [[int(acts[0] == 9)] for acts in rows]
-        assert detection_accuracy(rows, answers)[0] == 1
+def excerpts(*rows):
+    """Excerpts of one token each per number; the token's text is its number."""
+    width = max(map(len, rows))
+    tokens = np.full((len(rows), width + 1), -1)
+    acts = np.full((len(rows), width), np.nan, np.float32)
+    for i, row in enumerate(rows):
+        tokens[i, 1 : len(row) + 1] = row
+        acts[i, : len(row)] = row
+    return SimpleNamespace(tokens=tokens, acts=acts)
+
+
+def cases(mode, *rows, name="L0 1"):
+    return simulation.cases(mode, excerpts(*rows), lambda ids: f" {ids[0]}", name)
+
+
+def test_an_excerpt_fires_strongly_from_half_of_the_largest_activation():
+    rows = [1, 2, 3], [9], [0, 5, 0], [4, 4]  # padding does not count
+    assert [truth for _, truth in cases("detection", *rows)] == [0, 1, 1, 0]
+    assert [truth for _, truth in cases("detection", [0, 0], [0])] == [0, 0]
+    assert MODES["detection"].agreement([1, 0, 0, 1], [1, 0, 1, 1]) == (0.75, None)
+    assert MODES["detection"].agreement([1, 1], [1, 1])[0] is None
+
+
+def test_fuzzing_marks_the_strong_tokens_once_and_as_many_weak_ones_once():
+    rows = [0, 9, 8, 0, 0, 0], [1, 2, 3], [0, 7, 3], [9, 9, 9]
+    shown = cases("fuzzing", *rows)
+    assert [truth for _, truth in shown] == [1, 0, 1, 0]
+    (tokens, right), (_, wrong), (_, other), (_, weak) = [item for item, _ in shown]
+    assert right == [1, 2]
+    assert len(wrong) == 2
+    assert set(wrong) <= {0, 3, 4, 5}
+    assert other == [1]
+    assert weak == [0]  # 3 is neither strong nor weak
+    assert simulation.marked_text(tokens, right) == '" 0<< 9>><< 8>> 0 0 0"'
+    prompt = MODES["fuzzing"].ask("text", "w", shown[0][0])["prompt"]
+    assert 'Text: " 0<< 9>><< 8>> 0 0 0"' in prompt
+
+
+def test_the_intruder_is_the_excerpt_in_which_it_does_not_fire():
+    firing = [[0, 9, i, 0] for i in (0, 1, 2)]
+    shown = cases("intruder", *firing, [3, 0, 0, 0], [0, 0, 4, 0])
+    assert len(shown) == 2
+    for (four, truth), own in zip(shown, (3, 4)):
+        assert len(four) == 4
+        tokens, marks = four[truth - 1]
+        assert f" {own}" in tokens
+        assert 1 not in marks or " 9" not in tokens
+        for i, (tokens, marks) in enumerate(four, 1):
+            if i != truth:
+                assert [tokens[mark] for mark in marks] == [" 9"]
+    assert shown == cases("intruder", *firing, [3, 0, 0, 0], [0, 0, 4, 0])
+    places = {cases("intruder", *firing, [0, 1], name=str(i))[0][1] for i in range(40)}
+    assert places == {1, 2, 3, 4}
+    assert cases("intruder", *firing[:2], [0, 0]) == []
+
+
+@given(TOKENS)
+def test_marked_texts_are_json_strings(tokens):
+    text = json.loads(simulation.marked_text(tokens, [0]))
+    assert text == f"<<{tokens[0]}>>" + "".join(tokens[1:])
 
 
 # ---- names ---------------------------------------------------------------------------------------
 
 
 def test_modes_are_still_called_by_their_old_letters():
-    assert simulation.chosen_modes("auto") == ["logprobs", "json", "detection"]
+    assert simulation.chosen_modes("auto") == ["logprobs", "json", "detection", "fuzzing"]
     assert simulation.chosen_modes("A") == simulation.chosen_modes("logprobs") == ["logprobs"]
     assert simulation.chosen_modes("C") == ["json"]
     assert simulation.chosen_modes("D") == ["detection"]
     for name in ("B", "E", ""):
-        with pytest.raises(UserError, match="choose auto, logprobs, json or detection"):
+        with pytest.raises(
+            UserError, match="choose auto, logprobs, json, detection, fuzzing or intruder"
+        ):
             simulation.chosen_modes(name)
 
 
