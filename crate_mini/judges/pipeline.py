@@ -49,37 +49,26 @@ def run(selected, decode, settings, folder, log=print):
     Path(folder).mkdir(parents=True, exist_ok=True)
     cache = AnswerCache(Path(folder, "llm-cache.jsonl"), settings.budget, settings.replay)
     simulator, explainer = open_models(settings, cache)
-    result = {
-        "explainer": "template" if explainer is None else explainer.name,
-        "simulator": simulator.name,
-        "prompts": {name: prompt_files.load(name)[0] for name in PROMPTS},
-        "rung": None,
-        "probe": None,
-        "saw": "",
-        "despite_probe": False,
-        "stopped": None,
-        "neurons": {},
-    }
+    result = empty_result(simulator, explainer)
     threads = ThreadPoolExecutor(settings.workers if simulator.kind == "http" else 1)
     try:
         for model in dict.fromkeys([simulator, explainer or simulator]):
             # Here, before several threads ask at once.
             log(f"{model.name}: {', '.join(model.can['can']) or 'no usable capability'}")
         modes = price.cheapest_first(selected, decode, settings)
-        mode, result["probe"] = probe.choose_mode(
-            simulator, modes, settings.despite_probe, threads, log
-        )
+        insist = settings.despite_probe
+        mode, result["probe"] = probe.choose_mode(simulator, modes, insist, threads, log)
         result["rung"] = mode
         result["saw"] = MODES[mode].saw
         result["despite_probe"] = not probe.passed(result["probe"][mode])
         explained = explain_all(explainer, selected, decode, threads)
         wrong = words_of_others(explained)
-        jobs = {}
-        for neuron, excerpts in selected.items():
+
+        def judged(neuron):
             words = explained[neuron], wrong[neuron]
-            jobs[neuron] = threads.submit(
-                simulate_neuron, simulator, mode, neuron, excerpts, *words, decode
-            )
+            return simulate_neuron(simulator, mode, neuron, selected[neuron], *words, decode)
+
+        jobs = {neuron: threads.submit(judged, neuron) for neuron in selected}
         collect(jobs, result["neurons"], log)
     except BudgetSpent:
         result["stopped"] = (
@@ -94,6 +83,21 @@ def run(selected, decode, settings, folder, log=print):
             cache.record(settings.record, {**about, "machine": machine()})
     result["total"] = cache.total()
     return result
+
+
+def empty_result(simulator, explainer):
+    """What `run` returns, before anything is asked."""
+    return {
+        "explainer": "template" if explainer is None else explainer.name,
+        "simulator": simulator.name,
+        "prompts": {name: prompt_files.load(name)[0] for name in PROMPTS},
+        "rung": None,
+        "probe": None,
+        "saw": "",
+        "despite_probe": False,
+        "stopped": None,
+        "neurons": {},
+    }
 
 
 def open_models(settings, cache):

@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 from planted_excerpts import decode, run, selected, text
-from recorded_judges import BAD, RecordedClient
+from recorded_judges import BAD, GOOD, RecordedClient
 
 from crate_mini import UserError
 from crate_mini.judges import answer_cache, command, price, probe, simulation
@@ -23,14 +24,43 @@ def client(monkeypatch):
     return recorded
 
 
+def correlation(true_rows, simulated_rows, tokens):
+    """Pearson r over the real tokens of some excerpts, by NumPy."""
+    true = [row[: (ids[1:] >= 0).sum()] for row, ids in zip(true_rows, tokens)]
+    return np.corrcoef(np.concatenate(true), np.concatenate(simulated_rows))[0, 1]
+
+
 # ---- replay --------------------------------------------------------------------------------------
 
 
-def test_replay_gives_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("judge", [GOOD, BAD], ids=["good", "bad"])
+def test_replay_gives_the_same_bytes(judge, tmp_path):
     for folder in ("a", "b"):
-        result, _ = BAD.replay(tmp_path / folder)
-        assert text(result) == BAD.expected.read_text(encoding="utf-8")
+        result, _ = judge.replay(tmp_path / folder)
+        assert text(result) == judge.expected.read_text(encoding="utf-8")
         assert not (tmp_path / folder / "llm-cache.jsonl").exists()
+
+
+def test_a_good_judge_passes_the_probe_and_is_scored_against_wrong_words(tmp_path):
+    """The whole path: probe, explanations, simulations, scores, all by a real model."""
+    result, log = GOOD.replay(tmp_path)
+    label = f"llm:{GOOD.name}@logprobs"
+    assert not result["despite_probe"]
+    assert result["probe"]["logprobs"]["won"] >= probe.needed()
+    assert "chance" in log[1]
+    words = {n: entry["explanations"]["openai_tar"] for n, entry in result["neurons"].items()}
+    for neuron in (0, 1):
+        entry, (_, to_score) = result["neurons"][neuron], selected()[neuron]["openai_tar"]
+        assert entry["wrong explanations"]["openai_tar"] == words[1 - neuron]
+        scores = {}
+        for name, key in (("", "simulated"), (", wrong words", "simulated wrong")):
+            simulated = entry[key]["openai_tar"]
+            scores[name] = entry["scores"][f"openai_tar[{label}{name}]"][0]
+            r = correlation(to_score.acts, simulated, to_score.tokens)
+            assert np.isclose(scores[name], r)
+        gain = entry["scores"][f"openai_tar[{label}, true - wrong]"][0]
+        assert np.isclose(gain, scores[""] - scores[", wrong words"])
+        assert (gain > 0.2) == (neuron == 0)  # "colors and leaves" is right
 
 
 def test_a_bad_judge_fails_the_probe_and_is_scored_only_on_demand(tmp_path):
