@@ -14,15 +14,9 @@ import numpy as np
 import torch
 
 from crate_mini.neurons.documents import PARTS, WINDOW
+from crate_mini.neurons.histogram import LogHistogram
 
-# The histogram while recording is logarithmic: OCTAVE bins per factor of 2, OCTAVES of them
-# from 2^LOWEST up. The one in the record is linear, with HIST bins.
-OCTAVE = 64
-OCTAVES = 32
-LOWEST = -20
-BINS = OCTAVE * OCTAVES
-HIST = 50
-FLOAT16_MAX = 65504.0
+HIST = 50  # bins of the histogram in the record, which is linear
 
 
 @dataclass
@@ -155,13 +149,9 @@ class TokenStats:
 
     def __init__(self, h, V, P, device):
         wide = torch.float32 if device.type == "mps" else torch.float64
-        self.n = 0
-        self.center = None
-        self.powers = torch.zeros(4, h, dtype=wide, device=device)  # sums of (x - center)^1..4
-        self.positive = torch.zeros(h, dtype=torch.int64, device=device)
-        self.max = torch.full((h,), -torch.inf, device=device)
-        self.bins = torch.zeros(h * BINS, dtype=torch.int64, device=device)
-        self.first_bin = torch.arange(h, dtype=torch.int32, device=device) * BINS
+        self.center = self.unit = None
+        self.powers = torch.zeros(4, h, dtype=wide, device=device)  # see add
+        self.values = LogHistogram(h, device)
         self.token_sum = torch.zeros(V, h, device=device)
         self.bigram_sum = torch.zeros(P, h, device=device)
 
@@ -170,12 +160,14 @@ class TokenStats:
         x = x.flatten(0, 1)
         if batch.text is not None:
             x = x[batch.text]  # (N, h)
-        if self.center is None:  # powers of x itself would cancel if the mean is far from zero
+        if self.center is None:
+            # Powers of x itself would cancel if the mean is far from zero, and could overflow.
             self.center = x.mean(0)
-        self.n += len(x)
-        self.max = torch.maximum(self.max, x.amax(0))
-        self._count_positive(x)
-        y = x - self.center
+            spread = (x - self.center).abs().amax(0)
+            exponent = torch.frexp(torch.where(spread > 0, spread, spread.max())).exponent
+            self.unit = torch.ldexp(torch.ones_like(self.center), exponent.clamp(-100, 100))
+        self.values.add(x)
+        y = (x - self.center) / self.unit
         y2 = y * y
         sums = y.sum(0), y2.sum(0), y.mul_(y2).sum(0), y2.square_().sum(0)
         self.powers += torch.stack(sums)
@@ -184,46 +176,30 @@ class TokenStats:
             frequent = (batch.bigram >= 0).nonzero()[:, 0]
             self.bigram_sum.index_add_(0, batch.bigram[frequent], x[frequent])
 
-    def _count_positive(self, x):
-        """Add the positive activations, x (N, h), to their number and to the histogram.
-
-        The sign, the exponent and the upper six bits of the mantissa of a float32, read as an
-        integer, number the bins of a logarithmic scale. Bin 0 takes what lies below 2^LOWEST.
-        """
-        fires = x > 0
-        self.positive += fires.sum(0)
-        bins = x.view(torch.int32) >> 17
-        bins = bins.sub_((127 + LOWEST) * OCTAVE - 1).clamp_(0, BINS - 1)
-        bins = bins.add_(self.first_bin)[fires]
-        self.bins.index_add_(0, bins, torch.ones_like(bins, dtype=torch.int64))
-
     def results(self):
         """{name: array} of record-SITE.npz, except the windows.
 
-        mean, var (population), skew, kurtosis (3 for a Gaussian; both NaN where var is 0), density
-        (share of positive values), max: (h,) float32. hist (h, 50): positive values between
-        hist_edges (51,) times the neuron's max, read off the logarithmic histogram as if values
-        were uniform within a bin, which is at most 1.6 % wide. Sums are exact.
+        mean, var (population; float64), skew, kurtosis (3 for a Gaussian; both NaN where var is 0),
+        density (share of positive values), max: (h,) float32. hist (h, 50): positive values between
+        hist_edges (51,) times the neuron's max, read off the logarithmic histogram.
         """
         arrays = self._moments()
-        positive = self.positive.cpu().numpy()
-        maxima = self.max.double().cpu().numpy()
-        arrays["density"] = positive / self.n
-        arrays["max"] = maxima
+        variances = arrays.pop("var")  # squares: float32 may be too narrow for them
+        arrays["density"] = self.values.positive.cpu().numpy() / self.values.n
+        arrays["max"] = self.values.max.cpu().numpy()
         arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
-        edges = np.linspace(0, 1, HIST + 1)
-        bins = self.bins.view(-1, BINS).cpu().numpy()
-        rows = zip(bins[:, 1:], positive, maxima)
-        arrays["hist"] = np.stack([_linear(row, n, edges * top) for row, n, top in rows])
-        arrays["hist_edges"] = edges
+        arrays["var"] = variances
+        arrays["hist_edges"] = np.linspace(0, 1, HIST + 1)
+        arrays["hist"] = self.values.linear(arrays["hist_edges"])
         arrays["token_sum"] = self.token_sum.cpu().numpy()
         arrays["pair_sum"] = self.bigram_sum.cpu().numpy()
         return arrays
 
     def _moments(self):
-        """Mean, variance, skewness and kurtosis from the raw moments m1..m4 of x - center."""
-        m1, m2, m3, m4 = (self.powers / self.n).double().cpu().numpy()
-        mean = self.center.double().cpu().numpy() + m1
+        """Mean, variance, skewness and kurtosis from the raw moments of (x - center) / unit."""
+        m1, m2, m3, m4 = (self.powers / self.values.n).double().cpu().numpy()
+        unit = self.unit.double().cpu().numpy()
+        mean = self.center.double().cpu().numpy() / unit + m1
         var = m2 - m1**2
         var[var <= (1e-6 * mean) ** 2] = 0  # a constant, up to rounding
         third = m3 - 3 * m1 * m2 + 2 * m1**3
@@ -231,25 +207,7 @@ class TokenStats:
         with np.errstate(divide="ignore", invalid="ignore"):
             skew = np.where(var > 0, third / var**1.5, np.nan)
             kurtosis = np.where(var > 0, fourth / var**2, np.nan)
-        return {"mean": mean, "var": var, "skew": skew, "kurtosis": kurtosis}
-
-
-def _linear(bins, positive, edges):
-    """Counts between `edges`, which run from 0 to the maximum, of one neuron.
-
-    bins (BINS - 1,): counts in the logarithmic bins above 2^LOWEST; positive: how many positive
-    values there are, those below 2^LOWEST included.
-    """
-    if not positive:
-        return np.zeros(len(edges) - 1, np.int64)
-    i = np.arange(BINS)
-    values = np.ldexp(1 + i % OCTAVE / OCTAVE, LOWEST + i // OCTAVE)  # where each bin begins
-    below = positive - bins.sum() + np.concatenate(([0], bins.cumsum()))  # values below that
-    last = np.searchsorted(below, positive)  # the bin before it holds the maximum
-    values = np.append(values[:last], max(edges[-1], values[last - 1]))
-    cumulative = np.interp(edges, np.append(0, values), np.append(0, below[: last + 1]))
-    cumulative[-1] = positive
-    return np.diff(np.rint(cumulative)).astype(np.int64)
+        return {"mean": mean * unit, "var": var * unit**2, "skew": skew, "kurtosis": kurtosis}
 
 
 # ---- one site and part, the strongest windows ----------------------------------------------------
@@ -267,7 +225,7 @@ class TopWindows:
         self.doc = torch.full((h, k), -1, device=device)
         self.position = torch.zeros((h, k), dtype=torch.int16, device=device)  # of the peak
         self.tokens = torch.full((h, k, WINDOW + 1), -1, dtype=torch.int32, device=device)
-        self.acts = torch.zeros((h, k, WINDOW), dtype=torch.float16, device=device)
+        self.acts = torch.zeros((h, k, WINDOW), device=device)
 
     def offer(self, x, batch):
         """Consider the windows of a batch with activations x (R, C, h)."""
@@ -319,7 +277,7 @@ class TopWindows:
         self.doc[neurons, slots] = batch.window_doc[windows]
         self.position[neurons, slots] = acts.argmax(1).to(torch.int16)
         self.tokens[neurons, slots] = batch.window_tokens[windows]
-        self.acts[neurons, slots] = half(acts)
+        self.acts[neurons, slots] = acts
 
     def results(self, part):
         """{name: array}: top_<part>_tokens (h, k, 65), _acts (h, k, 64), _at and _doc (h, k).
@@ -372,8 +330,3 @@ def _one_per_document(old_peaks, old_docs, peaks, docs):
     beaten = (same & (peaks > held)[..., None]).any(1)  # (n, k)
     old_peaks = old_peaks.masked_fill(beaten, -torch.inf)
     return old_peaks, peaks.masked_fill(peaks <= held, -torch.inf)
-
-
-def half(x):
-    """x as float16; values beyond its range become its largest."""
-    return x.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()

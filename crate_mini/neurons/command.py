@@ -44,8 +44,9 @@ class Settings:
     )
     match_density: float = setting(
         0.0,
-        "zero the weakest activations so that no neuron fires on more than this share of tokens, "
-        "e.g. 0.01; results go to a subfolder, density-0.01; 0: keep all",
+        "read the weakest activations as 0 so that no neuron fires on more than this share of "
+        "tokens, e.g. 0.01: an analysis of activations that the model does not use, so its loss if "
+        "it did is shown; a second pass; results go to a subfolder, density-0.01; 0: keep all",
         below=1,
     )
     splits: int = setting(

@@ -67,12 +67,14 @@ def class_fit(table, members):
     table: an NgramTable; members (C, V) bool.
     """
     weights = table.counts / max(table.counts.sum(), 1)  # (V,) share of the text
-    x = table.values[:-1] - weights @ table.values[:-1]  # (V, h), centred
+    values = table.values[:-1].astype(np.float64)
+    x = values - weights @ values  # (V, h), centred
     variances = weights @ x**2  # (h,)
     shares = members @ weights  # (C,)
     covariances = (members * weights) @ x
     products = np.outer(shares * (1 - shares), variances)
-    return covariances / np.sqrt(np.maximum(products, 1e-30))
+    varies = (products > 0) & (variances > 1e-12 * np.abs(values).max(0) ** 2)
+    return np.where(varies, covariances / np.sqrt(np.where(varies, products, 1)), 0)
 
 
 def position_fit(acts, start):
@@ -83,6 +85,8 @@ def position_fit(acts, start):
     """
     position = (start[:, None] + np.arange(acts.shape[1])).ravel()
     y = acts.reshape(len(position), -1).astype(np.float32)
+    largest = np.abs(y).max(0, initial=0)
+    y = y / np.where(largest > 0, largest, 1)  # so that no square overflows
     y = y - y.mean(0)
     best = np.zeros(y.shape[1], np.float32)
     for x in (np.log1p(position), position == 0):

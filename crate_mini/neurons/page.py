@@ -106,6 +106,13 @@ def _facts(record, summary, neurons, seed):
     if training.get("best_val_loss") is not None:
         loss, step = training["best_val_loss"], training.get("step")
         facts["validation loss"] = f"{loss:.4f} at step {step}"
+    cut = summary.get("cut")
+    if cut:
+        facts["cut to density"] = f"{cut['share']:g}: not how the model runs, see the notes below"
+        if cut["loss"]:
+            losses = [cut["loss"].get("all"), *cut["loss"]["sites"].values()]
+            loss = next(loss for loss in losses if loss is not None)
+            facts["loss if run so cut"] = f"{loss:.4f}, instead of {cut['loss']['uncut']:.4f}"
     facts |= {
         "corpus": f"{source}, sha256 {corpus_hash}",
         "fitted on": f"{tokens.get('fit', 0):,} tokens of {documents.get('fit', 0):,} documents",

@@ -5,7 +5,7 @@ from html import escape
 
 import numpy as np
 
-from crate_mini.neurons.summary import redrawn_notes
+from crate_mini.neurons.summary import cut_notes, redrawn_notes
 from crate_mini.plots.svg import Plot, count_ticks
 
 ABOUT = {  # metric: its note in the table of means
@@ -146,6 +146,7 @@ def means(summary):
         if metric not in ("n", "density"):
             rows.append(_row(metric, columns))
     notes = [
+        *(cut_notes(summary["cut"]) if summary.get("cut") else []),
         "All layers: the mean of the layers’ means. As the paper averages: without the last layer "
         "at 6 and 12 layers; variance of the layers’ means. One training seed.",
         *redrawn_notes(summary["sites"].values()),

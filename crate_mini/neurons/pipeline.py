@@ -13,9 +13,9 @@
                                                (report.py, page.py, survey.py, figures.py)
 
 SITE is the name of a Site, L0 for the codes of layer 0. The folder `init` holds the record of the
-control, an untrained model of the same architecture; `probe` holds the short record from which
-density matching takes its thresholds. The stages share a `Workspace`, which reads and writes the
-files between them.
+control, an untrained model of the same architecture. With density matching (cut.py) the record is
+of cut activations, and the stages after it see no others. The stages share a `Workspace`, which
+reads and writes the files between them.
 """
 
 import time
@@ -25,7 +25,7 @@ import torch
 
 from crate_mini import UserError, cli
 from crate_mini.console import results
-from crate_mini.neurons import beyond, excerpts, record, report, score, spread
+from crate_mini.neurons import beyond, cut, excerpts, npz, record, report, score, spread
 from crate_mini.neurons.documents import PARTS
 from crate_mini.neurons.effects import next_token_effects
 from crate_mini.neurons.labels import label_neurons, position_fit
@@ -34,7 +34,6 @@ from crate_mini.neurons.trie import activation_at_end, fit_trie
 
 # Protocols that excerpts are selected for; openai_random scores the random ones of openai_tar.
 SELECTED = ("openai_tar", "anthropic_crate", "anthropic_2023")
-PROBE_TOKENS = 100_000  # for the thresholds of density matching
 BLOCK = 512  # neurons whose tables are in memory at a time
 CONTEXTS, CONTEXT_TOKENS = 4, 16  # held-out texts in which neurons are raised
 LABEL_RAISED = 5  # raised tokens in a label
@@ -94,34 +93,60 @@ def record_sites(work):
 def _record_model(work, model, meta, sites, folder):
     """Record one model, and return its sites.
 
-    With density matching, activations below each neuron's threshold are 0.
+    With density matching, activations below each neuron's limit are 0.
     """
-
-    def make(sites, folder, tokens):
-        return record.record(
+    facts, dtype = None, "auto"
+    if work.density:
+        cut.check_share(work.density)
+        dtype = record.products_dtype(model)  # measured once, for both passes
+        limits = record.limits(
             model,
-            meta,
             sites,
             work.corpus,
-            folder,
-            path=work.path,
-            command=work.command,
+            work.density,
+            eot=work.tokenizer.eot,
             seed=work.seed,
-            tokens=tokens,
-            dedup=work.dedup,
-            log=work.log,
+            tokens=work.tokens,
+            dtype=dtype,
         )
+        facts = _cut_facts(work, model, sites, limits, is_control=model is not work.model)
+        sites = [cut.cut_site(site, limits[site.name]) for site in sites]
+    record.record(
+        model,
+        meta,
+        sites,
+        work.corpus,
+        folder,
+        path=work.path,
+        command=work.command,
+        seed=work.seed,
+        tokens=work.tokens,
+        dedup=work.dedup,
+        dtype=dtype,
+        facts=facts,
+        log=work.log,
+    )
 
-    if work.density:
-        probe = make(sites, folder / "probe", min(work.tokens, PROBE_TOKENS))
-        matched = []
-        for site in sites:
-            acts = probe.site(site.name)["uniform_fit_acts"]
-            limits = record.thresholds(acts, work.density)
-            matched.append(record.thresholded(site, limits))
-        sites = matched
-    make(sites, folder, work.tokens)
     return sites
+
+
+def _cut_facts(work, model, sites, limits, is_control):
+    """A function of {site: densities (h,)} for record.record: the header's entry "cut".
+
+    {"share": what was asked for, "density": {site: what was reached}, "loss": see cut.losses}; the
+    untrained control has no loss worth showing.
+    """
+    loss = None
+    if not is_control:
+        loss = cut.losses(model, sites, limits, work.directions, work.corpus)
+
+    def facts(densities):
+        reached = {}
+        for name, density in densities.items():
+            reached[name] = cut.density_reached(density, limits[name])
+        return {"cut": {"share": work.density, "density": reached, "loss": loss}}
+
+    return facts
 
 
 # ---- select --------------------------------------------------------------------------------------
@@ -237,7 +262,7 @@ def _trie(work, site, j):
         if values[peak] > 0:
             ids = [id for id in tokens[: peak + 2].tolist() if id >= 0]
             texts.append((ids, float(values[peak])))
-    activate = activation_at_end(work.model, site.layer, j, site.encode)
+    activate = activation_at_end(work.model, site.layer, j, work.recorded(site).encode)
     return fit_trie(activate, texts, work.tokenizer.eot)
 
 
@@ -247,7 +272,7 @@ def _trie(work, site, j):
 def simulate_neurons(work):
     """Write the activations that each simulator expects on the windows and excerpts to score on.
 
-    uniform_SIMULATOR (W, 64, n) float16 for n neurons, PROTOCOL_SIMULATOR (n, m, w) float32.
+    uniform_SIMULATOR (W, 64, n) of n neurons, PROTOCOL_SIMULATOR (n, m, w); float32 when read.
     """
     for site in work.each_site():
         init_record = work.init_record if work.has_init else None
@@ -261,10 +286,11 @@ def simulate_neurons(work):
             if init_record and site.name in init_record.sites:
                 table = work.ngram_table(site, neurons[block], init_record)
                 expected["uniform_init"] = table(init_record.shared["uniform_score"])
-            uniform.append({name: acts.astype(np.float16) for name, acts in expected.items()})
+            uniform.append({name: acts.astype(np.float32) for name, acts in expected.items()})
             expected = _on_excerpts(selected, ngram, range(len(neurons))[block])
             by_excerpt.append({name: acts.astype(np.float32) for name, acts in expected.items()})
-        work.write("simulate", site, _joined(uniform, -1) | _joined(by_excerpt, 0))
+        on_windows = {name: npz.Halves(acts, -1) for name, acts in _joined(uniform, -1).items()}
+        work.write("simulate", site, on_windows | _joined(by_excerpt, 0))
 
 
 def _on_windows(windows, ngram, labels):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from crate_mini import loss
 from crate_mini.model import Config
 
 # Frequent characters first: they follow Zipf's law, and some must be frequent enough to score.
@@ -195,6 +196,8 @@ INDEX = {  # name of a planted neuron: its place among the codes
 class PlantedModel(nn.Module):
     """A model of one layer whose codes (B, T, h) are what the h EXPLANATIONS predict."""
 
+    cache = None
+
     def __init__(self, block_size=128):
         super().__init__()
         h = len(EXPLANATIONS)
@@ -206,14 +209,24 @@ class PlantedModel(nn.Module):
         proj = nn.Linear(h, h, bias=False)
         nn.init.zeros_(proj.weight)  # so that none writes to the stream
         sparsifier = nn.ModuleDict({"code": nn.Identity(), "proj": proj})
-        self.blocks = nn.ModuleList([nn.ModuleDict({"sparsifier": sparsifier})])
+        block = {"attention": nn.Identity(), "sparsifier": sparsifier}
+        self.blocks = nn.ModuleList([nn.ModuleDict(block)])
 
     def trunk(self, idx):
         """(stream (B, T, h), [codes (B, T, h)]) of ids (B, T), as LM.trunk."""
-        x = torch.cat((torch.full_like(idx[:, :1], -1), idx), 1)
-        predictions = [explanation.predict(x)[:, 1:] for _, explanation in EXPLANATIONS]
+        T, all_ids = idx.shape[1], idx
+        if self.cache:  # the explanations depend on earlier ids, so these are what it keeps
+            (kept,) = self.cache.extend(self.blocks[0].attention, idx[:, None, :, None])
+            all_ids = kept[:, 0, :, 0]
+            self.cache.length = all_ids.shape[1]
+        x = torch.cat((torch.full_like(all_ids[:, :1], -1), all_ids), 1)
+        predictions = [explanation.predict(x)[:, -T:] for _, explanation in EXPLANATIONS]
         codes = torch.stack(predictions, -1)
         return torch.zeros(codes.shape), [self.blocks[0]["sparsifier"]["code"](codes)]
+
+    def forward(self, ids, targets):
+        """The mean loss, as LM.forward: no neuron moves it."""
+        return loss.cross_entropy(self.trunk(ids)[0], self.tokens.weight, targets)
 
 
 # ---- their texts ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ model saw.
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,10 @@ from crate_mini.data.tokenizer import load_tokenizer
 from crate_mini.intervene import hook_codes
 from crate_mini.layers.measure import must_be_finite
 from crate_mini.model import KINDS, Config
-from crate_mini.neurons import record_files
-from crate_mini.neurons.accumulate import BINS, Shared, TokenStats, TopWindows, half
+from crate_mini.neurons import npz, record_files
+from crate_mini.neurons.accumulate import Shared, TokenStats, TopWindows
 from crate_mini.neurons.documents import PARTS, WINDOW, FitScoreSplit
+from crate_mini.neurons.histogram import BINS, LogHistogram
 from crate_mini.training.checkpoint import untrained
 from crate_mini.training.device import choose_dtype, machine, total_memory
 
@@ -35,6 +36,7 @@ BIGRAM_BYTES = 1 << 28  # of the sums by bigram, all sites together
 BATCH_TOKENS = 1 << 13
 SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")  # fields of Config
 BATCH_FLOATS = 1 << 24  # activations of the widest site in a batch
+UNDEFINED_IF_CONSTANT = ("skew", "kurtosis")  # NaN there; all else in a record is finite
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Site:
     encode: Callable | None = field(default=None, compare=False)
     sae: str | None = None  # file of the autoencoder
     sha256: str | None = None  # of that file
+    limits: np.ndarray | None = field(default=None, compare=False)  # (width,), see cut.py
 
 
 def sites(model, layers="all"):
@@ -71,38 +74,6 @@ def _layer_number(word, n):
             f"layer {word!r} does not exist; the model's layers are 0 to {n - 1}, as in --layers 0."
         )
     return int(word)
-
-
-def thresholds(acts, share):
-    """(h,): the value of each neuron that `share` of its activations exceed; acts (.., h).
-
-    For density matching. Never below 0: a neuron that fires less often keeps all its activations.
-    Activations equal to the threshold are zeroed together, so the share above it is exact where
-    values are distinct, and never larger than asked. Raises UserError unless 0 < share < 1.
-    """
-    if not 0 < share < 1:
-        raise UserError(f"--match-density {share} must be above 0 and below 1, for example 0.01.")
-    acts = np.asarray(acts)
-    acts = acts.reshape(-1, acts.shape[-1])
-    n = len(acts)
-    above = min(max(1, round(share * n)), n - 1)
-    rank = n - 1 - above
-    return np.maximum(np.partition(acts, rank, axis=0)[rank], 0)
-
-
-def zero_below(acts, limits):
-    """Activations above their neuron's limit, 0 elsewhere; a NumPy array or tensor (.., h)."""
-    return acts * (acts > limits)
-
-
-def thresholded(site, limits):
-    """The Site with the activations of `site` that exceed limits (width,), and 0 elsewhere."""
-
-    def encode(codes):
-        acts = codes if site.encode is None else site.encode(codes)
-        return zero_below(acts, torch.from_numpy(limits).to(acts))
-
-    return replace(site, encode=encode)
 
 
 def untrained_control(model, meta, seed=0):
@@ -141,6 +112,7 @@ def record(
     dtype="auto",
     split="val",
     room=None,
+    facts=None,
     log=print,
     show_every=3.0,
 ):
@@ -148,10 +120,11 @@ def record(
 
     Returns the Record. meta: from checkpoint.load; path, command: for the header. dedup: at most
     one top window per document (the paper's code does not dedup). dtype: of the model's products,
-    see choose_dtype; everything is counted in float32, powers in float64. room: neurons among which
-    the memory for bigrams is divided, by default those of the sites. show_every: seconds between
-    progress lines. The files are replaced all together or not at all. Raises UserError if there are
-    too few windows, too little memory, or no room on the disk.
+    see choose_dtype; everything is counted in float32, powers in float64. room: neurons that share
+    the memory for bigrams, by default those of the sites. facts: makes further entries of the
+    header from {site: densities}. show_every: seconds between progress lines. The files are
+    replaced all together or not at all. Raises UserError for too few windows, too little memory, or
+    no room on the disk.
     """
     began = time.monotonic()
     device = model.tokens.weight.device
@@ -186,8 +159,42 @@ def record(
         "seconds": round(time.monotonic() - began, 1),
         "sites": [_description(site) for site in sites],
     }
+    if facts is not None:
+        header |= facts({site.name: arrays[site.name]["density"] for site in sites})
     record_files.write(Path(out), header, arrays)
     return record_files.load(out)
+
+
+def limits(
+    model, sites, corpus, share, *, eot, seed=0, tokens=1_000_000, dtype="auto", split="val"
+):
+    """{site: (width,)}: the least activation that at most `share` of a neuron's tokens reach.
+
+    Read off histograms of the same tokens that `record` takes, in a pass of its own; seed, tokens,
+    dtype and split must be the same there. Raises UserError as `record` does.
+    """
+    V, T = model.config.vocab_size, model.config.block_size
+    device = model.tokens.weight.device
+    documents = FitScoreSplit(corpus, split, eot, T, seed, tokens)
+    counts = documents.count_tokens()
+    none = np.empty((0, 2), np.int64)
+    shared = Shared(np.zeros(V, np.int64), none, V, dict.fromkeys(PARTS, (0, 0)), seed, device)
+    dtype, _ = choose_dtype(device, dtype)
+    stats = {site.name: _Values(site.width, device) for site in sites}
+    progress = terminal.Progress("limits", sum(counts.values()))
+    _run_documents(model, documents, sites, shared, stats, dtype, progress)
+    return {name: values.histogram.limits(share) for name, values in stats.items()}
+
+
+class _Values:
+    """The histogram of one site, in place of SiteStats."""
+
+    def __init__(self, width, device):
+        self.histogram = LogHistogram(width, device)
+
+    def add(self, x, batch, part):
+        x = x.flatten(0, 1)
+        self.histogram.add(x if batch.text is None else x[batch.text])
 
 
 def _count(documents, sites, V, device, room):
@@ -202,6 +209,11 @@ def _count(documents, sites, V, device, room):
     return counts, token_counts, bigrams
 
 
+def products_dtype(model):
+    """The name of the dtype that "auto" stands for on the model's device."""
+    return _name(choose_dtype(model.tokens.weight.device, "auto")[0])
+
+
 def max_bigrams(width):
     """The most bigrams that sums are kept of, for sites of this width together."""
     return BIGRAM_BYTES // 4 // width
@@ -210,6 +222,15 @@ def max_bigrams(width):
 def _run(model, documents, sites, shared, dedup, dtype, progress):
     """Send all documents through the model; {"shared" or site: {name: array}} of the record."""
     stats = {site.name: SiteStats(site, shared, dedup, shared.device) for site in sites}
+    _run_documents(model, documents, sites, shared, stats, dtype, progress)
+    arrays = {"shared": shared.results()}
+    for name, site_stats in stats.items():
+        arrays[name] = site_stats.results()
+    return arrays
+
+
+def _run_documents(model, documents, sites, shared, stats, dtype, progress):
+    """Send all documents through the model; stats {site: object with SiteStats.add} take them."""
     widest = max(site.width for site in sites)
     size = max(documents.T, min(BATCH_TOKENS, BATCH_FLOATS // widest))
     done = 0
@@ -219,10 +240,6 @@ def _run(model, documents, sites, shared, dedup, dtype, progress):
             _run_batch(model, batch, part, sites, stats, dtype)
             done += len(batch.token)
             progress.update(done)
-    arrays = {"shared": shared.results()}
-    for name, site_stats in stats.items():
-        arrays[name] = site_stats.results()
-    return arrays
 
 
 @torch.no_grad()
@@ -235,6 +252,7 @@ def _run_batch(model, batch, part, sites, stats, dtype):
             x = codes.float()
             if site.encode is not None:
                 features = site.encode(x.flatten(0, 1)).float()
+                must_be_finite(features, f"a feature of {site.name}")
                 x = features.unflatten(0, x.shape[:2])
             stats[site.name].add(x.contiguous(), batch, part)
 
@@ -251,27 +269,39 @@ class SiteStats:
     """The state of one site: statistics of all tokens, top and uniform windows."""
 
     def __init__(self, site, shared, dedup, device):
+        self.site = site
         self.tokens = TokenStats(site.width, shared.V, len(shared.bigrams), device)
         self.top = {}
         self.uniform = {}
         for part in PARTS:
             shape = len(shared.uniform[part].numbers), WINDOW, site.width
             self.top[part] = TopWindows(site.width, TOP, dedup, device)
-            self.uniform[part] = torch.zeros(shape, dtype=torch.float16, device=device)
+            self.uniform[part] = torch.zeros(shape, device=device)
 
     def add(self, x, batch, part):
         """Add a batch of a part; x (R, C, width) float32."""
         self.tokens.add(x, batch, part == "fit")
         self.top[part].offer(x, batch)
         for slot, row, start in batch.drawn:
-            self.uniform[part][slot] = half(x[row, start : start + WINDOW])
+            self.uniform[part][slot] = x[row, start : start + WINDOW]
 
     def results(self):
-        """{name: array} of record-SITE.npz."""
+        """{name: array or Halves} of record-SITE.npz. Raises UserError for what is not finite."""
         arrays = self.tokens.results()
         for part in PARTS:
             arrays |= self.top[part].results(part)
             arrays[f"uniform_{part}_acts"] = self.uniform[part].cpu().numpy()
+        for name, array in arrays.items():
+            if name not in UNDEFINED_IF_CONSTANT and not np.isfinite(array).all():
+                raise UserError(
+                    f"{name} of {self.site.name} is not finite: the activations are too large to "
+                    "sum in single precision; use a checkpoint with smaller weights."
+                )
+        for part in PARTS:
+            for name, axis in ((f"top_{part}_acts", 0), (f"uniform_{part}_acts", -1)):
+                arrays[name] = npz.Halves(arrays[name], axis)
+        if self.site.limits is not None:
+            arrays["limits"] = self.site.limits
         return arrays
 
 
@@ -316,8 +346,8 @@ def _check_windows(counts, documents):
 def _check_memory(sites, V, P, device):
     """Raise UserError if the arrays of a record would not fit into memory."""
     sums = 4 * (V + P)  # bytes per neuron
-    uniform = 2 * WINDOW * sum(UNIFORM.values())
-    top = 2 * TOP * (6 * WINDOW + 22)
+    uniform = 4 * WINDOW * sum(UNIFORM.values())
+    top = 2 * TOP * (8 * WINDOW + 22)
     needed = (sums + uniform + top + 8 * BINS) * sum(site.width for site in sites)
     available = total_memory(device)
     if available and needed > 0.8 * available:

@@ -10,9 +10,11 @@
         fit part: token_sum (V, h), pair_sum (P, h)
         each part: uniform_<part>_acts (W, 64, h); top_<part>_tokens (h, 36, 65),
                    top_<part>_acts (h, 36, 64), top_<part>_at and top_<part>_doc (h, 36)
+        cut record: limits (h,), below which activations were set to 0 (cut.py)
 
-A window has 64 tokens; the first of its 65 ids is the token before it, -1 where a chunk begins.
-Each .npz carries the stamp of the header it belongs to, so that files of two runs never mix.
+Activations are halves with an exponent for each neuron (npz.py). A window has 64 tokens; the first
+of its 65 ids is the token before it, -1 where a chunk begins. Each .npz carries the stamp of the
+header it belongs to, so that files of two runs never mix.
 """
 
 import hashlib
@@ -50,7 +52,7 @@ def write(out, header, arrays):
         file.write(json.dumps(results.sealed(header), indent=1).encode() + b"\n")
         for name, content in arrays.items():
             file = stack.enter_context(atomic_write(out / f"record-{name}.npz"))
-            np.savez(file, stamp=np.array(stamp), **content)
+            npz.write(file, {"stamp": np.array(stamp), **content})
 
 
 def load(out):

@@ -13,6 +13,8 @@ def most_similar(columns, neurons, most=3):
     The largest first, only above 0, never the neuron itself. A column of zeros resembles nothing.
     """
     columns = np.asarray(columns, np.float32)
+    largest = np.abs(columns).max(0, initial=0)  # first, so that no square overflows or vanishes
+    columns = columns / np.where(largest > 0, largest, 1)
     norms = np.linalg.norm(columns, axis=0)
     unit = columns / np.where(norms > 0, norms, 1)
     similar = []
@@ -38,7 +40,8 @@ def relatives(model, site, acts, neurons, direction=None):
     x = acts.reshape(-1, acts.shape[-1]).astype(np.float32)
     # A mean in float32 would be off by more than the tolerance for constants below.
     x -= x.mean(0, dtype=np.float64)
-    x[:, np.abs(x).max(0, initial=0) < 1e-6] = 0  # a constant, up to rounding
+    spread = np.abs(x).max(0, initial=0)
+    x[:, spread < 1e-6 * np.abs(acts).max((0, 1), initial=0)] = 0  # a constant, up to rounding
     by_atoms = most_similar(written.cpu().numpy(), neurons)
     by_acts = most_similar(x, neurons)
     return [{"atoms": near, "together": same} for near, same in zip(by_atoms, by_acts)]

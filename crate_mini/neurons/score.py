@@ -57,6 +57,8 @@ def score_neurons(work):
         **summarised,
         "spread": spreads,
     }
+    if "cut" in header:
+        content["cut"] = header["cut"]
     results.write_json(work.folder / "summary.json", content)
 
 

@@ -141,7 +141,7 @@ def _narrowed(site, neurons):
         acts = codes if site.encode is None else site.encode(codes)
         return acts[:, neurons]
 
-    return replace(site, encode=encode, width=len(neurons))
+    return replace(site, encode=encode, width=len(neurons), limits=None)
 
 
 def _scores(recorded, site, neurons=slice(None)):

@@ -13,6 +13,7 @@ import numpy as np
 
 from crate_mini import stats
 from crate_mini.neurons import redraw
+from crate_mini.neurons.cut import WHAT
 from crate_mini.neurons.protocols import FEWER, PROTOCOLS, flat_scores, status_of
 
 STATUS = ("live", "dead", "undefined", "failed")
@@ -316,9 +317,12 @@ def table(summary, seeds=1):
     seeds: training seeds behind the summary, for its last note.
     """
     sites = list(summary["sites"].items())
+    cut = summary.get("cut") or {}
     blocks = []
     for i in range(0, len(sites), SITES_ACROSS):
-        blocks.append(_site_columns(sites[i : i + SITES_ACROSS]))
+        blocks.append(_site_columns(sites[i : i + SITES_ACROSS], cut))
+    if cut:
+        blocks.append("\n".join(cut_notes(cut)))
     blocks.append(_notes_on_counts(list(summary["sites"].values())))
     for family, by_metric in summary["overall"].items():
         blocks.append(_all_layers(family, by_metric))
@@ -371,8 +375,33 @@ def redrawn_notes(sites):
     ]
 
 
-def _site_columns(sites):
-    """The block of the table for a few sites [(name, site)]."""
+def cut_notes(cut):
+    """Sentences on a cut to a density: what it is, what was reached, what it costs the model.
+
+    cut: that entry of summary.json.
+    """
+    notes = [WHAT.format(share=cut["share"])]
+    reached = []
+    for name, density in cut["density"].items():
+        text = f"{name} mean {density['mean']:.3g}, at most {density['max']:.3g}"
+        if density["silenced"]:
+            text += f", {density['silenced']} neurons silenced"
+        reached.append(text)
+    notes.append(f"Density reached: {'; '.join(reached)}.")
+    loss = cut["loss"]
+    if loss:
+        alone = [f"{name} cut {value:.3f}" for name, value in loss["sites"].items()]
+        if "all" in loss:
+            alone.append(f"all layers cut {loss['all']:.3f}")
+        notes.append(
+            f"Loss on {loss['tokens']:,} held-out tokens, nats per token: {loss['uncut']:.3f} as "
+            f"the model runs; with {', '.join(alone)}."
+        )
+    return notes
+
+
+def _site_columns(sites, cut):
+    """The block of the table for a few sites [(name, site)]; cut: see cut_notes, or {}."""
     metrics = {}  # in order of appearance
     for _, site in sites:
         metrics |= dict.fromkeys(name for name in site if name not in ("n", "density"))
@@ -380,6 +409,9 @@ def _site_columns(sites):
         ("", [name for name, _ in sites]),
         ("density", [f"{site['density']['mean']:.3f}" for _, site in sites]),
     ]
+    losses = (cut.get("loss") or {}).get("sites", {})
+    if losses:
+        rows.append(("loss, run so cut", [f"{losses[name]:.3f}" for name, _ in sites]))
     for metric in metrics:
         rows.append((metric, [mean_text(site.get(metric)) for _, site in sites]))
         rows.append(("", [count_text(site["n"].get(metric)) for _, site in sites]))

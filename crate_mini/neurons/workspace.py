@@ -12,6 +12,7 @@ import numpy as np
 from crate_mini import UserError
 from crate_mini.console.results import atomic_write
 from crate_mini.neurons import npz, record_files, score_files
+from crate_mini.neurons.cut import cut_site
 from crate_mini.neurons.documents import FitScoreSplit
 from crate_mini.neurons.record import max_bigrams
 from crate_mini.neurons.simulators import SAW, NgramTable
@@ -136,6 +137,12 @@ class Workspace:
             yield site
             self.record.site(site.name).forget()
 
+    def recorded(self, site):
+        """The Site whose activations the record holds: cut ones with density matching."""
+        if not self.density:
+            return site
+        return cut_site(site, self.record.site(site.name)["limits"])
+
     # ---- choices ---------------------------------------------------------------------------------
 
     def rng(self, site, purpose):
@@ -182,14 +189,14 @@ class Workspace:
         return self.folder / f"{stage}-{site.name}.{suffix}"
 
     def write(self, stage, site, arrays):
-        """Write {name: array} of a stage, to be read with `read`."""
+        """Write {name: array or npz.Halves} of a stage, to be read with `read`."""
         facts = {
             "stamp": np.array(self.record.header["stamp"]),
             "neurons": self.neurons(site),
             "before": np.array(self._before(stage, site)),
         }
         with atomic_write(self.file(stage, site)) as file:
-            np.savez(file, **facts, **arrays)
+            npz.write(file, {**facts, **arrays})
 
     def read(self, stage, site):
         """The arrays that a stage wrote for a site, as attributes of a namespace.

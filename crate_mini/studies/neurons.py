@@ -240,8 +240,10 @@ def essence(scores):
     sites = {}
     for name, site in scores["sites"].items():
         sites[name] = {metric: without_deciles(statistic) for metric, statistic in site.items()}
+    cut = {"cut": scores["cut"]} if "cut" in scores else {}
     return {
         "command": scores["command"],
+        **cut,
         "sites": sites,
         "overall": scores["overall"]["codes"],
         "what_the_simulator_saw": scores["what_the_simulator_saw"],
@@ -282,11 +284,24 @@ def preset_rows(by_model, preset, match_density):
     for metric in SHOWN:
         paper = PAPER.get(metric.split("[")[0], {}).get(preset, none)
         yield metric, [over_seeds(runs, "as it is", metric) for runs in by_model], paper
+    if all("cut" in run["matched"] for runs in by_model for run in runs):
+        losses = [statistics.mean(map(cut_loss, runs)) for runs in by_model]
+        yield (
+            f"loss if it ran on density <= {match_density:.0%}",
+            [f"{loss:.3f}" for loss in losses],
+            none,
+        )
     for metric in BRIEFLY:
         title = f"{metric}, density <= {match_density:.0%}"
         yield title, [over_seeds(runs, "matched", metric) for runs in by_model], none
     for scoring in SCORINGS.values():
         yield f"n of ngram_r, {scoring}", [counts(runs, scoring) for runs in by_model], none
+
+
+def cut_loss(run):
+    """The loss of a model that runs with the codes of all its layers cut."""
+    loss = run["matched"]["cut"]["loss"]
+    return loss["all"] if "all" in loss else loss["sites"]["L0"]
 
 
 def over_seeds(runs, scoring, metric):

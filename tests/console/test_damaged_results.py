@@ -247,10 +247,6 @@ def header_claims(old, new):
     return claim
 
 
-def compress(path):
-    np.savez_compressed(path, a=np.zeros((8, 9)))
-
-
 def hold_objects(path):
     np.savez(path, a=np.array([None, "x"]))
 
@@ -269,7 +265,6 @@ def name_another(path):
 @pytest.mark.parametrize(
     "harm",
     [
-        compress,
         hold_objects,
         say_encrypted,
         name_another,
@@ -292,6 +287,36 @@ def test_an_array_must_be_what_was_written(harm, tmp_path):
     harm(path)
     with pytest.raises(UserError, match="arrays.npz is damaged; again"):
         npz.arrays(path, "again", ["a"])
+
+
+def test_halves_keep_activations_of_any_scale(tmp_path):
+    rng = np.random.default_rng(0)
+    acts = np.maximum(rng.normal(size=(20, 64, 6)), 0).astype(np.float32)
+    acts *= np.array([1e-30, 1e-6, 0, 1, 1e5, 1e30], np.float32)
+    with open(tmp_path / "arrays.npz", "wb") as file:
+        npz.write(
+            file, {"acts": npz.Halves(acts, -1), "top": npz.Halves(acts.T, 0), "n": np.ones(3)}
+        )
+    read = npz.arrays(tmp_path / "arrays.npz", "again")
+    assert set(read) == {"acts", "top", "n"}
+    assert read["acts"].dtype == np.float32
+    np.testing.assert_allclose(read["acts"], acts, rtol=2**-11, atol=0)
+    np.testing.assert_array_equal(read["top"], read["acts"].T)
+    half = acts[..., 3].astype(np.float16)  # a power of two changes no digit
+    np.testing.assert_array_equal(read["acts"][..., 3], half.astype(np.float32))
+
+
+def test_a_compressed_array_cannot_ask_for_more_than_its_bytes_can_hold(tmp_path):
+    path = tmp_path / "arrays.npz"
+    with open(path, "wb") as file:
+        npz.write(file, {"a": np.zeros((8000, 9))})
+    content = path.read_bytes()
+    size = np.uint32(8000 * 9 * 8 + 128).tobytes()
+    assert size in content  # in the directory, which the header must fit
+    for harm in (content.replace(size, b"\xff\xff\xff\x7f"), content[:60] + content[80:]):
+        path.write_bytes(harm)
+        with pytest.raises(UserError, match="arrays.npz is damaged; again"):
+            npz.arrays(path, "again", ["a"])
 
 
 def test_files_of_older_versions_have_no_digest_and_are_read():

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from planted_workspace import META, planted_workspace
 
 from crate_mini import UserError, stats
@@ -19,6 +20,7 @@ from crate_mini.neurons import (
     summary,
 )
 from crate_mini.neurons.planted import INDEX
+from crate_mini.neurons.protocols import flat_scores
 from crate_mini.neurons.simulators import SAW, NgramTable, excerpt_table
 from crate_mini.neurons.workspace import Workspace
 
@@ -377,16 +379,44 @@ def test_partners_are_others_and_alive():
 
 def test_match_density_thresholds_what_is_recorded(finished, again, tmp_path):
     work = again(folder=tmp_path / "out", density=0.05)
-    pipeline.run(work, until="record")
+    pipeline.run(work, until="score")
     matched, plain = work.record.site("L0"), finished.record.site("L0")
+    assert matched["density"].max() <= 0.05
     j = INDEX["noise"]
     assert plain["density"][j] > 0.2
-    assert 0.03 < matched["density"][j] < 0.06
+    assert 0.045 < matched["density"][j] <= 0.05
+    content = results.read_json(work.folder / "summary.json")
+    assert content["cut"] == work.record.header["cut"]
+    reached, loss = content["cut"]["density"]["L0"], content["cut"]["loss"]
+    assert reached["max"] == pytest.approx(matched["density"].max())
+    assert reached["silenced"] == np.isinf(matched["limits"]).sum() >= 1  # it is always on
+    assert loss["uncut"] == loss["sites"]["L0"]  # no planted neuron moves a logit
+    notes = " ".join(summary.cut_notes(content["cut"]))
+    for text in (notes, summary.table(content)):
+        assert "does not run that way" in text and "5.549" in text
+    codes = torch.rand(9, len(matched["max"]))
+    assert (work.recorded(work.sites[0]).encode(codes) == 0).any()  # what tries are fitted to
     assert matched["max"][j] == plain["max"][j]
     values = matched["uniform_score_acts"][..., j]
     full = plain["uniform_score_acts"][..., j]
     limit = full[values > 0].min()
     assert np.array_equal(values, np.where(full >= limit, full, 0))
+
+
+def test_scores_do_not_depend_on_the_scale_of_activations(finished, again, tmp_path):
+    """float16 held none above 65,504; a power of two changes no digit, so all is equal."""
+    work = again(folder=tmp_path / "out", trie=99)
+    code = work.model.blocks[0]["sparsifier"]["code"]
+    code.register_forward_hook(lambda module, inputs, codes: codes * 2.0**40)
+    pipeline.run(work)
+    rows = read_lines(work, "scores.jsonl")
+    for row, plain in zip(rows, read_lines(finished, "scores.jsonl"), strict=True):
+        for name in ("why", "status", "density"):
+            assert row[name] == plain[name], (row["neuron"], name)
+        scores = flat_scores(row["scores"])  # a label's means are rounded to decimal digits
+        assert scores == pytest.approx(flat_scores(plain["scores"]), abs=1e-4), row["neuron"]
+        assert row["max"] == pytest.approx(plain["max"] * 2.0**40, rel=1e-5)
+        assert row["label"]["class"] == plain["label"]["class"]
 
 
 def test_untrained_control_is_scored_by_its_own_tables(again, tmp_path, monkeypatch):

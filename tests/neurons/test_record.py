@@ -2,6 +2,8 @@
 
 import json
 import re
+from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +16,7 @@ from little_world import (
     META,
     H,
     Ids,
+    T,
     make_record,
     no_log,
     random_text,
@@ -23,15 +26,18 @@ from little_world import (
     world,
 )
 from simulations import SEEDS
+from torch import nn
 
 from crate_mini import UserError
 from crate_mini.console import results
 from crate_mini.data.batches import open_corpus
 from crate_mini.data.formats import END
+from crate_mini.intervene import hook_codes
 from crate_mini.model import LM
-from crate_mini.neurons import documents, record
+from crate_mini.neurons import cut, documents, record
 from crate_mini.neurons.accumulate import Batch, Shared, TokenStats, TopWindows
 from crate_mini.neurons.documents import PARTS, WINDOW, FitScoreSplit
+from crate_mini.neurons.histogram import LogHistogram
 from crate_mini.neurons.record_files import load
 
 CPU = torch.device("cpu")
@@ -420,31 +426,148 @@ def test_an_untrained_control_sees_the_same_documents_and_windows(tmp_path):
 # ---- density matching ----------------------------------------------------------------------------
 
 
-@given(SEEDS, st.integers(10, 200), st.floats(0.01, 0.6))
-def test_a_threshold_keeps_exactly_the_share_and_is_monotone(seed, n, share):
+def histogram_of(pieces):
+    """The LogHistogram of activations (n, h) given piece by piece."""
+    histogram = LogHistogram(pieces[0].shape[1], CPU)
+    for piece in pieces:
+        histogram.add(piece)
+    return histogram
+
+
+@given(
+    SEEDS, st.integers(10, 400), st.floats(0.01, 0.6), st.sampled_from([1e-30, 1e-3, 1, 1e5, 1e30])
+)
+def test_no_neuron_fires_more_often_than_the_share_and_hardly_less(seed, n, share, scale):
     rng = np.random.default_rng(seed)
-    acts = rng.permuted(np.tile(np.arange(1.0, n + 1), (3, 1)), axis=1).T  # distinct, all firing
-    kept = record.zero_below(acts, record.thresholds(acts, share))
-    k = max(1, round(share * n))
-    assert ((kept > 0).sum(0) == min(k, n - 1)).all()
+    acts = rng.lognormal(0, 1, (n, 4)) * (rng.random((n, 4)) < [1, 0.5, 0.1, 0]) * scale
+    acts = torch.from_numpy(acts.astype(np.float32))
+    limits = histogram_of(acts.split(7)).limits(share)
+    kept = cut.cut(acts, torch.from_numpy(limits))
     assert ((kept == acts) | (kept == 0)).all()
-    for j in range(3):
-        assert (np.diff(kept[np.argsort(acts[:, j]), j]) >= 0).all()
-    fewer = record.zero_below(acts, record.thresholds(acts, share / 2))
-    assert ((fewer > 0) <= (kept > 0)).all()
-    shuffled = acts[rng.permutation(n)]
-    np.testing.assert_array_equal(
-        record.thresholds(shuffled, share), record.thresholds(acts, share)
-    )
+    fires, allowed = (kept > 0).sum(0), int(share * n)
+    assert (fires <= allowed).all()
+    for j in range(4):
+        x = acts[:, j]
+        if (x > 0).sum() <= allowed:
+            assert torch.equal(kept[:, j], x), "a neuron that fires less often is left alone"
+        elif allowed:  # what is lost lies in one bin, 1.6 % wide, with the limit
+            strongest_lost = x[kept[:, j] == 0].max()
+            weakest_allowed = x.sort(descending=True).values[allowed - 1]
+            assert strongest_lost <= 1.016 * weakest_allowed
 
 
-def test_a_threshold_leaves_sparser_neurons_alone_and_drops_ties_together():
-    acts = np.array([[0, 0, 0, 0, 0, 0, 0, 0, 0, 3.0], [1, 1, 1, 1, 1, 1, 1, 1, 2, 3]]).T
-    kept = record.zero_below(acts, record.thresholds(acts, 0.5))
+def test_values_that_tie_are_cut_together_and_a_constant_is_silenced():
+    acts = torch.tensor([[0] * 9 + [3.0], [1] * 8 + [2, 3], [5.0] * 10, [-1] * 9 + [2]]).T
+    limits = histogram_of([acts]).limits(0.5)
+    kept = cut.cut(acts, torch.from_numpy(limits))
     assert kept[:, 0].tolist() == acts[:, 0].tolist()
     assert kept[:, 1].tolist() == [0] * 8 + [2, 3]
+    assert kept[:, 2].tolist() == [0] * 10 and np.isinf(limits[2])
+    assert kept[:, 3].tolist() == [0] * 9 + [2]
+    reached = cut.density_reached((kept > 0).float().mean(0).numpy(), limits)
+    assert reached == {"mean": pytest.approx(0.1), "max": pytest.approx(0.2), "silenced": 1}
     with pytest.raises(UserError, match="--match-density 1.5"):
-        record.thresholds(acts, 1.5)
+        cut.check_share(1.5)
+
+
+@given(SEEDS, st.lists(st.integers(1, 40), min_size=2, max_size=6), st.integers(0, 60))
+def test_a_histogram_does_not_depend_on_the_pieces_whatever_comes_first(seed, sizes, octaves):
+    rng = np.random.default_rng(seed)
+    x = rng.lognormal(0, 2, (sum(sizes), 3)) * (rng.random((sum(sizes), 3)) < 0.7)
+    x[: sizes[0]] *= 2.0**-octaves  # a first batch in which the neurons hardly fire
+    x = torch.from_numpy(x.astype(np.float32))
+    whole, split = histogram_of([x]), histogram_of(x.split(sizes))
+    edges = np.linspace(0, 1, 51)
+    assert np.array_equal(whole.linear(edges), split.linear(edges))
+    assert np.array_equal(whole.limits(0.1), split.limits(0.1))
+    assert (whole.linear(edges).sum(1) == (x > 0).sum(0).numpy()).all()
+
+
+def test_losses_are_those_of_the_model_that_runs_on_cut_codes():
+    model, corpus = world()
+    chosen = record.sites(model)
+    shape = {"eot": BYTES.eot, "dtype": "float32"}
+    limits = record.limits(model, chosen, corpus, 0.05, **shape)
+    n = corpus.n_tokens["val"] - 1
+    losses = cut.losses(model, chosen, limits, {}, corpus, tokens=n)
+    assert losses["tokens"] == n
+    reached = []
+
+    def by_hand(codes):
+        codes = torch.where(codes >= torch.from_numpy(limits["L1"]), codes, 0)
+        reached.append((codes > 0).float().mean())
+        return codes
+
+    blocks = list(corpus.blocks("val", 1, T))
+    for name, hooks in (("uncut", {}), ("L1", {1: by_hand})):
+        total = 0
+        for ids, targets in blocks:
+            with ExitStack() as stack, torch.no_grad():
+                for layer, function in hooks.items():
+                    stack.enter_context(hook_codes(model, layer, function))
+                total += model(ids, targets).item() * ids.numel()
+        measured = losses["sites"].get(name, losses["uncut"])
+        assert measured == pytest.approx(total / n, rel=1e-5)
+    assert np.mean(reached) < 0.06
+    assert len({losses["uncut"], losses["all"], *losses["sites"].values()}) == 4
+    nothing = {name: np.zeros_like(values) for name, values in limits.items()}
+    uncut = cut.losses(model, chosen, nothing, {}, corpus)
+    assert uncut["all"] == pytest.approx(uncut["uncut"], rel=1e-6)
+
+
+def test_cut_features_leave_the_codes_by_their_directions():
+    model, corpus = world()
+    directions = torch.randn(9, H, generator=torch.Generator().manual_seed(0)) / 9
+    site = record.Site("L0.sae-x", 0, 9, lambda x: (x @ directions.T).relu(), "x.pt")
+    change = cut._change(site, np.full(9, 1.0, np.float32), directions)
+    codes = torch.rand(2, 5, H)
+    features = site.encode(codes)
+    kept = torch.where(features >= 1, features, 0)
+    expected = codes - (features - kept) @ directions
+    torch.testing.assert_close(change(codes), expected)
+    limits = {site.name: np.full(9, np.inf, np.float32)}
+    losses = cut.losses(model, [site], limits, {site.name: directions}, corpus)
+    assert set(losses) == {"tokens", "uncut", "sites"}
+    assert losses["sites"][site.name] != losses["uncut"]
+
+
+# ---- activations of any size ---------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """The codes of a layer times a constant, for a model whose activations are far from 1."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, codes):
+        return codes * self.scale
+
+
+@pytest.mark.parametrize("exponent", [-60, 30, 80])
+def test_a_record_of_scaled_codes_is_the_record_scaled(exponent, tmp_path):
+    model, scale = deepcopy(world()[0]), 2.0**exponent
+    model.blocks[1].sparsifier.code = Scaled(scale)  # of the last layer: a power of two, so exact
+    arrays, plain = make_record(tmp_path, model).site("L1"), recorded().site("L1")
+    for name in ("density", "skew", "kurtosis", "hist", "top_fit_tokens", "top_score_at"):
+        np.testing.assert_array_equal(arrays[name], plain[name], err_msg=name)
+    for name in ("max", "mean", "token_sum", "pair_sum", "uniform_fit_acts", "top_score_acts"):
+        expected = plain[name].astype(np.float64) * scale
+        np.testing.assert_allclose(arrays[name], expected, rtol=1e-6, err_msg=name)
+    assert arrays["max"].max() > 0
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38])
+def test_what_is_not_finite_is_refused_in_one_sentence(value, tmp_path):
+    model = deepcopy(world()[0])
+    model.blocks[1].sparsifier.code = Scaled(value)
+    with pytest.raises(UserError, match="finite"):
+        make_record(tmp_path, model)
+    site = record.Site("L0.sae-x", 0, H, lambda x: x * value, "x.pt")
+    with pytest.raises(UserError, match="finite"):
+        make_record(tmp_path, chosen=[site])
+    assert not list(tmp_path.glob("record*"))
 
 
 # ---- files ---------------------------------------------------------------------------------------
