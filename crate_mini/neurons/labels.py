@@ -1,7 +1,8 @@
 """Labels: a neuron in a few words, read off its n-gram table.
 
 A label lists the tokens that the neuron fires on, tokens before them that add activation, and the
-class of tokens (digits, word starts, ..., or the position) that its activation follows best.
+class of tokens (digits, word starts, ..., or the position) that its activation follows best, or
+that holds nearly all of it.
 """
 
 import numpy as np
@@ -11,6 +12,7 @@ from crate_mini.neurons.metrics import rounded
 LABEL_TOKENS = 10  # tokens in a label
 STEADY = 100.0  # pseudo-count that ranks them: a label shows tokens both loud and frequent
 CLEAR = 0.5  # correlation from which a class is named
+PURE = 0.8  # or else the share of activation on the class, corrected for chance
 
 
 def token_classes(tokens):
@@ -77,6 +79,23 @@ def class_fit(table, members):
     return np.where(varies, covariances / np.sqrt(np.where(varies, products, 1)), 0)
 
 
+def class_purity(table, members):
+    """(C, h): how much of each neuron's activation lies on each class, corrected for chance.
+
+    1: all that is above the neuron's mean; 0: as much as on tokens drawn from the text. A neuron
+    that fires on some capitals and nothing else follows the class badly, and is pure. Arguments as
+    class_fit.
+    """
+    weights = table.counts / max(table.counts.sum(), 1)
+    values = table.values[:-1].astype(np.float64)
+    excess = weights[:, None] * np.maximum(values - weights @ values, 0)  # (V, h)
+    total = excess.sum(0)
+    varies = total > 1e-6 * np.abs(values).max(0)  # else a constant, up to rounding
+    on_class = np.where(varies, members @ excess / np.where(varies, total, 1), 0)
+    shares = (members @ weights)[:, None]
+    return np.where(shares < 1, (on_class - shares) / np.where(shares < 1, 1 - shares, 1), 0)
+
+
 def position_fit(acts, start):
     """(h,): correlation with the position in the context, or with being its first token.
 
@@ -100,39 +119,50 @@ def position_fit(acts, start):
 def label_neurons(table, tokens, position=None, shown=LABEL_TOKENS, clear=CLEAR):
     """The label of each neuron of an NgramTable; tokens: bytes of each id; position: position_fit.
 
-    tokens    up to `shown` x [id, mean, count, share of all activation]: the tokens above the
-              neuron's mean that rank highest when shrunk by STEADY
+    tokens    up to `shown` x [id, mean, count, share of all activation], the largest share first:
+              the tokens above the neuron's mean that rank highest when shrunk by STEADY
     rest      mean over all tokens that are not shown (it follows from the shares)
     left      up to 5 ids; after them a shown token fires more than it does on average
-    class     the class, or "position", that correlates by `clear` or more; else "mixed"
+    class     the class, or "position", that correlates by `clear` or more; else the class that
+              holds at least PURE of the activation (class_purity); else "mixed"
     """
     members = token_classes(tokens)
-    fits = class_fit(table, np.stack(list(members.values()))[:, : len(table.counts)])
+    in_class = np.stack(list(members.values()))[:, : len(table.counts)]
+    fits, purity = class_fit(table, in_class), class_purity(table, in_class)
+    # Of two classes that hold all of it, the smaller says more.
+    purity -= 1e-3 * (in_class @ table.counts / max(table.counts.sum(), 1))[:, None]
     position = np.zeros_like(fits[0]) if position is None else abs(position)
     fits = np.vstack([fits, position])
     names = [*members, "position"]
     labels = []
     for j in range(len(table.mean)):
         top = _top_tokens(table, j, shown)
-        best = int(fits[:, j].argmax())
         labels.append(
             {
                 "tokens": _token_rows(table, j, top),
                 "rest": _rest(table, j, top),
                 "left": _left(table, j, top),
-                "class": names[best] if fits[best, j] >= clear else "mixed",
+                "class": _class(names, fits[:, j], purity[:, j], clear),
             }
         )
     return labels
 
 
+def _class(names, fits, purity, clear):
+    """The class of one neuron; fits: of all names, purity: of all but the last, the position."""
+    if fits.max() >= clear:
+        return names[fits.argmax()]
+    return names[purity.argmax()] if purity.max() >= PURE else "mixed"
+
+
 def _top_tokens(table, j, shown):
-    """Ids of the tokens that neuron j prefers, best first: both loud and frequent."""
+    """Ids of the tokens that neuron j prefers, both loud and frequent, by their share of it."""
     mean = table.mean[j]
     excess = table.token_sum[:, j] - mean * table.counts
     steady = excess / (table.counts + STEADY)
     top = np.argsort(-steady, kind="stable")[:shown]
-    return top[steady[top] > 1e-6 * abs(mean)]
+    top = top[steady[top] > 1e-6 * abs(mean)]
+    return top[np.argsort(-table.token_sum[top, j], kind="stable")]
 
 
 def _token_rows(table, j, top):

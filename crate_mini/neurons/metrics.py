@@ -7,7 +7,7 @@ are h pairs of columns of n values (x true, y simulated), (n,) is one pair; a st
 
 import numpy as np
 
-from crate_mini.stats import columns
+from crate_mini.stats import NORMAL_95, columns
 
 LEVELS = {str(i): i for i in range(11)}  # the answers that count as a quantised activation
 FIRES = 0.1  # share of its maximum from which a neuron fires: level 1 of 0 to 10
@@ -124,3 +124,21 @@ def expected(logprobs):
 def rounded(value, digits=4):
     """A number with `digits` significant digits, as result files keep it."""
     return float(f"{float(value):.{digits}g}")
+
+
+# ---- intervals -----------------------------------------------------------------------------------
+
+
+def student_95(df):
+    """Two-sided 95 % quantile of Student's t with df >= 1 degrees of freedom.
+
+    Exact for 1 and 2, else by the expansion around the normal quantile (Cornish & Fisher), which is
+    off by less than 1 %.
+    """
+    if df <= 2:
+        return {1: 12.7062, 2: 4.30265}[df]
+    z = NORMAL_95
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / df + second / df**2 + third / df**3

@@ -47,6 +47,7 @@ function el(tag, attributes, ...children) {
   return element;
 }
 
+const ascending = (a, b) => a - b;
 const small = (...children) => el("small", {}, ...children);
 
 // A token in a box; plain: in grey, for tokens that the neuron does not fire on.
@@ -423,13 +424,20 @@ function tokensBefore(neuron) {
 
 function effects(effect) {
   if (!effect) return null;
-  const cost = level => `KL ${number(level.kl)} nats, loss ${signed(level.loss)} nats`;
-  const changes = (rows, sign) => (rows || []).map(
-    ([token, change]) => factRow(chip(token, true), sign + number(Math.abs(change))));
+  const bounds = ([low, high]) => `[${number(low)}, ${number(high)}]`;
+  const within = interval => interval ? ` ${bounds(interval)}` : "";
+  const cost = level => `KL ${number(level.kl)} nats${within(level.kl_ci95)}, `
+    + `loss ${signed(level.loss)} nats${within(level.loss_ci95)}`;
+  const changes = (rows, sign) => (rows || []).map(([token, change, low, high, holds]) => {
+    const interval = missing(low) ? "" : bounds([Math.abs(low), Math.abs(high)].sort(ascending));
+    const name = el("span", {}, chip(token, !holds), small(holds === 0 ? " one half only" : ""));
+    return factRow(name, small(interval), sign + number(Math.abs(change)));
+  });
+  const documents = effect.documents ? `, from ${effect.documents} documents` : "";
   const parts = [
     el("p", { class: "note" }, `Raised to ${number(effect.clamp)}, its largest value, at the last `
-      + `token of ${effect.positions} held-out texts: ${cost(effect)}. `
-      + "Changes of log-probability:"),
+      + `token of ${effect.positions} held-out texts${documents}: ${cost(effect)}. Changes of `
+      + "log-probability, with 95 % intervals over documents:"),
     table("raised", changes(effect.raised, "+")),
     table("lowered", changes(effect.lowered, "−")),
   ];

@@ -43,7 +43,7 @@ def _token_places(neurons):
         count.update(label.get("raised", []))
         for level in (effect, effect.get("far", {})):
             for direction in DIRECTIONS:
-                count.update(id for id, _ in level.get(direction, []))
+                count.update(id for id, *_ in level.get(direction, []))
     by_frequency = sorted(count, key=lambda id: (-count[id], id))
     return {id: place for place, id in enumerate(by_frequency)}
 
@@ -80,7 +80,10 @@ def _pack_neuron(neuron, places, sites, metrics, token_text):
         packed[group].append(_pack_excerpt(excerpt, places, decimals))
     if neuron.get("effect"):
         packed["effect"] = _pack_effect(neuron["effect"], places)
-        packed["effect"]["far"] = _pack_effect(neuron["effect"].get("far", {}), places)
+        far = _pack_effect(neuron["effect"].get("far", {}), places)
+        for direction in DIRECTIONS:  # the page shows no more of these
+            far[direction] = [row[:2] for row in far[direction][:5]]
+        packed["effect"]["far"] = far
     return {name: value for name, value in packed.items() if value not in (None, {}, [])}
 
 

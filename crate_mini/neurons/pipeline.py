@@ -19,15 +19,15 @@ reads and writes the files between them.
 """
 
 import time
+from functools import partial
 
 import numpy as np
-import torch
 
 from crate_mini import UserError, cli
-from crate_mini.console import results
+from crate_mini.console import results, terminal
 from crate_mini.neurons import beyond, cut, excerpts, npz, record, report, score, spread
 from crate_mini.neurons.documents import PARTS
-from crate_mini.neurons.effects import next_token_effects
+from crate_mini.neurons.effects import draw_texts, next_token_effects
 from crate_mini.neurons.labels import label_neurons, position_fit
 from crate_mini.neurons.simulators import TokenTable, excerpt_table, label_table
 from crate_mini.neurons.trie import activation_at_end, fit_trie
@@ -35,7 +35,7 @@ from crate_mini.neurons.trie import activation_at_end, fit_trie
 # Protocols that excerpts are selected for; openai_random scores the random ones of openai_tar.
 SELECTED = ("openai_tar", "anthropic_crate", "anthropic_2023")
 BLOCK = 512  # neurons whose tables are in memory at a time
-CONTEXTS, CONTEXT_TOKENS = 4, 16  # held-out texts in which neurons are raised
+EFFECT_LOGITS = 1 << 32  # computed for the effects of one site: a few minutes of a CPU
 LABEL_RAISED = 5  # raised tokens in a label
 FAR = 5  # multiple of its maximum to which a neuron is also raised
 TRIE_WINDOWS = 10
@@ -192,11 +192,11 @@ def _padded(selected):
 
 def explain_neurons(work):
     """Write a line for each neuron: label, effect on the next token, and for some a trie."""
+    texts = draw_texts(work.chunks("fit"), seed=work.seed)
     for site in work.each_site():
         neurons = work.neurons(site)
         labels = _labels(work, site, neurons)
-        effects = _effects(work, site, neurons, 1)
-        far_effects = _effects(work, site, neurons, FAR)
+        effects = _effects(work, site, neurons, texts)
         count = min(work.trie, len(neurons))
         with_trie = work.rng(site, "trie").choice(len(neurons), count, replace=False)
         maxima = work.record.site(site.name)["max"]
@@ -204,10 +204,10 @@ def explain_neurons(work):
         for i, j in enumerate(neurons.tolist()):
             stamp = work.record.header["stamp"]
             line = {"site": site.name, "neuron": j, "record": stamp, "label": labels[i]}
-            if maxima[j] > 0:
-                raised = effects[i]["raised"][:LABEL_RAISED]
-                line["label"]["raised"] = [id for id, _ in raised]
-                line["effect"] = effects[i] | {"far": far_effects[i]}
+            if maxima[j] > 0 and i in effects:
+                stable = [id for id, *_, holds in effects[i]["raised"] if holds]
+                line["label"]["raised"] = stable[:LABEL_RAISED]
+                line["effect"] = effects[i]
             if i in with_trie:
                 line["trie"] = _trie(work, site, j).patterns
             lines.append(line)
@@ -234,21 +234,48 @@ def _labels(work, site, neurons):
     return labels
 
 
-def _effects(work, site, neurons, multiple):
-    """The effect on the next token of raising each neuron to a multiple of its maximum."""
-    windows = work.record.shared["uniform_fit"]
-    chosen = np.linspace(0, len(windows) - 1, CONTEXTS).astype(int)
-    contexts = windows[chosen, 1 : 2 + CONTEXT_TOKENS].astype(np.int64)
-    return next_token_effects(
-        work.model,
-        site.layer,
-        neurons,
-        multiple * work.record.site(site.name)["max"][neurons],
-        torch.from_numpy(contexts),
-        work.tokenizer.vocab_size,
-        site.encode,
-        work.directions.get(site.name),
+def _effects(work, site, neurons, texts):
+    """{i: effect on the next token} of raising the i-th neuron to 1 and FAR times its maximum.
+
+    Each takes a pass for every text and level. Where those of all neurons would cost more than
+    EFFECT_LOGITS, they are drawn by the seed.
+    """
+    count = sum(map(len, texts))
+    if not count:
+        work.log(f"explain   {site.name}: no effects, no text of the fit part has three tokens")
+        return {}
+    affordable = max(1, EFFECT_LOGITS // (2 * count * work.model.config.vocab_size))
+    chosen = np.arange(len(neurons))
+    if len(chosen) > affordable:
+        chosen = np.sort(work.rng(site, "effects").choice(chosen, affordable, replace=False))
+    lengths = [len(text) - 1 for group in texts for text in group]
+    drawn = "" if len(chosen) == len(neurons) else f" of {len(neurons):,}, drawn by the seed,"
+    work.log(
+        f"explain   {site.name}: raise {len(chosen):,} neurons{drawn} to 1 and {FAR} times their "
+        f"maximum, after {count} texts of {min(lengths)} to {max(lengths)} tokens from "
+        f"{len(texts)} documents"
     )
+    progress = terminal.Progress("effects", 2 * count * len(chosen))
+    levels = work.record.site(site.name)["max"][neurons[chosen]]
+    near, far = [
+        next_token_effects(
+            work.model,
+            site.layer,
+            neurons[chosen],
+            multiple * levels,
+            texts,
+            work.tokenizer.vocab_size,
+            site.encode,
+            work.directions.get(site.name),
+            done=partial(_show, progress, passed),
+        )
+        for multiple, passed in ((1, 0), (FAR, count * len(chosen)))
+    ]
+    return {int(i): {**near[k], "far": far[k]} for k, i in enumerate(chosen)}
+
+
+def _show(progress, passed, done):
+    progress.update(passed + done)
 
 
 def _trie(work, site, j):

@@ -155,6 +155,12 @@ class Workspace:
             return np.arange(site.width)
         return np.sort(self.rng(site, "neurons").choice(site.width, self.n, replace=False))
 
+    def chunks(self, part):
+        """The Chunks of a part of the text, as they were recorded."""
+        T, eot = self.model.config.block_size, self.tokenizer.eot
+        split = self.record.header["split"]
+        return FitScoreSplit(self.corpus, split, eot, T, self.seed, self.tokens).chunks(part)
+
     @property
     def saw(self):
         """{simulator: a sentence on what it saw}, for the simulators and controls of this run."""

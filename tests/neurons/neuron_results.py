@@ -48,6 +48,13 @@ def _score_line(rng, vocabulary, site, j, live):
             changes[direction] = [[id, 0.5] for id in ids]
         return {**facts, "positions": 4, **changes}
 
+    def with_intervals(changes):
+        """An effect as it is written since effects have intervals."""
+        for direction in ("raised", "lowered"):
+            rows = changes[direction]
+            changes[direction] = [[*row, 0.25, 0.75, i % 2] for i, row in enumerate(rows)]
+        return {**changes, "documents": 4, "kl_ci95": [0.005, 0.02], "loss_ci95": [-0.75, -0.25]}
+
     tokens = rng.choice(vocabulary, 5, replace=False).tolist() if live else []
     line = {
         "site": site,
@@ -74,7 +81,7 @@ def _score_line(rng, vocabulary, site, j, live):
         },
     }
     if live:
-        line["effect"] = effect(clamp=4.0, kl=0.01, loss=-0.5)
+        line["effect"] = with_intervals(effect(clamp=4.0, kl=0.01, loss=-0.5))
         line["effect"]["far"] = effect(clamp=20.0, kl=0.25, loss=0.125)
     return line
 

@@ -120,6 +120,8 @@ def test_nothing_of_a_corpus_runs_in_a_browser(tmp_path):
     assert "L0/77" in neuron  # and one that is not
     assert "3 excerpts of the protocol's 10" in neuron
     assert "Raised to 20 instead: KL 0.25 nats, loss +0.125 nats" in neuron
+    assert "from 4 documents: KL 0.01 nats [0.005, 0.02], loss −0.5 nats [-0.75, -0.25]" in neuron
+    assert "[0.25, 0.75]" in neuron and "one half only" in neuron
     for name in ("bare", "human"):
         assert "&lt;img src=x" in doms[name]
         assert "<img" not in doms[name].split("<script")[0]
@@ -166,8 +168,8 @@ def test_numbers_round_trip(tmp_path):
 
 def assert_same_effect(packed, effect, tokens):
     for direction in ("raised", "lowered"):
-        texts = [[tokens[place], change] for place, change in packed[direction]]
-        assert texts == [[f" w{id}", change] for id, change in effect[direction]]
+        texts = [[tokens[place], *change] for place, *change in packed[direction]]
+        assert texts == [[f" w{id}", *change] for id, *change in effect[direction]]
 
 
 @given(st.lists(st.integers(-999, 999), min_size=1), st.integers(-3, 12), st.floats(-1, 1))
