@@ -1,5 +1,6 @@
 """`interpret.py neurons`: score the neurons of a checkpoint, or features of autoencoders."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from crate_mini import UserError, cli
@@ -13,6 +14,15 @@ from crate_mini.training import checkpoint
 
 SCRIPT = "interpret.py"
 CONTROLS = ("init", "shuffle")
+# What the stages hand on to one another; `probe` was a folder of older versions.
+INTERMEDIATE = (
+    "record-*.npz",
+    "select-*.npz",
+    "explain-*.jsonl",
+    "simulate-*.npz",
+    "init/record*",
+    "probe/record*",
+)
 
 
 @dataclass
@@ -64,6 +74,11 @@ class Settings:
     follow: str | None = setting(
         None, "with several checkpoints: neurons whose history to draw, like 0:12,1:40"
     )
+    clean: bool = setting(
+        False,
+        "at the end delete the files that only --from and `interpret.py llm` need; scores, pages "
+        "and figures stay",
+    )
     data: str | None = checkpoint.data_setting("score on")
     tokenizer: str | None = checkpoint.tokenizer_setting()
     val_fraction: float | None = checkpoint.val_fraction_setting()
@@ -78,6 +93,11 @@ def run(settings, ckpt):
     """
     if settings.follow:
         raise UserError("--follow needs several checkpoints of one run, like out/run/step-*.")
+    if settings.clean and settings.until != "report":
+        raise UserError(
+            f"--clean deletes what --until {settings.until} would leave for the stages after it; "
+            "give one of the two."
+        )
     controls = parse_controls(settings.controls)
     model, meta, tokenizer = checkpoint.open_model(ckpt, settings.device, settings.tokenizer)
     corpus = checkpoint.held_out(ckpt, meta, tokenizer, settings.data, settings.val_fraction)
@@ -112,6 +132,23 @@ def run(settings, ckpt):
         print(beyond_report.table(results.read_json(folder / "beyond.json")) + "\n")
     if {"score", "report"} & {settings.from_, settings.until}:
         print_summary(folder, work.record.header["tokens"])
+    tell_or_clean(folder, settings.clean)
+
+
+def tell_or_clean(folder, clean):
+    """Print how much room the intermediate files of a folder take; delete them if `clean`."""
+    files = [path for pattern in INTERMEDIATE for path in sorted(folder.glob(pattern))]
+    size = sum(path.stat().st_size for path in files)
+    text = f"{len(files)} intermediate files, {size / 1e6:,.0f} MB"
+    if clean:
+        for path in files:
+            path.unlink()
+        for name in ("init", "probe"):
+            with suppress(OSError):  # it does not exist, or holds something else
+                (folder / name).rmdir()
+        print(f"cleaned   {text}, deleted; --from record makes them again")
+    elif files:
+        print(f"kept      {text}, for --from and `interpret.py llm`; --clean deletes them")
 
 
 def parse_controls(text):

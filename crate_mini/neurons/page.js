@@ -47,7 +47,6 @@ function el(tag, attributes, ...children) {
   return element;
 }
 
-const ascending = (a, b) => a - b;
 const small = (...children) => el("small", {}, ...children);
 
 // A token in a box; plain: in grey, for tokens that the neuron does not fire on.
@@ -429,7 +428,7 @@ function effects(effect) {
   const cost = level => `KL ${number(level.kl)} nats${within(level.kl_ci95)}, `
     + `loss ${signed(level.loss)} nats${within(level.loss_ci95)}`;
   const changes = (rows, sign) => (rows || []).map(([token, change, low, high, holds]) => {
-    const interval = missing(low) ? "" : bounds([Math.abs(low), Math.abs(high)].sort(ascending));
+    const interval = missing(low) ? "" : bounds([low, high]);
     const name = el("span", {}, chip(token, !holds), small(holds === 0 ? " one half only" : ""));
     return factRow(name, small(interval), sign + number(Math.abs(change)));
   });

@@ -85,7 +85,7 @@ def test_neurons_then_their_pages(place, call):
     raised = []
     for row in rows:
         if "effect" in row:
-            raised += [id for id, _ in row["effect"]["raised"]]
+            raised += [id for id, *_ in row["effect"]["raised"]]
     assert raised
     assert max(raised) < 257  # the other ids only pad the vocabulary
     summary = json.loads((place / "interpret" / "summary.json").read_text())
@@ -105,6 +105,27 @@ def test_neurons_then_their_pages(place, call):
     assert len((place / "features.jsonl").read_text().splitlines()) == 18
 
 
+def test_intermediate_files_are_named_and_cleaned_on_demand(place, call):
+    words = "neurons best --layers 0 --n 3 --tokens 9000 --splits 0 --out kept"
+    code, printed, err = call(words)
+    assert not code, err
+    before = {path.name for path in (place / "kept").iterdir()}
+    assert " MB, for --from and `interpret.py llm`; --clean deletes them" in printed
+    code, printed, err = call(f"{words} --from report --clean")
+    assert not code, err
+    assert "intermediate files" in printed and "deleted" in printed
+    after = {path.name for path in (place / "kept").iterdir()}
+    assert before - after >= {"record-L0.npz", "select-L0.npz", "simulate-L0.npz", "init"}
+    assert after >= {"record.json", "scores.jsonl", "excerpts.jsonl", "summary.json", "index.html"}
+    assert not list((place / "kept").rglob("*.npz"))
+    code, _, err = call("report best --out kept")  # needs none of them
+    assert not code, err
+    code, _, err = call(f"{words} --from select")
+    assert code == 2 and "record again with --from record" in err
+    code, _, err = call(f"{words} --until select --clean")
+    assert code == 2 and "--clean deletes what --until select would leave" in err
+
+
 def test_features_of_an_autoencoder(place, call):
     code, _, err = call(
         "sae best --layer 0 --k 4 --expansion 2 --steps 9 --batch 32 --tokens 300 --out features"
@@ -122,12 +143,19 @@ def test_features_of_an_autoencoder(place, call):
 
 
 def test_match_density_has_a_folder_of_its_own(place, call):
-    code, _, err = call(
+    code, printed, err = call(
         "neurons best --match-density 0.05 --layers 0 --n 5 --tokens 9000 --splits 0"
     )
     assert not code, err
-    rows = read_rows(place / "interpret" / "density-0.05" / "scores.jsonl")
-    assert max(row["density"] for row in rows) < 0.1
+    folder = place / "interpret" / "density-0.05"
+    assert max(row["density"] for row in read_rows(folder / "scores.jsonl")) <= 0.05
+    loss = results.read_json(folder / "summary.json")["cut"]["loss"]
+    assert loss["sites"]["L0"] != loss["uncut"]
+    page = (folder / "index.html").read_text("utf-8")
+    for text in (printed, page):  # never a score at a density without the loss it would cost
+        assert f"L0 cut {loss['sites']['L0']:.3f}" in text
+        assert "does not run that way" in text
+    assert f"{loss['sites']['L0']:.4f}, instead of {loss['uncut']:.4f}" in page
 
 
 def test_a_stage_alone(place, call):

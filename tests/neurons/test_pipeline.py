@@ -419,6 +419,57 @@ def test_scores_do_not_depend_on_the_scale_of_activations(finished, again, tmp_p
         assert row["label"]["class"] == plain["label"]["class"]
 
 
+def test_init_r_is_of_the_untrained_model_with_its_own_tables(
+    finished, again, tmp_path, monkeypatch
+):
+    """Neither the activations nor the table may be the trained model's, which fires otherwise."""
+
+    def shifted(module, inputs, codes):
+        return codes.roll(1, -1)
+
+    untrained = planted.PlantedModel()
+    untrained.blocks[0]["sparsifier"]["code"].register_forward_hook(shifted)
+    monkeypatch.setattr(record, "untrained_control", lambda *_: (untrained, META))
+    work = again(folder=tmp_path / "out", controls=("init",))
+    pipeline.run(work, until="score")
+    plain = [row["scores"]["uniform"] for row in read_lines(finished, "scores.jsonl")]
+    rows = [row["scores"]["uniform"] for row in read_lines(work, "scores.jsonl")]
+    compared = 0
+    for j, scores in enumerate(rows):
+        expected = plain[j - 1]["ngram_r"]
+        if scores["ngram_r"] is not None and expected is not None:
+            assert scores["ngram_r"] == plain[j]["ngram_r"]
+            assert scores["init_r"] == pytest.approx(expected, abs=1e-6)
+            compared += abs(scores["ngram_r"] - expected) > 0.1
+    assert compared >= 3  # where the two differ, so that swapped tables would be noticed
+
+
+def test_intervals_are_of_their_own_neuron_and_as_wide_as_its_score_varies(finished):
+    """Against a jackknife over documents, computed here."""
+    site, shared = finished.sites[0], finished.record.shared
+    true = finished.record.site("L0")["uniform_score_acts"].astype(np.float64)
+    simulated = finished.read("simulate", site).uniform_ngram.astype(np.float64)
+    docs = shared["uniform_score_doc"]
+    checked = 0
+    for row in read_lines(finished, "scores.jsonl"):
+        j, r = row["neuron"], row["scores"]["uniform"]["ngram_r"]
+        if "ngram_r" not in row["ci95"]:
+            continue
+        low, high = row["ci95"]["ngram_r"]
+        assert low - 0.005 <= r <= high + 0.005, row["label"]
+        x, y = true[..., j], simulated[..., j]
+        left_out = []
+        for doc in np.unique(docs):
+            kept = docs != doc
+            left_out.append(np.corrcoef(x[kept].ravel(), y[kept].ravel())[0, 1])
+        n = len(left_out)
+        deviation = np.sqrt((n - 1) * np.var(left_out))
+        if deviation > 0.002:
+            assert 0.5 < (high - low) / (2 * 1.96 * deviation) < 1.8, row["label"]
+            checked += 1
+    assert checked >= 3
+
+
 def test_untrained_control_is_scored_by_its_own_tables(again, tmp_path, monkeypatch):
     model, folder = planted.PlantedModel(), tmp_path / "out"
     monkeypatch.setattr(record, "untrained_control", lambda *_: (model, META))
