@@ -7,6 +7,7 @@
     effects      what raising a neuron does to the next token
     protocols    simulated against true activations (metrics), a row of scores for each neuron
     score        all of this for every neuron of a site (relatives, page_excerpts)
+    redraw       intervals over other documents, and how site means move with them (spread)
     summary      means and counts, with intervals
 
 command -> pipeline runs them as the stages of `interpret.py neurons` on a workspace; page, figures

@@ -632,6 +632,9 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     results.write_json(header, {**json.loads(text), "schema": 9})
     with pytest.raises(UserError, match="schema 9"):
         load(b)
+    results.write_json(header, {**json.loads(text), "schema": 1})  # parts of uneven lengths
+    with pytest.raises(UserError, match="schema 1, expected 2; record again with --from record"):
+        load(b)
 
 
 # ---- what cannot be recorded ---------------------------------------------------------------------
