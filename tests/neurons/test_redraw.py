@@ -7,7 +7,8 @@ documents without end.
 import numpy as np
 import pytest
 
-from crate_mini.neurons import redraw
+from crate_mini import stats
+from crate_mini.neurons import metrics, redraw
 from crate_mini.neurons.documents import deal
 
 CLAIM = (0.90, 0.98)  # how often a 95 % interval may hold the truth, measured
@@ -186,6 +187,32 @@ def test_a_layers_interval_holds_its_mean_over_other_texts(layers):
 def test_planted_faults_of_a_layers_interval_are_noticed(layers):
     assert layer_coverage(layers, shifts=None, splits=()) < 0.75, "neurons redrawn"
     assert layer_coverage(layers, splits=()) < layer_coverage(layers) - 0.01, "tables left out"
+
+
+def test_intervals_of_scores_that_are_computed_again_hold_their_mean():
+    """f1 and a rank correlation, by a table that is fixed; documents are all that varies."""
+    rng, few = np.random.default_rng(3), 3  # neurons
+    means, shifts = [], []
+    for _ in range(100):
+        docs, tokens, acts = corpus(rng, 30)
+        groups = redraw.group_of(docs, np.unique(docs))
+
+        def score(neurons, group, tokens=tokens, acts=acts, groups=groups):
+            kept = groups != group
+            true = acts[kept][..., neurons].reshape(-1, len(neurons))
+            expected = LIKED[tokens[kept]][..., neurons].reshape(-1, len(neurons))
+            f1 = metrics.firing(true > 1, expected)["f1"][0]
+            return {"f1": f1, "rank": stats.pearson(np.sqrt(true), expected)[0]}
+
+        means.append({name: np.mean(values) for name, values in score(range(few), None).items()})
+        numbers = np.unique(groups).tolist()
+        shifts.append(redraw.score_shifts(score, numbers, few, 0))
+    for name in ("f1", "rank"):
+        value = np.mean([mean[name] for mean in means])
+        intervals = []
+        for mean, shift in zip(means, shifts):
+            intervals.append(redraw.mean_interval([[mean[name]]], [1], shift[name])[0])
+        assert CLAIM[0] <= covered(intervals, value) <= CLAIM[1], name
 
 
 def test_what_was_redrawn_is_named():
