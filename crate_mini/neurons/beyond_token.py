@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from crate_mini.neurons.accumulate import half
 from crate_mini.neurons.documents import PARTS
+from crate_mini.neurons.npz import HALF_MAX
 
 LEAST = 3  # occurrences of a token type in the fit documents
 TOKENS_WITH = 50  # that a property must hold on, and not hold on, in each part
@@ -109,9 +109,12 @@ def read_texts(documents, states, size=BATCH_TOKENS):
 
 @torch.no_grad()
 def read_codes(model, texts, sites, dtype=torch.float32):
-    """{site: (N, width) float16}: the activations of these sites on the tokens of Texts."""
+    """{site: (N, width) float16}: the activations of these sites on the tokens of Texts.
+
+    Those of a site that reaches beyond float16 are divided by a power of two.
+    """
     device = model.tokens.weight.device
-    pieces = {site.name: [] for site in sites}
+    pieces = {site.name: _HalfPieces() for site in sites}
     for _, chunks in texts.batches:
         ids = torch.zeros(len(chunks), len(chunks[0].ids), dtype=torch.int64)
         real = torch.zeros(ids.shape, dtype=torch.bool)
@@ -123,9 +126,24 @@ def read_codes(model, texts, sites, dtype=torch.float32):
         for site in sites:
             x = codes[site.layer][real.to(device)].float()
             x = x if site.encode is None else site.encode(x).float()
-            pieces[site.name].append(half(x).cpu())
+            pieces[site.name].add(x)
     kept = torch.from_numpy(texts.kept)
-    return {name: torch.cat(parts)[kept] for name, parts in pieces.items()}
+    return {name: torch.cat(parts.pieces)[kept] for name, parts in pieces.items()}
+
+
+class _HalfPieces:
+    """Activations of a site, piece by piece, as float16 times 2^exponent; the scores ignore it."""
+
+    def __init__(self):
+        self.pieces, self.exponent = [], 0
+
+    def add(self, x):
+        """Add x (n, width) float32; if it is too large, all pieces are divided once more."""
+        above = int(torch.frexp(x.abs().max()).exponent) - HALF_MAX - self.exponent
+        if above > 0:
+            self.exponent += above
+            self.pieces = [piece * 2.0**-above for piece in self.pieces]
+        self.pieces.append((x * 2.0**-self.exponent).half().cpu())
 
 
 # ---- properties ----------------------------------------------------------------------------------

@@ -39,6 +39,15 @@ class Halves(NamedTuple):
         exponents = np.where(largest > 0, np.frexp(largest)[1] - HALF_MAX, 0)
         return np.ldexp(self.values, -exponents).astype(np.float16), exponents.astype(np.int16)
 
+    def read(self):
+        """The values as they come back from the file."""
+        return whole(*self.parts())
+
+
+def whole(halves, exponents):
+    """float32 values of the parts of Halves."""
+    return np.ldexp(halves.astype(np.float32), exponents.astype(np.int32))
+
 
 def write(file, content):
     """Write {name: array or Halves} to an open binary file, lightly compressed."""
@@ -83,8 +92,7 @@ def _read_whole(archive, members, name):
     """One array of an archive, with its exponents if it was written as Halves."""
     array = _read(archive, members[name])
     if name + EXPONENT in members:
-        exponents = _read(archive, members[name + EXPONENT])
-        return np.ldexp(array.astype(np.float32), exponents.astype(np.int32))
+        return whole(array, _read(archive, members[name + EXPONENT]))
     return array
 
 

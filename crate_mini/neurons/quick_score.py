@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crate_mini.neurons import protocols, record
+from crate_mini.neurons import npz, protocols, record
 from crate_mini.neurons.score import partners
 from crate_mini.neurons.workspace import Workspace
 
@@ -40,7 +40,8 @@ def _scores(work, site):
     arrays, neurons = work.record.site(site.name), work.neurons(site)
     true, live = arrays["uniform_score_acts"], arrays["max"] > 0
     table = work.ngram_table(site, neurons)
-    simulated = table(work.record.shared["uniform_score"]).astype(np.float16)  # as on the disk
+    expected = table(work.record.shared["uniform_score"])
+    simulated = npz.Halves(expected, -1).read()  # as on the disk
     partner = partners(len(neurons), live, work.rng(site, "null"))
     scores = {"density": arrays["density"].astype(np.float64)}
     for name, predicted in (("ngram_r", simulated), ("null_r", simulated[..., partner])):

@@ -198,3 +198,16 @@ def test_intervals_cover_as_often_as_they_say(windows):
             low, high = middle - half, middle + half
         hits += low <= true <= high
     assert (hits / 200 < 0.6) if windows else (0.9 <= hits / 200 <= 0.98)
+
+
+def test_pieces_beyond_float16_share_a_power_of_two():
+    pieces = beyond_token._HalfPieces()
+    acts = torch.rand(3, 5, 4) * torch.tensor([1.0, 1e6, 1e4])[:, None, None]
+    for piece in acts:
+        pieces.add(piece)
+    kept = torch.stack(pieces.pieces).float() * 2.0**pieces.exponent
+    assert pieces.exponent > 0
+    torch.testing.assert_close(kept, acts, rtol=1e-3, atol=1e-2)
+    plain = beyond_token._HalfPieces()
+    plain.add(acts[0])
+    assert torch.equal(plain.pieces[0], acts[0].half())

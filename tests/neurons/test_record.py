@@ -488,7 +488,7 @@ def test_losses_are_those_of_the_model_that_runs_on_cut_codes():
     chosen = record.sites(model)
     shape = {"eot": BYTES.eot, "dtype": "float32"}
     limits = record.limits(model, chosen, corpus, 0.05, **shape)
-    n = corpus.n_tokens["val"] - 1
+    n = 10 * T + 7
     losses = cut.losses(model, chosen, limits, {}, corpus, tokens=n)
     assert losses["tokens"] == n
     reached = []
@@ -498,7 +498,7 @@ def test_losses_are_those_of_the_model_that_runs_on_cut_codes():
         reached.append((codes > 0).float().mean())
         return codes
 
-    blocks = list(corpus.blocks("val", 1, T))
+    blocks = list(corpus.blocks("val", 1, T, n))
     for name, hooks in (("uncut", {}), ("L1", {1: by_hand})):
         total = 0
         for ids, targets in blocks:
@@ -508,10 +508,10 @@ def test_losses_are_those_of_the_model_that_runs_on_cut_codes():
                 total += model(ids, targets).item() * ids.numel()
         measured = losses["sites"].get(name, losses["uncut"])
         assert measured == pytest.approx(total / n, rel=1e-5)
-    assert np.mean(reached) < 0.06
+    assert np.mean(reached) < 0.1
     assert len({losses["uncut"], losses["all"], *losses["sites"].values()}) == 4
     nothing = {name: np.zeros_like(values) for name, values in limits.items()}
-    uncut = cut.losses(model, chosen, nothing, {}, corpus)
+    uncut = cut.losses(model, chosen, nothing, {}, corpus, tokens=n)
     assert uncut["all"] == pytest.approx(uncut["uncut"], rel=1e-6)
 
 
@@ -526,7 +526,7 @@ def test_cut_features_leave_the_codes_by_their_directions():
     expected = codes - (features - kept) @ directions
     torch.testing.assert_close(change(codes), expected)
     limits = {site.name: np.full(9, np.inf, np.float32)}
-    losses = cut.losses(model, [site], limits, {site.name: directions}, corpus)
+    losses = cut.losses(model, [site], limits, {site.name: directions}, corpus, tokens=500)
     assert set(losses) == {"tokens", "uncut", "sites"}
     assert losses["sites"][site.name] != losses["uncut"]
 
