@@ -119,25 +119,20 @@ def record(
     """Record `sites` over about `tokens` tokens of a corpus split, in the folder `out`.
 
     Returns the Record. meta: from checkpoint.load; path, command: for the header. dedup: at most
-    one top window per document (the paper's code does not dedup). dtype: of the model's products,
-    see choose_dtype; everything is counted in float32, powers in float64. room: neurons that share
-    the memory for bigrams, by default those of the sites. facts: makes further entries of the
-    header from {site: densities}. show_every: seconds between progress lines. The files are
+    one top window per document (the paper's code does not dedup). dtype: see choose_dtype; sums are
+    float32, powers float64. room: neurons that share the memory for bigrams, by default those of
+    the sites. facts: makes further entries of the header from {site: densities}. The files are
     replaced all together or not at all. Raises UserError for too few windows, too little memory, or
     no room on the disk.
     """
     began = time.monotonic()
-    device = model.tokens.weight.device
-    V, T = model.config.vocab_size, model.config.block_size
+    device, V = model.tokens.weight.device, model.config.vocab_size
     eot = load_tokenizer(meta["tokenizer"]["spec"]).eot
-    documents = FitScoreSplit(corpus, split, eot, T, seed, tokens)
+    documents = FitScoreSplit(corpus, split, eot, model.config.block_size, seed, tokens)
     counts, token_counts, bigrams = _count(documents, sites, V, device, room)
     dtype, reason = choose_dtype(device, dtype)
     total = sum(counts["tokens"].values())
-    n_sites = "1 site" if len(sites) == 1 else f"{len(sites)} sites"
-    is_control = "sha256" in meta and meta["sha256"] is None  # as untrained_control returns it
-    control = " of an untrained model, the control" if is_control else ""
-    log(f"record    {n_sites}{control}, {total:,} tokens; products in {_name(dtype)}: {reason}")
+    log(f"record    {_what(sites, meta)}, {total:,} tokens; products in {_name(dtype)}: {reason}")
     windows = {part: (UNIFORM[part], counts["windows"][part]) for part in PARTS}
     shared = Shared(token_counts, bigrams, V, windows, seed, device)
     progress = terminal.Progress("record", total, show_every)
@@ -158,11 +153,21 @@ def record(
         "dtype": _name(dtype),
         "seconds": round(time.monotonic() - began, 1),
         "sites": [_description(site) for site in sites],
+        **(facts or _no_facts)({site.name: arrays[site.name]["density"] for site in sites}),
     }
-    if facts is not None:
-        header |= facts({site.name: arrays[site.name]["density"] for site in sites})
     record_files.write(Path(out), header, arrays)
     return record_files.load(out)
+
+
+def _what(sites, meta):
+    """What is recorded, in words; meta: as untrained_control returns it for the control."""
+    n_sites = "1 site" if len(sites) == 1 else f"{len(sites)} sites"
+    is_control = "sha256" in meta and meta["sha256"] is None
+    return f"{n_sites} of an untrained model, the control" if is_control else n_sites
+
+
+def _no_facts(densities):
+    return {}
 
 
 def limits(
