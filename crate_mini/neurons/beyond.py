@@ -28,7 +28,7 @@ SCHEMA = 1
 TOKENS = 250_000  # read at most, fit and score part together
 MEMORY = 1 << 31  # bytes of activations that are kept
 ROTATIONS = 5
-PROBE_DRAWS = 100
+GROUPS = 32  # of score documents, left out together, for the intervals of probes
 SETS = (  # in the order of tables and figures
     "neurons",
     "rotation",
@@ -114,7 +114,10 @@ class Battery:
     def __init__(self, work, texts, properties):
         self.work, self.texts, self.properties = work, texts, properties
         documents = len(texts.score_documents)
-        self.weights = beyond_token.document_weights(documents, work.seed)
+        groups = min(GROUPS, documents)
+        group = np.random.default_rng([work.seed, 7]).permutation(documents) % groups
+        without = 1.0 - (group == np.arange(groups)[:, None])
+        self.weights = np.concatenate([np.ones((1, documents)), without])  # (1 + groups, D)
         self.puzzles = probing.puzzles(texts, properties, work.tokenizer.token_bytes)
         self.device = work.model.tokens.weight.device
         self.sets_done = 0
@@ -212,11 +215,12 @@ class Battery:
 
     def _site(self, site, sets):
         """(name, content, rows of neurons) of a site."""
-        content, draws, rows = {"layer": site.layer, "width": site.width, "sets": {}}, {}, []
+        content, by_document, rows = {"layer": site.layer, "width": site.width, "sets": {}}, {}, []
         for name, members in sets.items():
             scored = [self._scored(features) for features in members]
-            draws[name] = self._draws([member["moments"] for member in scored])
-            summary = _summary(scored, draws[name])
+            values = [beyond_token.coverage_by_document(m["moments"]) for m in scored]
+            by_document[name] = np.mean(values, 0)
+            summary = _summary(scored) | {"ci95": self._interval(by_document[name])}
             if name in PROBED or name.startswith("sae"):
                 summary["probing"] = self._probing(members[0])
             content["sets"][name] = summary
@@ -226,7 +230,7 @@ class Battery:
             neurons = content["sets"]["neurons"]["coverage"]
             summary["neurons_minus"] = {
                 "difference": neurons - summary["coverage"],
-                "ci95": beyond_token.interval(draws["neurons"] - draws[name]),
+                "ci95": self._interval(by_document["neurons"] - by_document[name]),
             }
         content["probing"] = self._probing_controls()
         return content, rows
@@ -248,13 +252,8 @@ class Battery:
             "density": correlations.density,
         }
 
-    def _draws(self, moments):
-        """(draws,): coverage on redrawn documents; of several sets, the sets are redrawn too."""
-        members = np.stack([beyond_token.redraw(sums, self.weights) for sums in moments])
-        rng = np.random.default_rng([self.work.seed, 8])
-        shape = len(self.weights), len(members)
-        chosen = rng.integers(len(members), size=shape)  # the members of each draw
-        return members.T[np.arange(len(self.weights))[:, None], chosen].mean(1)
+    def _interval(self, values):
+        return beyond_token.interval(values, self.work.seed)
 
     def _rows(self, site, scored):
         """Lines of beyond-neurons.jsonl: the property that each neuron follows best."""
@@ -270,17 +269,13 @@ class Battery:
     # ---- probing ---------------------------------------------------------------------------------
 
     def _auprc(self, predictions):
-        """(mean over puzzles, (draws,) the same on redrawn documents); a prediction for each."""
-        values, draws = [], []
+        """(mean over puzzles, (groups,) what each group of documents says of it)."""
+        values = []
         for puzzle, predicted in zip(self.puzzles, predictions):
-            weights = np.ones((1, len(self.texts.score_documents)))
-            weights = np.concatenate([weights, self.weights[:PROBE_DRAWS]])
-            redrawn = probing.average_precision(
-                puzzle.score_holds, predicted, weights[:, puzzle.document]
-            )
-            values.append(redrawn[0])
-            draws.append(redrawn[1:])
-        return float(np.mean(values)), np.nanmean(draws, 0)
+            weights = self.weights[:, puzzle.document]
+            values.append(probing.average_precision(puzzle.score_holds, predicted, weights))
+        whole, *without = np.mean(values, 0).tolist()
+        return whole, beyond_token.pseudo_values(whole, np.array(without))
 
     @cached_property
     def _table_auprc(self):
@@ -291,16 +286,16 @@ class Battery:
         content = {}
         if not self.puzzles:
             return content
-        table, table_draws = self._table_auprc
+        table, of_table = self._table_auprc
         n = len(self.texts.token)
         for k, predictions in probing.probe(self.puzzles, features, n).items():
-            mean, draws = self._auprc(predictions)
+            mean, by_group = self._auprc(predictions)
             content[f"k = {k}"] = {
                 "auprc": mean,
-                "ci95": beyond_token.interval(draws),
+                "ci95": self._interval(by_group),
                 "minus_table": {
                     "difference": mean - table,
-                    "ci95": beyond_token.interval(draws - table_draws),
+                    "ci95": self._interval(by_group - of_table),
                 },
             }
         return content
@@ -309,15 +304,15 @@ class Battery:
         """{"properties", "table", "chance"}: AUPRC of the token table, and of no information."""
         if not self.puzzles:
             return {"properties": []}
-        table, draws = self._table_auprc
+        table, by_group = self._table_auprc
         return {
             "properties": [text_states.NAMES[puzzle.number] for puzzle in self.puzzles],
-            "table": {"auprc": table, "ci95": beyond_token.interval(draws)},
+            "table": {"auprc": table, "ci95": self._interval(by_group)},
             "chance": float(np.mean([puzzle.score_holds.mean() for puzzle in self.puzzles])),
         }
 
 
-def _summary(scored, draws):
+def _summary(scored):
     """The content of beyond.json for the members of a set; what is of one is of the first."""
     coverages = [float(beyond_token.coverage_of(m["moments"].sum(0))) for m in scored]
     neuron_means = [_mean_of_defined(m["neurons"][1]) for m in scored]
@@ -328,7 +323,6 @@ def _summary(scored, draws):
     return {
         "n": len(scored),
         "coverage": float(np.mean(coverages)),
-        "ci95": beyond_token.interval(draws),
         "each": coverages,
         "neuron_mean": _number(np.mean(neuron_means)),
         "density": float(np.mean([m["density"] for m in scored])),

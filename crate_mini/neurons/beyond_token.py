@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from crate_mini import stats
 from crate_mini.neurons.documents import PARTS
 from crate_mini.neurons.npz import HALF_MAX
+from crate_mini.neurons.text_states import NAMES
 
 LEAST = 3  # occurrences of a token type in the fit documents
 TOKENS_WITH = 50  # that a property must hold on, and not hold on, in each part
@@ -25,7 +27,6 @@ BLOCK_FLOATS = 1 << 25  # activations in memory at a time, as float32
 BATCH_TOKENS = 1 << 13
 ROWS = 1 << 15  # tokens in float64 at a time
 SAME = 1e-10  # share of a feature's power that is rounding, not variation within a token type
-DRAWS = 1000  # of the score documents
 
 
 @dataclass
@@ -80,7 +81,8 @@ def _sums(x, groups, n):
 
 def read_texts(documents, states, size=BATCH_TOKENS):
     """The Texts of a FitScoreSplit; states: a TextStates."""
-    batches, rows, ids, numbers, fit = [], [], [], [], []
+    batches, numbers, fit = [], [], []
+    rows, ids = [np.empty((0, len(NAMES)), bool)], [np.empty(0, np.int64)]
     for part in PARTS:
         for chunks in documents.batches(part, size):
             batches.append((part, chunks))
@@ -90,8 +92,8 @@ def read_texts(documents, states, size=BATCH_TOKENS):
                 numbers += [chunk.document] * len(chunk.ids)
                 fit += [part == "fit"] * len(chunk.ids)
     ids = np.concatenate(ids)
-    is_fit = np.array(fit)
-    count = np.bincount(ids[is_fit], minlength=ids.max() + 1)
+    is_fit = np.array(fit, bool)
+    count = np.bincount(ids[is_fit], minlength=ids.max(initial=0) + 1)
     kept = np.flatnonzero(count[ids] >= LEAST)
     types, token = np.unique(ids[kept], return_inverse=True)
     read = {"fit": int(is_fit.sum()), "score": int((~is_fit).sum())}
@@ -99,7 +101,7 @@ def read_texts(documents, states, size=BATCH_TOKENS):
         batches,
         types,
         torch.from_numpy(token),
-        np.array(numbers)[kept],
+        np.array(numbers, np.int64)[kept],
         torch.from_numpy(is_fit[kept]),
         torch.from_numpy(np.concatenate(rows)[kept]),
         kept,
@@ -289,18 +291,23 @@ def coverage_of(moments):
     return np.where(varies, r, 0).mean(-1)
 
 
-def document_weights(n, seed, draws=DRAWS):
-    """(draws, n): how often each of n documents is drawn, n with replacement each time."""
-    rng = np.random.default_rng([seed, 7])
-    return rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
+def coverage_by_document(moments):
+    """(D,): what each document says of the coverage, from sums (D, 6, p); see pseudo_values."""
+    total = moments.sum(0)
+    return pseudo_values(coverage_of(total), coverage_of(total - moments))
 
 
-def redraw(moments, weights):
-    """(draws,): the coverage of each redrawn set of documents."""
-    sums = np.tensordot(weights, moments, 1)  # (draws, 6, p)
-    return coverage_of(sums)
+def pseudo_values(whole, without):
+    """(D,): jackknife pseudo-values (Miller 1974), whose mean is about the statistic.
+
+    whole: the statistic on all D documents; without (D,): on all but each of them. Redrawing the
+    values stands for redrawing the documents.
+    """
+    n = len(without)
+    return n * whole - (n - 1) * without
 
 
-def interval(draws):
-    """95 % interval [low, high] of redrawn values."""
-    return np.quantile(draws, (0.025, 0.975)).tolist()
+def interval(values, seed):
+    """95 % interval [low, high] of the mean of values by document; no width for one document."""
+    mean = float(np.mean(values))
+    return stats.bootstrap_interval([values], seed=seed) or [mean, mean]

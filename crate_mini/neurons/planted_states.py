@@ -134,8 +134,8 @@ def _phrase(rng, topics, n):
     return " ".join(words)
 
 
-def write_texts(path, n, seed=0):
+def write_texts(path, n, seed=0, lines=12):
     """Write documents as .jsonl, a source for open_corpus."""
     with open(path, "w", encoding="utf-8") as file:
-        for text in texts(n, seed):
+        for text in texts(n, seed, lines):
             file.write(json.dumps({"text": text}) + "\n")

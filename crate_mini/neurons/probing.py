@@ -139,9 +139,10 @@ def logistic(x, y, queries):
 
 
 def average_precision(holds, predicted, weights):
-    """(draws,): AUPRC of predicted (n,) for holds (n,), tokens weighted by weights (draws, n).
+    """(m,): AUPRC of predicted (n,) for holds (n,), tokens weighted by each row of weights (m, n).
 
-    The sum over thresholds of precision times gain in recall; equal predictions pass together.
+    The sum over thresholds of precision times gain in recall; equal predictions pass together. 0 if
+    nothing holds.
     """
     order = np.argsort(-predicted, kind="stable")
     ordered = predicted[order]
@@ -151,4 +152,4 @@ def average_precision(holds, predicted, weights):
     gains = np.diff(hits, axis=1, prepend=0)
     with np.errstate(all="ignore"):
         precision = np.where(passed > 0, hits / passed, 0)
-        return (precision * gains).sum(1) / hits[:, -1]
+        return np.where(hits[:, -1] > 0, (precision * gains).sum(1) / hits[:, -1], 0)

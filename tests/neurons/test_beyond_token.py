@@ -170,7 +170,8 @@ def test_coverage_on_all_documents_is_the_mean_of_the_correlations():
     assert moments.shape == (20, 6, 4)
     expected = (r[0, 0] + r[1, 1] + r[6, 2]) / 4
     assert beyond_token.coverage_of(moments.sum(0)) == pytest.approx(expected, abs=1e-5)
-    assert beyond_token.redraw(moments, np.ones((1, 20)))[0] == pytest.approx(expected, abs=1e-5)
+    by_document = beyond_token.coverage_by_document(moments)
+    assert by_document.shape == (20,) and by_document.mean() == pytest.approx(expected, abs=0.02)
 
 
 def repeated(rng, documents=40, length=30):
@@ -190,9 +191,8 @@ def test_intervals_cover_as_often_as_they_say(windows):
     true = float(beyond_token.coverage_of(repeated(rng, 40_000).sum(0)))
     hits = 0
     for i in range(200):
-        moments = repeated(rng, length=30)
-        draws = beyond_token.redraw(moments, beyond_token.document_weights(40, i, 300))
-        low, high = beyond_token.interval(draws)
+        values = beyond_token.coverage_by_document(repeated(rng))
+        low, high = beyond_token.interval(values, i)
         if windows:  # as if each document were ten independent ones
             middle, half = (low + high) / 2, (high - low) / 2 / np.sqrt(10)
             low, high = middle - half, middle + half
