@@ -38,7 +38,6 @@ SETS = (  # in the order of tables and figures
     "token table",
 )
 PROBED = ("neurons", "rotation", "pca", "untrained")  # and autoencoders
-SETS_OF_A_SITE = len(SETS) - 1 + ROTATIONS
 PRODUCTS_OF_A_COLUMN = 6000  # measured: what else a column costs, as columns of a product
 
 
@@ -121,7 +120,7 @@ class Battery:
         self.puzzles = probing.puzzles(texts, properties, work.tokenizer.token_bytes)
         self.device = work.model.tokens.weight.device
         self.sets_done = 0
-        self.progress = terminal.Progress("beyond", len(work.sites) * SETS_OF_A_SITE)
+        self.progress = terminal.Progress("beyond", sum(map(self._count_sets, work.sites)))
 
     def sites(self):
         """Yield (name, content for beyond.json, rows for beyond-neurons.jsonl) of each site.
@@ -167,18 +166,26 @@ class Battery:
                 acts[site.name] = cut
         return acts
 
+    def _count_sets(self, site):
+        """How many sets of features a site has with its controls."""
+        count = len(SETS) - 1 + ROTATIONS
+        if site.sae or not self.work.has_init:
+            count -= 1  # no untrained model
+        return count if site.sae else count + len(list(self._autoencoders(site.layer)))
+
     def _announce(self):
         """Log what is about to be done, and about how long it will take."""
         sites, n = self.work.sites, len(self.texts.token)
         products = 0
         for site in sites:
-            products += 2 * n * site.width * (site.width + PRODUCTS_OF_A_COLUMN)
-        rate = product_rate(torch.float32, 512)
-        seconds = products * SETS_OF_A_SITE / rate
+            of_a_set = 2 * n * site.width * (site.width + PRODUCTS_OF_A_COLUMN)
+            products += of_a_set * self._count_sets(site)
+        rate = product_rate(torch.float32, 512, repeats=40)
+        seconds = products / rate
         sites_text = "1 site" if len(sites) == 1 else f"{len(sites)} sites"
         self.work.log(
             f"beyond    {len(self.properties.numbers)} properties of the text so far, {n:,} tokens,"
-            f" {sites_text} with {SETS_OF_A_SITE} sets of features each: about "
+            f" {self.progress.total} sets of features of {sites_text}: about "
             f"{terminal.eta(seconds)} (minutes:seconds)"
         )
 
