@@ -180,7 +180,7 @@ class Battery:
         for site in sites:
             of_a_set = 2 * n * site.width * (site.width + PRODUCTS_OF_A_COLUMN)
             products += of_a_set * self._count_sets(site)
-        rate = product_rate(torch.float32, 512, repeats=40)
+        rate = product_rate(torch.float32, 512)
         seconds = products / rate
         sites_text = "1 site" if len(sites) == 1 else f"{len(sites)} sites"
         self.work.log(
