@@ -9,7 +9,7 @@ import torch
 
 from crate_mini import fused, ops
 
-CHUNK = {"cpu": 2**23, "cuda": 2**26}  # logits at a time: more rows per reading of W, more memory
+CHUNK = {"cpu": 2**23, "cuda": 2**27}  # logits at a time: more rows per reading of W, more memory
 IGNORED = -100  # the target of a row that does not count, as in PyTorch
 
 
@@ -64,9 +64,15 @@ def head_results(x, W, targets, dtype, needs_grad, *_):
     return tuple(x.new_empty(shape, dtype=wide) for shape in shapes)
 
 
+def chunk_rows(V, kind):
+    """Rows of a chunk on this kind of device; on a GPU they fill whole tiles of a product."""
+    rows = max(32, CHUNK.get(kind, 2**20) // V)
+    return max(256, rows // 256 * 256) if kind == "cuda" else rows
+
+
 def _in_chunks(x, W, targets, loss, dx, dW):
     """The same in plain PyTorch, written to loss, dx and dW."""
-    rows = max(32, CHUNK.get(x.device.type, 2**20) // len(W))
+    rows = chunk_rows(len(W), x.device.type)
     counted = (targets != IGNORED).sum()
     loss.zero_()
     dW.zero_()
@@ -74,14 +80,12 @@ def _in_chunks(x, W, targets, loss, dx, dW):
         chunk, ids = x[i : i + rows], targets[i : i + rows, None]
         counts, ids = ids != IGNORED, ids.clamp(min=0).long()
         logits = chunk @ W.T  # (rows, V)
-        p = torch.softmax(logits, -1, dtype=loss.dtype)
-        # log sum exp = the largest logit - log its p, which cannot underflow
-        largest_p, largest = p.max(-1, keepdim=True)
-        log_sum_exp = logits.gather(1, largest).to(loss.dtype) - largest_p.log()
-        losses = log_sum_exp - logits.gather(1, ids).to(loss.dtype)
-        loss += losses.where(counts, 0).sum()
-        if len(dW):  # d loss / d logits = (softmax - one-hot) / counted
-            g = p.to(x.dtype).scatter_(1, ids, (p.gather(1, ids) - 1).to(x.dtype))
+        log_p = torch.log_softmax(logits, -1, dtype=loss.dtype)
+        log_target = log_p.gather(1, ids)
+        loss -= log_target.where(counts, 0).sum()
+        if len(dW):  # d loss / d logits = (softmax - one-hot) / counted, over what is not needed
+            g = torch.exp(log_p, out=logits if logits.dtype != log_p.dtype else log_p)
+            g.scatter_(1, ids, log_target.expm1().to(g.dtype))
             dx[i : i + rows] = (g @ W) * counts
             dW += g.T @ (chunk * counts)
     loss /= counted

@@ -8,7 +8,7 @@ a usual share of its bandwidth: the two hardly overlap in PyTorch. Good to about
 from dataclasses import dataclass
 
 from crate_mini import model
-from crate_mini.training.device import flops_per_token
+from crate_mini.training.device import flops_per_token, known_gpu
 
 PRODUCTS, MEMORY = 0.7, 0.75  # shares of peak and bandwidth that large kernels reach
 # Bytes per token and layer, for each unit of d, that norms, thresholds, residuals and the optimizer
@@ -29,7 +29,7 @@ class Card:
     bandwidth: float
 
 
-CARDS = {  # part of the name that the driver gives: the first that fits
+CARDS = {
     "H200": Card(989e12, 4.8e12),
     "H100 PCIe": Card(756e12, 2.0e12),
     "H100": Card(989e12, 3.35e12),
@@ -46,14 +46,6 @@ CARDS = {  # part of the name that the driver gives: the first that fits
 KERNELS = {128: (1.0, 1.3), 768: (0.55, 0.82), 1600: (0.59, 0.78)}
 
 
-def card(device_name):
-    """The Card of a device, by its name; None for one that is not in the table."""
-    for name, numbers in CARDS.items():
-        if name in device_name:
-            return numbers
-    return None
-
-
 def step_seconds(config, rows, on):
     """Seconds of a compiled training step on `rows` sequences of block_size tokens on a Card."""
     tokens = rows * config.block_size
@@ -65,7 +57,7 @@ def step_seconds(config, rows, on):
 def expectations(device_name, batch=16):
     """Rows for the results file: tokens/s of CRATE and its twin, and what v3 should win or lose."""
     rows = []
-    numbers = card(device_name)
+    numbers = CARDS.get(known_gpu(device_name, CARDS))
     for preset in ("S", "B") if numbers else ():
         rates = {}
         for kind in ("crate", "gpt2"):

@@ -16,6 +16,7 @@ import torch
 
 from crate_mini import UserError
 from crate_mini.console import results, terminal
+from crate_mini.loss import chunk_rows
 from crate_mini.model import LM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -205,15 +206,22 @@ def product_rate(dtype, n=1024):
     return 2 * n**3 / seconds
 
 
+def known_gpu(name, table):
+    """The key of a table of GPUs that a driver's name of one means; None if it is another one."""
+    for key in table:
+        if re.search(rf"\b{key}\b(?!{OTHER_GPUS})", name):
+            return key
+    return None
+
+
 def peak_flops(device, dtype):
     """(peak FLOP/s or None, where it comes from)."""
     if device.type == "cpu" and dtype != torch.float16:  # which takes a CPU minutes
         return product_rate(dtype), "measured 1024-cubed product"
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
-        for key, peak in PEAKS.items():
-            if re.search(rf"\b{key}\b(?!{OTHER_GPUS})", name):
-                return peak, f"data sheet of {key}"
+        if key := known_gpu(name, PEAKS):
+            return PEAKS[key], f"data sheet of {key}"
         return None, f"{name} is not in the table of peaks, so no MFU"
     return None, "no peak known for this device and dtype, so no MFU"
 
@@ -308,6 +316,19 @@ def activation_bytes(config, rows, dtype):
     return rows * config.block_size * config.n_layer * layer
 
 
+def head_bytes(config, rows, device, dtype):
+    """Bytes that the head takes for `rows` sequences: a chunk of logits, and its gradients.
+
+    The chunk is there as logits in float32, as logarithms of probabilities, and before both in
+    another dtype of the products. The gradients of the last layer's output and of the embedding,
+    in float32, are made in the forward pass.
+    """
+    n_tokens, V = rows * config.block_size, config.vocab_size
+    chunk = min(n_tokens, chunk_rows(V, device.type)) * V
+    product = 0 if dtype == torch.float32 else dtype.itemsize
+    return chunk * (8 + product) + 4 * config.n_embd * (n_tokens + V)
+
+
 def check_memory(config, rows, device, dtype):
     """Raise UserError for a model that cannot fit.
 
@@ -318,6 +339,7 @@ def check_memory(config, rows, device, dtype):
         n_weights = sum(w.numel() for w in LM(config).parameters())
     weights = 16 * n_weights  # float32 weight, gradient and Adam's two moments
     activations = activation_bytes(config, rows, dtype)
+    activations += head_bytes(config, rows, device, dtype)
     available = total_memory(device)
     if not available or weights + activations <= available:
         return

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crate_mini import loss, reference
 
@@ -52,3 +53,39 @@ def test_under_autocast_the_head_errs_at_most_twice_as_much_as_pytorch():
         error = (ours[i] - exact[i]).norm()
         legitimate = (plain[i] - exact[i]).norm()
         assert error <= 2 * legitimate
+
+
+class Large(TorchDispatchMode):
+    """Counts the results of a size that are not written to memory already there."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+        self.addresses = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        result = function(*arguments, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() == self.size:
+            self.addresses.append(result.untyped_storage().data_ptr())
+        return result
+
+
+@pytest.mark.parametrize("dtype, n", [(torch.float32, 2), (torch.bfloat16, 3)])
+def test_a_chunk_takes_few_matrices_of_logits(dtype, n, monkeypatch):
+    """The product and its logarithms of probabilities, in bf16 also the product in float32.
+
+    The gradient takes the place of one of them.
+    """
+    monkeypatch.setitem(loss.CHUNK, "cpu", 32 * 50)
+    x, W = torch.randn(32, 8).to(dtype), torch.randn(50, 8).to(dtype)
+    results = loss.head_results(x, W, None, dtype, True)
+    with Large(32 * 50) as large:
+        loss._in_chunks(x, W, torch.arange(32), *results)
+    assert len(set(large.addresses)) == n
+
+
+@pytest.mark.parametrize("V", [256, 4096, 50304, 10**7])
+def test_chunks_on_a_gpu_fill_whole_tiles(V):
+    rows = loss.chunk_rows(V, "cuda")
+    assert rows % 256 == 0 and rows >= 256
+    assert rows * V <= loss.CHUNK["cuda"] or rows == 256

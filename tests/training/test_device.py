@@ -4,6 +4,7 @@ GPUs are fakes here: a capability, a name, a compiler that fails.
 """
 
 import subprocess
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -49,6 +50,22 @@ def test_a_batch_that_cannot_fit_is_refused(monkeypatch):
     device.check_memory(config, 8, torch.device("cpu"), torch.float32)
     with pytest.raises(UserError, match="for activations.*lower --micro-batch"):
         device.check_memory(config, 1000, torch.device("cpu"), torch.float32)
+
+
+def test_the_memory_of_the_head_counts(monkeypatch):
+    """A GPU takes chunks of 2^27 logits: 10 bytes each, beyond the gradient of the embedding."""
+    config = model.preset("S", "crate")
+    chunk, gradients = 2560 * 50304 * 10, 4 * 768 * (50304 + 16384)
+    assert device.head_bytes(config, 16, CUDA, torch.bfloat16) == chunk + gradients
+    few = device.head_bytes(config, 1, CUDA, torch.bfloat16)
+    assert few == 1024 * 50304 * 10 + 4 * 768 * (50304 + 1024), "no more than there are tokens"
+    with torch.device("meta"):
+        weights = 16 * sum(w.numel() for w in model.LM(config).parameters())
+    needed = weights + device.activation_bytes(config, 16, torch.bfloat16) + chunk + gradients
+    for available in (needed, needed - 1):
+        monkeypatch.setattr(device, "total_memory", lambda where, bytes=available: bytes)
+        with nullcontext() if available == needed else pytest.raises(UserError):
+            device.check_memory(config, 16, CUDA, torch.bfloat16)
 
 
 def test_peaks_are_not_guessed():
