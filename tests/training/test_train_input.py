@@ -427,6 +427,15 @@ def test_the_reason_is_picked_from_the_compilers_message(lines, reason, capsys):
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["GPUTooOldForTriton", "TritonMissing"])
+def test_a_gpu_or_a_triton_that_is_too_old_is_a_sentence(name, capsys):
+    error = type(name, (RuntimeError,), {})("Found a card which is too old\nsecond line")
+    with pytest.raises(SystemExit, match="2"):
+        terminal.run(raiser(error))
+    sentence = "torch.compile cannot compile here (Found a card which is too old); `--compile off`"
+    assert sentence in capsys.readouterr().err
+
+
 def test_a_machine_without_a_compiler_gets_a_sentence_from_torch_compile(text, tmp_path):
     """One sentence, not PyTorch's hundred lines."""
     words = tiny(text, tmp_path / "run", 2, device="cpu", compile="on")
