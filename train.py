@@ -281,7 +281,7 @@ class Trainer:
         training = {
             "settings": asdict(self.s),
             "step": self.step,
-            "best_val_loss": self.best,
+            "best_val_loss": self.best if self.best < math.inf else None,
             "corpus": self.corpus.meta,
             "machine": self.machine,
             "command": self.command,

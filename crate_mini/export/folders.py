@@ -191,7 +191,7 @@ def nanogpt(out, model, meta, tokenizer):
         "model": weights,
         "model_args": {**{name: getattr(c, name) for name in names}, "dropout": 0.0},
         "iter_num": training.get("step", 0),
-        "best_val_loss": training.get("best_val_loss", 0.0),
+        "best_val_loss": training.get("best_val_loss") or 0.0,
         "config": config,
     }
     checkpoint.write_tensors(out / "ckpt.pt", content)

@@ -101,7 +101,7 @@ def of_neuron(scores, neuron, tokenizer):
     for name in ("ngram_r", "null_r", "density"):
         value = float(scores[name][neuron])
         facts[name] = value if np.isfinite(value) else None
-    ids = scores["top"][neuron].tolist()
+    ids = scores["top"][neuron].tolist() if facts["density"] else []  # none if it is dead
     return {**facts, "tokens": [visible(tokenizer.token_bytes(id)) for id in ids]}
 
 

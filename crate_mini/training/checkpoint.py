@@ -13,6 +13,7 @@ can run code. Checkpoints of other projects come in through import_weights.py.
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -416,6 +417,8 @@ def read_meta(folder):
         )
     if not _is_well_formed(meta):
         raise UserError(f"{path} was edited: it does not describe a checkpoint; use another one.")
+    if meta["training"].get("best_val_loss") == math.inf:  # saved before the first validation
+        meta["training"]["best_val_loss"] = None  # result files have no infinity
     return meta
 
 

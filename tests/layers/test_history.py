@@ -104,7 +104,8 @@ def test_neurons_of_several_checkpoints_are_those_of_each(run, tmp_path, capsys)
     best = [visible(tokenizer.token_bytes(id)) for id in scores["top"][5].tolist()]
     assert row["neurons"]["0:5"]["tokens"] == best and len(best) == 3
     assert best[0] == highest_token(lm, tokenizer, corpus, 5)
-    assert row["neurons"]["0:3"]["ngram_r"] is None and row["neurons"]["0:3"]["density"] == 0
+    dead = {"ngram_r": None, "null_r": None, "density": 0, "tokens": []}
+    assert row["neurons"]["0:3"] == dead
     output = capsys.readouterr().out
     assert re.search(r"0:5 +ngram_r +density +highest on", output) and "none" in output
     assert (tmp_path / "neurons-history.png").read_bytes().startswith(b"\x89PNG")

@@ -13,6 +13,7 @@ from refusals import refused
 from tiny_runs import facts, rows, run, tiny, train, weights
 
 from crate_mini import UserError
+from crate_mini.console import results
 from crate_mini.training import checkpoint, length, run_log
 from crate_mini.training.settings import parse, twin
 
@@ -138,6 +139,20 @@ def test_checkpoints_of_every_n_steps_stay(text, tmp_path):
     run(*tiny(text, out, 2, keep_every=2, overwrite=True))
     assert [path.name for path in run_log.kept(out)] == ["step-000000", "step-000002"]
     assert (out / "step-notes").exists()
+
+
+def test_a_checkpoint_before_the_first_validation_can_be_interpreted(text, tmp_path):
+    """Its best loss is none: result files, which hold its facts, have no infinity."""
+    out = tmp_path / "run"
+    run(*tiny(text, out, 2, keep_every=1, save_every=1))
+    lm, meta = checkpoint.load(out / "step-000000")
+    assert meta["training"]["best_val_loss"] is None
+    meta["training"]["best_val_loss"] = math.inf  # as older versions wrote it
+    facts = {"tokenizer": meta["tokenizer"], "training": meta["training"]}
+    checkpoint.save(tmp_path / "old", lm, **facts)
+    _, meta = checkpoint.load(tmp_path / "old")
+    header = checkpoint.result_header("interpret.py", "old", meta, lm)
+    assert results.sealed(header)["checkpoint"]["training"]["best_val_loss"] is None
 
 
 # ---- progress ------------------------------------------------------------------------------------
