@@ -2,6 +2,7 @@
 
 import argparse
 import codecs
+import glob
 import importlib
 import itertools
 import json
@@ -196,10 +197,18 @@ def run_command(prog, command, words, description=None):
     settings = command.settings(**given)
     check(settings)
     if command.several and checkpoint:
-        (checkpoint,) = checkpoint
+        checkpoint = expanded(*checkpoint)
         if len(checkpoint) > 1:
             return command.several(settings, checkpoint)
     return command.run(settings, *checkpoint)
+
+
+def expanded(paths):
+    """The paths, with out/run/step-* as what it matches: PowerShell leaves that to the program."""
+    found = []
+    for path in paths:
+        found += [path] if os.path.exists(path) else sorted(glob.glob(path)) or [path]
+    return found
 
 
 def with_flags(words, positional, skip=0):

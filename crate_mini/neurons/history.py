@@ -12,7 +12,7 @@ from crate_mini.console.terminal import aligned
 from crate_mini.data.tokenizer import visible
 from crate_mini.neurons.quick_score import quick_scores
 from crate_mini.neurons.record import sites
-from crate_mini.plots.figure import AMBER, BLUE, GREEN, GREY, RED, grid, shared_legend, write
+from crate_mini.plots.figure import AMBER, BLUE, GREEN, GREY, RED, grid, write
 from crate_mini.training import checkpoint, histories
 
 COLORS = (BLUE, GREEN, AMBER, RED, "#7a5195", "#8c564b")
@@ -144,10 +144,13 @@ def draw(rows, target):
                 values = [np.nan if value is None else value for value in values]
                 color = COLORS[n % len(COLORS)]
                 panel.plot(steps, values, "o-", color=color, markersize=3, label=label)
-            title = "mean ngram_r" if score == "ngram_r" else "share of tokens it fires on"
-            panel.set(title=f"{kind}: {title}", xlabel="step")
+            title = "ngram_r" if score == "ngram_r" else "share of tokens that fire it"
+            mean = ", mean over neurons" if kind == "layers" else ""
+            panel.set(title=title + mean, xlabel="step")
     nulls = [row["layers"][name]["null_r"] or 0 for row in rows for name in row["layers"]]
     control = sum(nulls) / len(nulls)
-    axes[0].axhline(control, color=GREY, linestyle="--", linewidth=0.8, label="another's table")
-    shared_legend(figure, axes)
+    label = "another neuron's table (null_r)"
+    axes[0].axhline(control, color=GREY, linestyle="--", linewidth=0.8, label=label)
+    for panel in axes[::2]:
+        panel.legend(frameon=False, fontsize="small")
     return write(figure, target)

@@ -37,6 +37,7 @@ SMALL = {  # what makes a command small
 FLAGS_OF_OTHERS = {  # of pytest, pip, torchrun; and those that no settings declare
     "resume",
     "config",
+    "steps",
     "task",
     "fuzz-minutes",
     "help",
@@ -154,6 +155,7 @@ def all_settings():
     import steer
 
     modules = [*interpret.COMMANDS.values(), *steer.COMMANDS.values(), steer.PROMPT]
+    modules += ["crate_mini.export.command", "crate_mini.compare.command"]
     settings = [importlib.import_module(module).COMMAND.settings for module in modules]
     return [Settings, Config, finetune.Settings, *settings]
 

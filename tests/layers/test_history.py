@@ -11,6 +11,7 @@ from tiny_checkpoints import save_checkpoint, write_text
 
 import interpret
 from crate_mini import UserError
+from crate_mini.console import terminal
 from crate_mini.data.tokenizer import visible
 from crate_mini.layers import history, measure
 from crate_mini.neurons.quick_score import quick_scores
@@ -121,6 +122,14 @@ def highest_token(lm, tokenizer, corpus, neuron):
         counts.index_add_(0, x.flatten(), torch.ones_like(codes))
     means = torch.where(counts > 9, sums / counts, 0)
     return visible(tokenizer.token_bytes(means.argmax().item()))
+
+
+def test_a_pattern_that_the_shell_left_is_expanded(run, tmp_path):
+    assert terminal.expanded([str(run / "step-*")]) == paths(run, 0, 20, 100)
+    assert terminal.expanded([str(run / "none-*"), "a"]) == [str(run / "none-*"), "a"]
+    strange = tmp_path / "step-[1]"
+    strange.mkdir()
+    assert terminal.expanded([str(strange)]) == [str(strange)]
 
 
 # ---- bad input -----------------------------------------------------------------------------------
