@@ -81,10 +81,10 @@ void mssa_project_backward_cpu(int zdtype, int dtype, int64_t N, int64_t d, doub
 
 using Strides = std::array<int64_t, 3>;  // elements from one batch, token and head to the next
 
-// y_i = sum_{j <= i} w_ij v_j with w_i = softmax(q_i . k_j / sqrt(P)), for each of B K heads. q, k, v
-// (B, T, K, P) with these strides, the P values of a head neighbours; k null: it is q; v null: it is
-// k. y (B, T, K, P); stats (B, K, 2, T) acc, which backward needs: the largest score of each
-// i, and 1 / sum_j e^(score - largest).
+// y_i = sum_{j <= i} w_ij v_j with w_i = softmax(q_i . k_j / sqrt(P)), for each of B K heads.
+// q, k, v (B, T, K, P) with these strides, the P values of a head neighbours; k null: it is q; v
+// null: it is k. y (B, T, K, P); stats (B, K, 2, T) acc, which backward needs: the largest score
+// of each i, and 1 / sum_j e^(score - largest).
 void attention_forward_cpu(int dtype, int64_t B, int64_t T, int64_t K, int64_t P, Strides q_strides,
                            Strides k_strides, Strides v_strides, const void* q, const void* k,
                            const void* v, void* y, void* stats, int threads);

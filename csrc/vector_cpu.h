@@ -275,8 +275,8 @@ inline void finish_row(const Finish<T>& f, int64_t i, int64_t j, int64_t n, Vec<
     P::put(f.out + index, v, n);
 }
 
-// The same for a whole tile, where sums stay in acc: out = scale * sums + base_scale * base. Written
-// apart because the products of attention are so short that the questions above cost a quarter.
+// The same for a whole tile whose sums stay in acc: out = scale * sums + base_scale * base. Written
+// apart because the products of attention are so short that asking all of the above costs a tenth.
 template <class T, int R>
 inline void finish_sums(const Finish<T>& f, int64_t index, const Vec<T> (&sums)[R][2]) {
   const Vec<T> zero{}, scale = f.scale - zero, base_scale = f.base_scale - zero;
