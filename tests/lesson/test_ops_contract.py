@@ -284,6 +284,27 @@ def test_the_backend_can_be_chosen_and_gives_its_reason():
     assert ops.backend()[0] == "fused"
 
 
+@pytest.mark.parametrize(
+    "shape, dtypes",
+    [
+        ((16, 4, 256, 32), ["bfloat16", "float32"]),
+        ((8, 4, 128, 8), ["bfloat16", "float32"]),
+        ((16, 4, 64, 32), ["bfloat16"]),  # as fast in float32
+        ((1, 4, 16, 32), []),  # the overhead of a call decides
+    ],
+)
+def test_auto_takes_the_attention_kernels_where_they_are_faster(shape, dtypes, monkeypatch):
+    monkeypatch.setattr(ops, "_faster", ops.FASTER["avx512_bf16"])
+    fast = []
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        q = torch.empty(shape, dtype=dtype)
+        with ops.use_backend("auto"):
+            if ops._runs_fused("attention", q, dtype):
+                fast.append(str(dtype).removeprefix("torch."))
+            assert not ops._runs_fused("attention", q.to("meta"), dtype)
+    assert fast == dtypes
+
+
 @pytest.mark.parametrize("mode", ["auto", "fused", "reference"])
 @pytest.mark.parametrize("built", [True, False])
 @pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
