@@ -120,7 +120,7 @@ def _is_faster(op, t, dtype):
     if t.is_cuda or d > _faster.get(dtype, -1):
         return False  # CUDA: not before it has been measured on a GPU
     if op == "attention":
-        return rows * t.shape[-2] >= (2**16 if dtype == torch.bfloat16 else 2**19)
+        return rows * t.shape[-2] >= (2**16 if dtype == torch.bfloat16 else 2**18)
     if op == "ista_decode":  # where D is small, the overhead of a call decides
         return rows <= DECODE_ROWS and (dtype == torch.bfloat16 or d >= 256)
     if op == "head":

@@ -289,7 +289,7 @@ def test_the_backend_can_be_chosen_and_gives_its_reason():
     [
         ((16, 4, 256, 32), ["bfloat16", "float32"]),
         ((8, 4, 128, 8), ["bfloat16", "float32"]),
-        ((16, 4, 64, 32), ["bfloat16"]),  # as fast in float32
+        ((4, 4, 64, 32), ["bfloat16"]),
         ((1, 4, 16, 32), []),  # the overhead of a call decides
     ],
 )
