@@ -21,24 +21,30 @@ def cross_entropy(x, W, targets):
     are float32. Value and gradients equal reference.cross_entropy up to that dtype's rounding.
     Raises UserError if shapes, devices or ids do not fit.
     """
-    op = "cross_entropy"
-    fused.check_kinds(op, dict(x=x, W=W, targets=targets))
-    if not torch.compiler.is_compiling():
-        _check(op, x, W, targets)
+    if not torch.compiler.is_compiling():  # the op will do it
+        _check(x, W, targets)
     dtype, kernel = ops.choose("head", x)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
     rows, ids = x.reshape(targets.numel(), x.shape[-1]), targets.flatten()
     return torch.ops.crate_kernels.head(rows, W, ids, dtype, needs_grad, kernel)[0]
 
 
-def _check(op, x, W, targets):
+def _check(x, W, targets, kernel=False):
+    op = "cross_entropy"
+    fused.check_kinds(op, dict(x=x, W=W, targets=targets))
     if x.dim() == 0:
         raise fused.misfit(op, "x must have at least one dimension, (..., d)")
-    sizes = {"V": max(1, *W.shape[:1]), "d": x.shape[-1]}
-    fused.check_shapes(op, dict(x=x, W=W), sizes, kernels=False)
+    V = max(1, *W.shape[:1])
+    fused.check_shapes(op, dict(x=x, W=W), {"V": V, "d": x.shape[-1]}, kernel)
     if targets.shape != x.shape[:-1] or targets.dtype not in (torch.int64, torch.int32):
         kind = f"{targets.dtype} {tuple(targets.shape)}"
         raise fused.misfit(op, f"targets is {kind}, expected int64 ids {tuple(x.shape[:-1])}")
+    if targets.device.type != "cpu":  # to look would be to wait
+        return
+    bad = targets[(targets >= V) | ((targets < 0) & (targets != IGNORED))]
+    if len(bad):
+        ids = f"ids below {V}, or {IGNORED} to ignore"
+        raise fused.misfit(op, f"targets holds {bad[0]}, expected {ids}")
 
 
 def head(x, W, targets, dtype, needs_grad, kernel):
@@ -46,16 +52,13 @@ def head(x, W, targets, dtype, needs_grad, kernel):
 
     Computed in dtype, by the compiled kernel or in chunks.
     """
-    V = len(W)
-    bad = (targets >= V) | ((targets < 0) & (targets != IGNORED))
-    if targets.device.type == "cpu" and bad.any():  # on a GPU, to look would be to wait
-        problem = f"targets holds {targets[bad][0]}, expected ids below {V}, or {IGNORED} to ignore"
-        raise fused.misfit("cross_entropy", problem)
+    x, W = x.to(dtype), W.to(dtype)
+    _check(x, W, targets, kernel)
     results = head_results(x, W, targets, dtype, needs_grad)
     if kernel:
         scalars = fused.DTYPE_CODES[dtype], len(x), *W.shape
-        return fused.launch("head", scalars, (x.to(dtype), W.to(dtype), targets.long()), results)
-    return _in_chunks(x.to(dtype), W.to(dtype), targets, *results)
+        return fused.launch("head", scalars, (x, W, targets.long()), results)
+    return _in_chunks(x, W, targets, *results)
 
 
 def head_results(x, W, targets, dtype, needs_grad, *_):

@@ -1,5 +1,5 @@
-// The arithmetic under ista_cpu.cpp, mssa_cpu.cpp and head_cpu.cpp, compiled once per instruction set: the matrix
-// product C = finish(A B), LayerNorm and softmax. From slow to fast:
+// The arithmetic under ista_cpu.cpp, mssa_cpu.cpp and head_cpu.cpp, compiled once per instruction
+// set: the matrix product C = finish(A B), LayerNorm and softmax. From slow to fast:
 //
 //   naive        not here but in ista_naive.cpp: plain loops, one element at a time
 //   baseline     v2: B packed so that it is read in order, sums in registers, vectors that every

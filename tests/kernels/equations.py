@@ -69,6 +69,20 @@ def mssa_equation(z, weight, bias, U):
     return F.layer_norm(z, z.shape[-1:], weight, bias).to(U.dtype) @ U
 
 
+def head_equation(x, W, targets):
+    """[loss (1,), gx, gW]: reference.py's mean cross-entropy, its softmax in the dtype of sums.
+
+    Where no target counts, the gradients are 0, as PyTorch's are.
+    """
+    leaves = [t.detach().requires_grad_() for t in (x, W)]
+    with torch.enable_grad():
+        logits = leaves[0] @ leaves[1].T
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, targets)
+        gradients = torch.autograd.grad(loss, leaves)
+    return [loss.detach()[None], *gradients]
+
+
 def cancelling_terms(gu, z, weight, U, eps=1e-5):
     """How large the terms are that cancel in gz.
 

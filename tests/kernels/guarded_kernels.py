@@ -22,6 +22,8 @@ def acc_dtype(dtype):
 class Guarded:
     """A contiguous tensor between two bands of NaN, itself filled with NaN: an output.
 
+    Integers, which are inputs only, have bands of zeros.
+
     Guarded.copy(t) is an input: `check` also finds out whether it was written to. With `strides`
     there is NaN between the elements, too.
     """
@@ -30,7 +32,8 @@ class Guarded:
         size = math.prod(shape)
         if strides and size:
             size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
-        memory = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype, device=device)
+        filling = float("nan") if dtype.is_floating_point else 0
+        memory = torch.full((size + 2 * GUARD,), filling, dtype=dtype, device=device)
         self.bands = {"before": memory[:GUARD], "after": memory[GUARD + size :]}
         self.tensor = memory[GUARD : GUARD + size]
         self.tensor = self.tensor.as_strided(shape, strides) if strides else self.tensor.view(shape)
@@ -49,7 +52,8 @@ class Guarded:
 
     def check(self, name):
         for side, band in self.bands.items():
-            assert band.isnan().all(), f"{name}: written {side} its memory"
+            intact = band.isnan() if band.is_floating_point() else band == 0
+            assert intact.all(), f"{name}: written {side} its memory"
         if self.original is not None:
             tensor, original = (t.nan_to_num(nan=7e37) for t in (self.tensor, self.original))
             assert torch.equal(tensor, original), f"{name}: an input was changed"
@@ -166,6 +170,16 @@ class Kernels:
         scalars, inputs = strided(q, k, v, y, gy)
         self.run("attention_backward", scalars, [*inputs, stats], gradients)
         return tensors(gradients)
+
+    def head(self, x, W, targets, gradients=True):
+        """(loss, gx, gW); gx and gW are None without gradients."""
+        acc = acc_dtype(x.dtype)
+        outputs = [self.out(1, dtype=acc), None, None]
+        if gradients:
+            outputs[1:] = [self.out(*t.shape, dtype=acc) for t in (x, W)]
+        scalars = DTYPE_CODES[x.dtype], len(x), *W.shape
+        self.run("head", scalars, (x, W, targets), outputs)
+        return tensors(outputs)
 
 
 class CpuKernels(Kernels):

@@ -8,6 +8,7 @@ import torch
 from closeness import assert_close
 from equations import (
     cancelling_terms,
+    head_equation,
     ista_equation,
     ista_gradients_by_autograd,
     mssa_gradients,
@@ -225,3 +226,55 @@ def mssa_project(kernels, p, stream, biased, shift, eps):
     terms = {1: cancelling_terms(gu, z, weight, U, eps)}
     names = ["u", "gz", "gweight", "gbias", "gU"]
     assert_close(runs[0], equation, gu, z, weight, bias, U, names=names, terms=terms)
+
+
+# ---- the head ------------------------------------------------------------------------------------
+
+VOCABULARIES = [1, 2, 3, 13, 31, 97, 257, 511, 512, 513, 521, 1031, 1543]
+
+
+def check_head(kernels, p, V, ignored, largest_logit, alike):
+    """p.x and a random W (V, d). alike: "rows" of x or of "W" are equal, or neither."""
+    assume(p.N * p.d * V < SIZE and p.N * V < SIZE / 10)
+    p.suit(kernels)
+    x, W = p.normal(p.N, p.d), p.normal(V, p.d)
+    if alike == "rows":
+        x = x[:1].expand_as(x).clone()
+    if alike == "W":
+        W = W[:1].expand_as(W).clone()
+    spread = (x.double() @ W.double().T).abs().max() if p.N else 1.0
+    x = (x * (largest_logit / float(spread))).to(p.dtype)
+    targets = torch.randint(V, (p.N,), generator=p.generator)
+    targets[torch.rand(p.N, generator=p.generator) < ignored] = -100
+    by_two_threads = []
+    if p.threads == 2:
+        by_two_threads = kernels.head(x, W, targets)
+    kernels.threads = 1
+    results = kernels.head(x, W, targets)
+    loss_alone = kernels.head(x, W, targets, gradients=False)[:1]
+    for same in (by_two_threads, loss_alone):
+        for left, right in zip(same, results):
+            assert left.equal(right) or targets.eq(-100).all(), "threads or gradients change bits"
+    names = ["loss", "gx", "gW"]
+    assert_close(results, lambda x, W: head_equation(x, W, targets), x, W, names=names)
+
+
+SETTINGS = dict(
+    V=st.sampled_from(VOCABULARIES),
+    ignored=st.sampled_from([0.0, 0.3, 1.0]),
+    largest_logit=st.sampled_from([1.0, 20.0, 1e4]),
+    alike=st.sampled_from(["", "", "rows", "W"]),
+)
+
+
+@given(p=problems(rows=[1, 2, 3, 13, 95, 96, 97, 193, 385]), **SETTINGS)
+def head(kernels, p, **settings):
+    check_head(kernels, p, **settings)
+
+
+@given(
+    p=problems(rows=[769, 1537], widths=[3, 8, 17]), **{**SETTINGS, "V": st.sampled_from([2, 31])}
+)
+def head_of_many_rows(kernels, p, **settings):
+    """Chunks of 768 rows add up in gW."""
+    check_head(kernels, p, **settings)

@@ -88,3 +88,22 @@ def test_later_tokens_change_no_bit_of_attention(fast_kernels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_over_a_long_context(fast_kernels, dtype):
     attention_properties.check_a_long_context(fast_kernels, dtype)
+
+
+def test_head(fast_kernels):
+    kernel_properties.head(fast_kernels)
+
+
+def test_head_of_many_rows(fast_kernels):
+    kernel_properties.head_of_many_rows(fast_kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_the_head_passes_on_what_is_not_finite(fast_kernels, odd, dtype):
+    """To the loss, to the row's gradient and to W's; the gradients of other rows stay finite."""
+    x, W = torch.ones(100, 8, dtype=dtype), torch.ones(40, 8, dtype=dtype)
+    x[7, 3] = odd
+    loss, gx, gW = fast_kernels.head(x, W, torch.arange(100) % 40)
+    assert loss.isnan() and gW.isnan().all()
+    assert gx.isnan().all(1).nonzero().flatten().tolist() == [7]

@@ -1,12 +1,24 @@
-"""The chunked head: cross-entropy and its gradients, whatever the chunk."""
+"""The head: cross-entropy and its gradients, whatever the chunk and the backend."""
 
 import pytest
 import torch
+from closeness import assert_close
+from forked import run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crate_mini import loss, reference
+from crate_mini import loss, ops, reference
+
+HEAD_OF_800_ROWS = """
+import resource, torch
+from crate_mini import loss, ops
+x, W, ids = torch.zeros(800, 128), torch.zeros(50304, 128), torch.zeros(800, dtype=torch.int64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with ops.use_backend("fused"):
+    loss.cross_entropy(x.requires_grad_(), W, ids).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)  # KB
+"""
 
 
 def loss_and_gradients(cross_entropy, x, W, targets, scale=1.0):
@@ -15,6 +27,10 @@ def loss_and_gradients(cross_entropy, x, W, targets, scale=1.0):
     value = cross_entropy(x, W, targets)
     (scale * value).backward()
     return value, x.grad, W.grad
+
+
+def both_backends():
+    return pytest.mark.parametrize("backend", ["fused", "reference"])
 
 
 @given(
@@ -29,7 +45,7 @@ def test_the_chunked_head_equals_cross_entropy(n, V, chunk, spread, seed):
     x = torch.randn(n, 8, generator=generator) * spread
     W = torch.randn(V, 8, generator=generator)
     targets = torch.randint(V, (n,), generator=generator)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ops.use_backend("reference"):
         patch.setitem(loss.CHUNK, "cpu", chunk)
         for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-5)):
             arguments = (x.to(dtype), W.to(dtype), targets, 3)
@@ -40,13 +56,14 @@ def test_the_chunked_head_equals_cross_entropy(n, V, chunk, spread, seed):
                 torch.testing.assert_close(value, wanted, **close)
 
 
-def test_under_autocast_the_head_errs_at_most_twice_as_much_as_pytorch():
+@both_backends()
+def test_under_autocast_the_head_errs_at_most_twice_as_much_as_pytorch(extension, backend):
     torch.manual_seed(0)
     x = torch.randn(300, 32)
     W = torch.randn(999, 32) * 0.3
     targets = torch.randint(999, (300,))
     exact = loss_and_gradients(reference.cross_entropy, x.double(), W.double(), targets)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), ops.use_backend(backend):
         ours = loss_and_gradients(loss.cross_entropy, x, W, targets)
         plain = loss_and_gradients(reference.cross_entropy, x, W, targets)
     for i in (1, 2):  # the gradients
@@ -89,3 +106,57 @@ def test_chunks_on_a_gpu_fill_whole_tiles(V):
     rows = loss.chunk_rows(V, "cuda")
     assert rows % 256 == 0 and rows >= 256
     assert rows * V <= loss.CHUNK["cuda"] or rows == 256
+
+
+@both_backends()
+@pytest.mark.parametrize("ignored", [0.0, 0.5, 1.0])
+def test_ignored_targets_count_as_little_as_in_pytorch(extension, backend, ignored):
+    generator = torch.Generator().manual_seed(0)
+    x, W = torch.randn(2, 35, 8, generator=generator), torch.randn(33, 8, generator=generator)
+    targets = torch.randint(33, (2, 35), generator=generator)
+    targets[torch.rand(2, 35, generator=generator) < ignored] = loss.IGNORED
+
+    def equation(x, W):
+        return loss_and_gradients(reference.cross_entropy, x, W, targets)
+
+    with ops.use_backend(backend):
+        results = loss_and_gradients(loss.cross_entropy, x, W, targets)
+    assert_close(results, equation, x, W)
+    assert results[0].isnan() == (ignored == 1)
+
+
+@both_backends()
+def test_gradcheck_of_the_head(extension, backend):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    W = torch.randn(7, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    targets = torch.tensor([0, 6, loss.IGNORED, 2, 2])
+    with ops.use_backend(backend):
+        assert torch.autograd.gradcheck(loss.cross_entropy, (x, W, targets))
+
+
+@both_backends()
+def test_compile_takes_the_head_as_one_graph(extension, backend):
+    generator = torch.Generator().manual_seed(0)
+    x, W = torch.randn(70, 8, generator=generator), torch.randn(33, 8, generator=generator)
+    targets = torch.randint(33, (70,), generator=generator)
+    compiled = torch.compile(loss.cross_entropy, fullgraph=True, backend="aot_eager")
+    with ops.use_backend(backend):
+        results = loss_and_gradients(compiled, x, W, targets)
+        expected = loss_and_gradients(loss.cross_entropy, x, W, targets)
+    torch.testing.assert_close(results, expected)
+
+
+def test_auto_leaves_few_rows_to_pytorch(extension):
+    with ops.use_backend("auto"):
+        if ops.backend()[0] != "fused":
+            pytest.skip("no kernels are faster on this processor")
+        assert ops.choose("head", torch.zeros(4096, 128)) == (torch.float32, True)
+        assert ops.choose("head", torch.zeros(15, 128)) == (torch.float32, False)
+
+
+def test_at_the_papers_vocabulary_the_head_takes_300_mb(extension):
+    """W packed twice, exponentials and gradients; all logits of 4,096 rows would be 820 MB."""
+    done = run_script(["-c", HEAD_OF_800_ROWS])
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 300e6 / 1024

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crate_mini import UserError, ops, reference
+from crate_mini import UserError, loss, ops, reference
 from crate_mini import fused as compiled_ops
 from crate_mini.model import Block, Config
 
@@ -154,6 +154,9 @@ def test_any_leading_shape(name, lead):
 # ---- PyTorch's own contract ----------------------------------------------------------------------
 
 
+ids = torch.tensor([3, -100, 0, 7, 3, 1])  # targets of example_tensors' x among 12 ids
+
+
 def registered():
     """Each custom op with example arguments, with and without optional ones and gradients."""
     o = torch.ops.crate_kernels
@@ -182,6 +185,9 @@ def registered():
         q, k, v = u, u + 1, u - 1
         for others in ((None, None), (k, v)):
             yield o.attention_backward, (q, *others, *o.attention(q, *others), k)
+        for kernel in (False, True):
+            yield o.head, (x, decoder.T, ids, dtype, True, kernel)
+            yield o.head, (x, decoder.T, ids, dtype, False, kernel)
         yield o.ista_backward, (x, D, None, lams, *kept, y, None, 0.3, 3)
         yield o.ista_backward, (x, D, decoder, None, *kept, None, kept[0], 0.3, 3)
 
@@ -346,7 +352,20 @@ def test_the_environment_chooses(mode, output):
 t = example_tensors()
 z, weight, bias, U, x, D, decoder, lams = t.values()
 heads = z.unflatten(-1, (2, 4))  # (B, K, T, p)
+W = decoder.T
+cross_entropy = loss.cross_entropy
 WRONG = [  # op, arguments, what the sentence must name
+    (cross_entropy, (x, W, ids[:5]), "targets"),
+    (cross_entropy, (x, W, ids.float()), "targets"),
+    (cross_entropy, (x, W, ids + 9), "12"),
+    (cross_entropy, (x, W, ids - 5), "-2"),
+    (cross_entropy, (x, W, None), "targets"),
+    (cross_entropy, (x, W.T, ids), "W"),
+    (cross_entropy, (x, W[0], ids), "W"),
+    (cross_entropy, (x, W[:0], ids), "W"),
+    (cross_entropy, (x[0, 0], W, ids), "x"),
+    (cross_entropy, (x.int(), W, ids), "x"),
+    (cross_entropy, (x, W.to("meta"), ids), "W"),
     (ops.ista, (x.double(), D, 0.1, 0.1, 2), "D"),
     (ops.ista, (x, D.T, 0.1, 0.1, 2), "D"),
     (ops.ista, (x, D[0], 0.1, 0.1, 2), "D"),
@@ -470,6 +489,7 @@ def right_calls():
         (ops.ista_decode, (x, D, 0.1, 0.1, 2, decoder)),
         (ops.mssa_project, (z, weight, bias, U, 2)),
         (ops.attention, (heads, heads + 1, heads)),
+        (loss.cross_entropy, (x, W, ids)),
         *registered(),
     ]
 
