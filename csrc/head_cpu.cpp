@@ -23,11 +23,11 @@
 namespace crate_mini {
 namespace {
 
-constexpr int64_t COLUMNS = 512;         // of the vocabulary, in a block
-constexpr int64_t TILE = 96;             // rows that go through all blocks together; even, 8 x 12
-constexpr int64_t CHUNK = 8 * TILE;      // rows whose share of gW is summed in registers, at most
-constexpr int64_t EXPONENTIALS = 80e6;   // bytes of E: fewer rows where the vocabulary is large
-constexpr int64_t FEW = 8;  // rows of E in a block that fit the first cache level; divides TILE
+constexpr int64_t COLUMNS = 512;        // of the vocabulary, in a block
+constexpr int64_t TILE = 96;            // rows that go through all blocks together; even, 8 x 12
+constexpr int64_t CHUNK = 8 * TILE;     // rows whose share of gW is summed in registers, at most
+constexpr int64_t EXPONENTIALS = 80e6;  // bytes of E: fewer rows where the vocabulary is large
+constexpr int64_t FEW = 8;  // rows of a block of E that fit the first cache level; divides TILE
 
 // What pass one knows of a row when it has seen all columns.
 template <class T> struct Row {
@@ -46,7 +46,8 @@ template <class T> struct Head {
   // Blocks are equally wide, and the last is filled up with columns that have no weight.
   int64_t width = std::min(COLUMNS, m.panels(V) * m.cols);
   int64_t blocks = (V + width - 1) / width;
-  int64_t chunk = std::max(TILE, std::min(CHUNK, EXPONENTIALS / (V * int64_t(sizeof(T))) / TILE * TILE));
+  int64_t fit = EXPONENTIALS / (V * int64_t(sizeof(T)));  // rows whose exponentials fit
+  int64_t chunk = std::max(TILE, std::min(CHUNK, fit / TILE * TILE));
   int64_t counted = 0;
   char *forth, *back;  // W packed, for x -> x W^T and block by block for E -> E W
   T* E;                // exponentials of a chunk: [tile][block][row][column]

@@ -5,12 +5,15 @@
                                                                   checked and timed
 
 A cell is the median and, after ±, half the distance of the quartiles. `products` is the floor: the
-matrix products alone; for attention, PyTorch's products around a softmax. GFLOP/s and GB/s are
-those of `fused`: operations of the products, and the bytes that have to travel at least, each
-tensor once. `both` is forward and backward.
+matrix products alone; for attention, PyTorch's products around a softmax. Of the head, `eager` is
+the chunks of loss.py in PyTorch, and `whole` all logits at once. GFLOP/s and GB/s are those of
+`fused`: operations of the products, and the bytes that have to travel at least, each tensor once.
+`both` is forward and backward. On a busy machine, `--clock thread` counts the CPU time of one
+thread instead of all time.
 """
 
 import itertools
+import time
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +26,13 @@ from crate_mini.studies import benchmarks
 from crate_mini.training.device import choose_device, keep_memory, machine
 
 DTYPES = ("bfloat16", "float32")
-OPS = ("ista", "mssa", "attention", "decode", "step")
+OPS = ("ista", "mssa", "attention", "head", "decode", "step")
+CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 # N rows, width d; h = 4 d
 SHAPES = ((8192, 128), (4096, 128), (4096, 384), (2048, 768), (3001, 100))
 # B texts of T tokens, K heads of width p
 HEADS = ((16, 256, 4, 32), (4, 1024, 4, 32), (16, 256, 12, 64), (16, 64, 4, 32))
-CONTESTANTS = ("fused", "eager", "compile", "products")
+CONTESTANTS = ("fused", "eager", "compile", "whole", "products")
 
 
 @dataclass
@@ -39,6 +43,7 @@ class Settings:
     dtype: tuple[str, ...] = setting(DTYPES, "computed in", choices=DTYPES)
     versions: bool = setting(False, "every version of the kernels of ista or mssa, slow to fast")
     device: str = setting("auto", "auto, cpu or cuda")
+    clock: str = setting("wall", "thread: CPU time of one thread", choices=tuple(CLOCKS))
     repeats: int = setting(9, "rounds that are measured", low=2)
     json: str | None = setting(None, "file to keep the table in, like results/bench.json")
 
@@ -53,6 +58,9 @@ def cases(settings, device):
         elif op == "attention":
             for kind, sizes in itertools.product(("mssa", "mhsa"), HEADS):
                 yield from benchmarks.attention(kind, *sizes, dtype, device)
+        elif op == "head":
+            for vocab in (8192, 50304):
+                yield benchmarks.head(vocab, dtype, device)
         elif op == "decode":
             for d in (128, 768):
                 yield from benchmarks.decode(d, dtype, device)
@@ -90,10 +98,10 @@ def run(settings):
     keep_memory()  # as train.py does; it serves all contestants
     titles = [f"{name}, ms" for name in CONTESTANTS]
     show_row(["", *titles, "eager/", "compile/", "GFLOP/s", "GB/s", "note"])
-    print("|---" + "|---:" * 8 + "|---|")
+    print("|---" + "|---:" * (len(titles) + 4) + "|---|")
     rows = []
     for case in cases(settings, device):
-        case.measure(device, settings.repeats)
+        case.measure(device, settings.repeats, CLOCKS[settings.clock])
         show_row(cells(case))
         rows.append(case.row())
     if settings.json:

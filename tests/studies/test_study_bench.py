@@ -1,6 +1,8 @@
 """The benchmark: every version computes ISTA, and the table that is printed is kept."""
 
+import re
 import sys
+import time
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -55,6 +57,12 @@ def test_the_table_is_kept(tmp_path, monkeypatch, capsys):
         assert set(row) == {"name", "note", "operations", "bytes", "ms"}
         assert set(row["ms"]) == {"fused", "eager", "products"}
         assert f"| {row['name']} | {row['ms']['fused']['median']:.3g} ±" in printed
+
+
+def test_the_head_is_measured_against_the_ceiling():
+    case = benchmarks.head(50, torch.float32, CPU, N=40, d=16).measure(CPU, 2, time.thread_time)
+    assert set(case.ms) == {"fused", "eager", "whole", "ceiling"}
+    assert re.fullmatch(r"\d+% of the ceiling", case.note)
 
 
 # ---- a fake GPU, on which Python takes longer than the device ------------------------------------
