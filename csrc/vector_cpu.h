@@ -200,7 +200,7 @@ template <class T>
 void pack(int64_t K, int64_t n, const T* src, int64_t row, int64_t col, void* panel) {
   constexpr int64_t C = 2 * W<T>, G = GROUP<T>;
   auto* dst = static_cast<Packed<T>*>(panel);
-  if (n < C || K % G) memset(panel, 0, size_t((K + G - 1) / G * G * C) * sizeof *dst);
+  if (K && (n < C || K % G)) memset(panel, 0, size_t((K + G - 1) / G * G * C) * sizeof *dst);
   if (row == 1) return pack_columns<T, C>(K, n, src, col, dst);
   for (int64_t k = 0; k < K; k += G)
     if constexpr (G == 2) {

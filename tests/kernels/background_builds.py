@@ -76,7 +76,8 @@ def sanitized_kernel_tests(folder):
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     module, output = building.build(folder, CXXFLAGS=" ".join([*SANITIZE, "-O1 -g1"]))
     assert module, output
-    options = ["-p", "no:cacheprovider", "--hypothesis-profile=brief", "-k", "not naive"]
+    options = ["-p", "no:cacheprovider", "--workers=1", "--hypothesis-profile=brief"]
+    options += ["-k", "not naive"]
     command = [sys.executable, "-m", "pytest", *options, "tests/kernels/test_kernels.py"]
     environment = {"CRATE_TEST_MODULE": str(module), "CRATE_GUARD": "0"}
     return run_sanitized(building.CXX, command, **environment)

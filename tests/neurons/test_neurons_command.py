@@ -346,13 +346,13 @@ def test_a_full_disk_is_one_sentence_and_finished_stages_stay(place, call, monke
         files = [path for path in (place / "full").iterdir() if path.is_file()]
         return {path.name: path.read_bytes() for path in files}
 
-    def full(file, **arrays):
+    def full(file, array, **options):
         file.write(b"as much as there is room for")
         raise OSError(28, "No space left on device")
 
     assert not call(f"{words} --until explain")[0]
     before = contents()
-    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr(np.lib.format, "write_array", full)
     code, printed, err = call(f"{words} --from simulate")
     assert code == 2
     assert "No space left on device" in err

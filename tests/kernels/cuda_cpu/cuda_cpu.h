@@ -14,13 +14,19 @@
 #define blockDim emu::block_size
 #define gridDim emu::grid_size
 #define SHARED(name) unsigned char* name = emu::shared_memory
-#define LAUNCH(kernel, grid, block, shared, stream, ...) \
-  emu::launch(grid, block, shared, [&] { kernel(__VA_ARGS__); })
+#define LAUNCH(kernel, grid, block, shared, stream, ...)                  \
+  emu::launch(reinterpret_cast<const void*>(kernel), grid, block, shared, \
+              [&] { kernel(__VA_ARGS__); })
 
 inline int cudaGetLastError() {
   int code = emu::error;
   emu::error = cudaSuccess;
   return code;
+}
+template <class Kernel> int cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
+  if (size_t(bytes) > emu::kSharedLimit) return emu::error = cudaErrorInvalidValue;
+  emu::shared_allowed[reinterpret_cast<const void*>(kernel)] = bytes;
+  return cudaSuccess;
 }
 inline int cudaGetDevice(int* number) { return *number = 0; }
 inline int cudaDeviceGetAttribute(int* value, int attribute, int) {

@@ -46,6 +46,7 @@ enum cudaError_t {
   cudaErrorUnsupportedPtxVersion = 222,
   cudaErrorLaunchFailure = 719
 };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75 };
 
 namespace emu {
@@ -76,7 +77,7 @@ struct Fiber {
   std::vector<Copy> copies;
 };
 
-constexpr size_t kStack = 256 << 10, kShared = 48 << 10;
+constexpr size_t kStack = 256 << 10, kSharedDefault = 48 << 10, kSharedLimit = 227 << 10;
 inline std::vector<std::unique_ptr<Fiber>> fibers;
 inline std::vector<std::vector<Lane>> slots[2];  // [turn & 1][warp][lane]
 inline std::function<void()> body;
@@ -85,6 +86,7 @@ inline ucontext_t scheduler;
 inline jmp_buf scheduler_resume;
 inline dim3 block_index, block_size, grid_size;
 inline unsigned char* shared_memory;
+inline std::map<const void*, size_t> shared_allowed;
 inline std::mt19937 random(0);
 inline std::string message;
 inline int error = cudaSuccess;
@@ -200,13 +202,15 @@ inline bool run_block(size_t threads) {
   return true;
 }
 
-inline void launch(dim3 grid, dim3 block, size_t shared, std::function<void()> call) {
+inline void launch(const void* kernel, dim3 grid, dim3 block, size_t shared,
+                   std::function<void()> call) {
   size_t threads = size_t(block.x) * block.y * block.z;
   size_t blocks = size_t(grid.x) * grid.y * grid.z;
   bool too_large = threads > 1024 || grid.y > 65535 || grid.z > 65535;
   if (!threads || !blocks || too_large || threads % 32)
     return fault("launch outside the limits of a GPU, or not of whole warps");
-  if (shared > kShared) return fault("more dynamic shared memory than a launch may ask for");
+  if (shared > (shared_allowed.count(kernel) ? shared_allowed[kernel] : kSharedDefault))
+    return fault("more dynamic shared memory than cudaFuncSetAttribute asked for");
   while (fibers.size() < threads) fibers.emplace_back(new_fiber());
   for (auto& s : slots) s.assign(threads / 32, std::vector<Lane>(32));
   for (size_t i = 0; i < threads; ++i) {
