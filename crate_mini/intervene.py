@@ -214,11 +214,3 @@ def steer(model, interventions, lengths=None):
             raise UserError(
                 f"{intervention} never fired: no pass ran, or its positions name no real token."
             )
-
-
-def atoms(model, layer):
-    """(d, h): what one unit of each neuron of a layer writes to the stream."""
-    sparsifier = model.blocks[layer].sparsifier
-    if hasattr(sparsifier, "proj"):
-        return sparsifier.proj.weight
-    return sparsifier.D if sparsifier.decoder is None else sparsifier.decoder

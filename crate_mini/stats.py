@@ -80,18 +80,11 @@ def ranks(x):
     A column that holds a NaN is all NaN.
     """
     x = columns(x)
-    n = len(x)
-    positions = np.arange(n)[:, None]
-    order = np.argsort(x, axis=0, kind="stable")
-    ordered = np.take_along_axis(x, order, 0)
-    starts = np.ones(ordered.shape, bool)  # where a run of equal values begins
-    starts[1:] = ordered[1:] != ordered[:-1]
-    ends = np.ones(ordered.shape, bool)
-    ends[:-1] = starts[1:]
-    first = np.maximum.accumulate(np.where(starts, positions, 0), 0)
-    last = np.minimum.accumulate(np.where(ends, positions, n)[::-1], 0)[::-1]
-    out = np.empty(ordered.shape)
-    np.put_along_axis(out, order, (first + last) / 2 + 1, 0)
+    out = np.empty(x.shape)
+    for column, values in enumerate(x.T):
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        last = counts.cumsum()  # the rank of the last of the values that are equal
+        out[:, column] = (last - (counts - 1) / 2)[place]
     return np.where(np.isfinite(x).all(0), out, np.nan)
 
 

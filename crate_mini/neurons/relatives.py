@@ -2,9 +2,15 @@
 
 import numpy as np
 
-from crate_mini.intervene import atoms
-
 BLOCK = 1024  # neurons compared with all others at a time
+
+
+def atoms(model, layer):
+    """(d, h): what one unit of each neuron of a layer writes to the stream."""
+    sparsifier = model.blocks[layer].sparsifier
+    if hasattr(sparsifier, "proj"):
+        return sparsifier.proj.weight
+    return sparsifier.D if sparsifier.decoder is None else sparsifier.decoder
 
 
 def most_similar(columns, neurons, most=3):

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 
 from crate_mini import UserError, stats
 from crate_mini.console.terminal import Progress
-from crate_mini.intervene import Intervention, atoms, steer
+from crate_mini.intervene import Intervention, steer
+from crate_mini.neurons.relatives import atoms
 from crate_mini.steering.known import maxima
 from crate_mini.steering.next_token import check_codes, direct_effect, finite, stream
 

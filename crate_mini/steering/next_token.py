@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from crate_mini import UserError
-from crate_mini.intervene import atoms, steer
+from crate_mini.intervene import steer
 from crate_mini.layers.measure import must_be_finite
+from crate_mini.neurons.relatives import atoms
 
 
 @torch.no_grad()

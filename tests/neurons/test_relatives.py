@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from crate_mini.intervene import atoms
 from crate_mini.model import LM, preset
 from crate_mini.neurons import relatives
 from crate_mini.neurons.record import Site
@@ -56,7 +55,7 @@ def test_relatives_of_a_model(of_features):
     site = Site("L1", 1, width)
     similar = relatives.relatives(model, site, acts, neurons, directions if of_features else None)
 
-    written = (atoms(model, 1).detach() @ directions.T).T  # (width, d)
+    written = (relatives.atoms(model, 1).detach() @ directions.T).T  # (width, d)
     cosines = torch.nn.functional.cosine_similarity(written[:, None], written[None], -1).numpy()
     with np.errstate(invalid="ignore"):
         r = np.corrcoef(acts.reshape(-1, width).astype(np.float64).T)

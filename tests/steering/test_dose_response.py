@@ -15,8 +15,9 @@ from tiny_checkpoints import H, save_checkpoint, write_scores
 from tiny_models import tiny
 
 from crate_mini import UserError, model
-from crate_mini.intervene import Intervention, atoms, hook_codes, steer
+from crate_mini.intervene import Intervention, hook_codes, steer
 from crate_mini.lab import Lab
+from crate_mini.neurons.relatives import atoms
 from crate_mini.sae import autoencoder
 from crate_mini.steering import dose_response, measure
 from crate_mini.steering.known import maxima
