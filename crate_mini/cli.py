@@ -17,11 +17,9 @@ from dataclasses import field, fields
 
 from crate_mini import UserError
 
-LARGEST = 2**31 - 1
-
 
 def setting(
-    default, help, low=0, high=LARGEST, *, above=None, below=None, choices=None, shown=None
+    default, help, low=0, high=2**31 - 1, *, above=None, below=None, choices=None, shown=None
 ):
     """A dataclass field with its help text and the values it may take.
 

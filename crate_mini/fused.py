@@ -69,12 +69,23 @@ def misfit(op, problem):
     return UserError(f"{op}: {problem}.")
 
 
-def check_kinds(op, tensors, dtype=None, wide=None):
+def autocast(t):
+    """Whether autocast casts t. It does not know the meta device, on which models are sized."""
+    if not isinstance(t, torch.Tensor):  # the checks will say so
+        return False
+    return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
+
+
+def check_kinds(op, tensors, dtype=None, kernels=False):
     """Tensors must be dense, and like the first in device. Torch lets None pass for a tensor.
 
-    dtype: of all tensors but the first and those of WIDE, whose dtype is wide; None: any.
+    The first, (..., d), tells what the op works on. dtype: of the others, None for any. kernels:
+    whether kernels will run, for which autocast casts nothing, and WIDE are in the dtype of sums.
     """
-    first = next(iter(tensors.values()))
+    first_name, first = next(iter(tensors.items()))
+    wide = acc_dtype(dtype) if kernels else None
+    if not kernels and autocast(first):
+        dtype = None
     for name, t in tensors.items():
         if t is None and name in OPTIONAL:
             continue
@@ -87,6 +98,8 @@ def check_kinds(op, tensors, dtype=None, wide=None):
             raise misfit(op, f"{name} is {t.dtype}, expected {expected}; convert it")
         if t.device != first.device:
             raise misfit(op, f"{name} is on {t.device}, expected {first.device}; move it")
+    if first.dim() == 0:
+        raise misfit(op, f"{first_name} must have at least one dimension, (..., d)")
 
 
 def check_shapes(op, tensors, sizes, kernels):
@@ -121,19 +134,20 @@ def check_number(op, name, value, example, low=0.0):
         raise misfit(op, f"{name}={value} must be finite{sign}, like {example}")
 
 
-def check_ista(op, x, D, eta, lam, steps, lams=None, kernels=True, cast=False, **others):
+def check_ista(op, x, D, eta, lam, steps, lams=None, kernels=True, **others):
     """Check what the ISTA ops share, and other tensors; returns (dtype, N, d, h, steps, eta).
 
-    kernels: whether they will run; PyTorch takes more dtypes and devices. cast: dtypes may differ.
+    kernels: whether they will run; PyTorch takes more dtypes and devices, and lam may be a tensor.
     """
+    if isinstance(lam, torch.Tensor):
+        lams, lam = lam, 0.0
     tensors = dict(x=x, D=D, lam=lams, **others)
     dtype = getattr(x, "dtype", None)  # what is not a tensor has none
-    check_kinds(op, tensors, None if cast else dtype, acc_dtype(dtype) if kernels else None)
+    check_kinds(op, tensors, dtype, kernels)
     if torch.compiler.is_compiling():  # shapes in sentences would be compiled in
         return ()
-    if x.dim() == 0 or D.dim() != 2:
-        shapes = f"got shapes {tuple(x.shape)} and {tuple(D.shape)}"
-        raise misfit(op, f"expected x (..., d) and D (d, h), {shapes}")
+    if D.dim() != 2:
+        raise misfit(op, f"D has shape {tuple(D.shape)}, expected (d, h)")
     check_number(op, "eta", eta, 0.1, low=-math.inf)
     check_number(op, "lam", lam, 0.1)
     if type(steps) is not int or not 1 <= steps <= 1000:
@@ -145,24 +159,15 @@ def check_ista(op, x, D, eta, lam, steps, lams=None, kernels=True, cast=False, *
     return DTYPE_CODES.get(dtype), N, d, h, steps, eta
 
 
-def mssa_dtype(z, U):
-    """The dtype that U must have next to this z, and that u gets."""
-    dtypes = [getattr(t, "dtype", None) for t in (z, U)]
-    return U.dtype if dtypes == [torch.float32, torch.bfloat16] else dtypes[0]
-
-
-def check_mssa(op, z, weight, bias, U, n_head, eps, kernels=True, cast=False, **others):
-    """Check what the MSSA ops share, and other tensors; returns (zdtype, dtype, N, d, eps).
-
-    kernels, cast: as for check_ista.
-    """
+def check_mssa(op, z, weight, bias, U, n_head, eps, kernels=True, **others):
+    """Check what the MSSA ops share, and other tensors; returns (zdtype, dtype, N, d, eps)."""
     tensors = dict(z=z, weight=weight, bias=bias, U=U, **others)
-    dtype = mssa_dtype(z, U)
-    check_kinds(op, tensors, None if cast else dtype, acc_dtype(dtype) if kernels else None)
+    dtypes = [getattr(t, "dtype", None) for t in (z, U)]
+    mixed = dtypes == [torch.float32, torch.bfloat16]  # as autocast has it; u is like U
+    dtype = dtypes[1] if mixed else dtypes[0]
+    check_kinds(op, tensors, dtype, kernels)
     if torch.compiler.is_compiling():
         return ()
-    if z.dim() == 0:
-        raise misfit(op, "z must have at least one dimension, (..., d)")
     d = z.shape[-1]
     if type(n_head) is not int or n_head < 1 or d % n_head:
         raise misfit(op, f"n_head={n_head} does not divide d={d}")
@@ -171,11 +176,11 @@ def check_mssa(op, z, weight, bias, U, n_head, eps, kernels=True, cast=False, **
     return DTYPE_CODES.get(z.dtype), DTYPE_CODES.get(dtype), count_rows(z), d, eps
 
 
-def check_attention(op, q, k, v, kernels=True, cast=False, **others):
+def check_attention(op, q, k, v, kernels=True, **others):
     """Check what the attention ops share, and other tensors; returns (dtype, *q.shape)."""
     tensors = dict(q=q, k=k, v=v, **others)
     dtype = getattr(q, "dtype", None)
-    check_kinds(op, tensors, None if cast else dtype, acc_dtype(dtype))
+    check_kinds(op, tensors, dtype, kernels)
     if torch.compiler.is_compiling():
         return ()
     if q.dim() != 4:
@@ -346,7 +351,6 @@ def register(function, fake, outputs, gradient=None, setup=save):
     op.register_fake(fake)
     if gradient:
         op.register_autograd(gradient, setup_context=setup)
-    return op
 
 
 register(ista, ista, 4, ista_gradient)

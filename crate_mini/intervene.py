@@ -123,14 +123,12 @@ class Intervention:
     def apply(self, f, where):
         """f (B, T, n) with this neuron changed where (B, T) is true; all else keeps its bits."""
         old = f[..., self.neuron]
-        if self.op == "set":
-            new = torch.full_like(old, self.value)
-        elif self.op == "scale":
+        if self.op == "scale":
             new = old * self.value
         elif self.op == "add":
             new = old + self.value
         else:
-            new = torch.zeros_like(old)
+            new = torch.full_like(old, self.value if self.op == "set" else 0)
         if self.along is not None:
             change = torch.where(where, new - old, 0)
             return f + change[..., None] * self.along.to(f)

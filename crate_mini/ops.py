@@ -132,25 +132,11 @@ def _is_faster(op, t, dtype):
 # ---- arguments -----------------------------------------------------------------------------------
 
 
-def _autocast(t):
-    """Whether autocast casts t. It does not know the meta device, on which models are sized."""
-    if not isinstance(t, Tensor):  # the checks will say so
-        return False
-    return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
-
-
 def _compute_dtype(t):
     """What a linear layer would compute in, given this input."""
-    if _autocast(t) and t.dtype != torch.float64:
+    if fused.autocast(t) and t.dtype != torch.float64:
         return torch.get_autocast_dtype(t.device.type)
     return t.dtype
-
-
-def _check_ista(op, x, D, eta, lam, steps, decoder=None):
-    """Check all arguments, whichever backend will run, so that each says the same of them."""
-    lams, number = (lam, 0.0) if isinstance(lam, Tensor) else (None, lam)
-    kinds = dict(kernels=False, cast=_autocast(x))
-    fused.check_ista(op, x, D, eta, number, steps, lams, **kinds, decoder=decoder)
 
 
 def choose(op, x):
@@ -160,10 +146,12 @@ def choose(op, x):
 
 
 def _cast(dtype, *tensors):
-    return [None if t is None else t.to(dtype) for t in tensors]
+    """The tensors in dtype; what is None or a number stays."""
+    return [t.to(dtype) if isinstance(t, Tensor) else t for t in tensors]
 
 
 # ---- the operations ------------------------------------------------------------------------------
+# Each checks its arguments, whichever backend will run, so that all say the same of them.
 
 
 def mssa_project(z, weight, bias, U, n_head, eps=1e-5):
@@ -171,14 +159,12 @@ def mssa_project(z, weight, bias, U, n_head, eps=1e-5):
 
     Raises UserError if shapes, dtypes or devices do not fit, as all functions here do.
     """
-    op = "mssa_project"
-    kinds = dict(kernels=False, cast=_autocast(z))
-    fused.check_mssa(op, z, weight, bias, U, n_head, eps, **kinds)
+    fused.check_mssa("mssa_project", z, weight, bias, U, n_head, eps, kernels=False)
     dtype = _compute_dtype(U)
-    if not _runs_fused(op, z, dtype):
+    if not _runs_fused("mssa_project", z, dtype):
         if any(t is not None and t.dtype != z.dtype for t in (weight, bias)):
             weight, bias = _cast(fused.acc_dtype(z.dtype), weight, bias)
-        if not _autocast(z):
+        if not fused.autocast(z):
             U = U.to(z.dtype)
         return reference.mssa_project(z, weight, bias, U, n_head, eps).to(dtype)
     weight, bias = _cast(fused.acc_dtype(dtype), weight, bias)
@@ -187,18 +173,18 @@ def mssa_project(z, weight, bias, U, n_head, eps=1e-5):
 
 def attention(q, k, v):
     """softmax(causal(q k^T / sqrt(p))) v, head by head; q, k, v and the result (B, K, T, p)."""
-    fused.check_attention("attention", q, k, v, kernels=False, cast=_autocast(q))
-    dtype = _compute_dtype(q)
-    if not _runs_fused("attention", q, dtype):
+    fused.check_attention("attention", q, k, v, kernels=False)
+    dtype, runs_fused = choose("attention", q)
+    if not runs_fused:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     heads = q, None if k is q else k, None if v is k else v  # the kernel adds their gradients
-    heads = [None if t is None else t.to(dtype).transpose(1, 2) for t in heads]
+    heads = [None if t is None else t.transpose(1, 2) for t in _cast(dtype, *heads)]
     return torch.ops.crate_kernels.attention(*heads)[0].transpose(1, 2)
 
 
 def ista(x, D, eta, lam, steps, decoder=None):
     """Sparse codes a (..., h) of x (..., d) after `steps` ISTA steps, and y (..., d): (y, a)."""
-    _check_ista("ista", x, D, eta, lam, steps, decoder)
+    fused.check_ista("ista", x, D, eta, lam, steps, kernels=False, decoder=decoder)
     tensors = [t for t in (x, D, lam, decoder) if isinstance(t, Tensor)]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     few = fused.count_rows(x) <= DECODE_ROWS
@@ -213,9 +199,8 @@ def ista_codes(x, D, eta, lam, steps, debias=False):
     debias: undo the shrinkage of the last step. Always in PyTorch, because the kernels compute y
     too, which is not needed here.
     """
-    _check_ista("ista_codes", x, D, eta, lam, steps)
-    if isinstance(lam, Tensor):
-        lam = lam.to(_compute_dtype(x))
+    fused.check_ista("ista_codes", x, D, eta, lam, steps, kernels=False)
+    [lam] = _cast(_compute_dtype(x), lam)
     a = reference.ista_codes(x, D, eta, lam, steps)
     return reference.debias(a, eta, lam) if debias else a
 
@@ -223,7 +208,7 @@ def ista_codes(x, D, eta, lam, steps, debias=False):
 def top_k(a, k):
     """a (..., h) with all but the k largest codes of each token 0; in PyTorch."""
     fused.check_kinds("top_k", dict(a=a))
-    if a.dim() == 0 or type(k) is not int or not 1 <= k <= a.shape[-1]:
+    if type(k) is not int or not 1 <= k <= a.shape[-1]:
         raise fused.misfit("top_k", f"k={k} must lie in 1 to h, the codes of a token")
     return reference.top_k(a, k)
 
@@ -231,20 +216,18 @@ def top_k(a, k):
 @torch.no_grad()
 def ista_decode(x, D, eta, lam, steps, decoder=None):
     """`ista` of a few rows without gradient: products that read codes skip those that are zero."""
-    _check_ista("ista_decode", x, D, eta, lam, steps, decoder)
+    fused.check_ista("ista_decode", x, D, eta, lam, steps, kernels=False, decoder=decoder)
     return _run_ista("ista_decode", x, D, eta, lam, steps, decoder, needs_grad=False)
 
 
 def _run_ista(op, x, D, eta, lam, steps, decoder, needs_grad):
-    dtype = _compute_dtype(x)
-    lams = lam if isinstance(lam, Tensor) else None
-    if not _runs_fused(op, x, dtype):  # float32 thresholds would make bf16 codes float32
-        lam = lam if lams is None else lams.to(dtype)
+    dtype, runs_fused = choose(op, x)
+    if not runs_fused:  # float32 thresholds would make bf16 codes float32
+        [lam] = _cast(dtype, lam)
         return reference.ista(x, D, eta, lam, steps, decoder)
-    if lams is None:
-        lam = float(lam)
-    else:  # as the kernels take them: a tensor or None, and a number
-        lams, lam = lams.to(fused.acc_dtype(dtype)), 0.0
+    # As the kernels take them: a tensor or None, and a number.
+    lams, lam = (lam, 0.0) if isinstance(lam, Tensor) else (None, float(lam))
+    [lams] = _cast(fused.acc_dtype(dtype), lams)
     if op == "ista":
         x, D, decoder = _cast(dtype, x, D, decoder)
         return torch.ops.crate_kernels.ista(x, D, decoder, lams, eta, lam, steps, needs_grad)[:2]
