@@ -23,7 +23,6 @@ import torch
 from crate_mini import UserError
 
 OPS = ("set", "scale", "add", "ablate")
-FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def must_exist(name, number, n):
@@ -105,7 +104,8 @@ class Intervention:
             )
         if self.op not in OPS:
             raise UserError(f"op {self.op!r} is unknown; choose one of {', '.join(OPS)}.")
-        if not isinstance(self.value, (int, float)) or not abs(self.value) < FLOAT32_MAX:
+        largest = torch.finfo(torch.float32).max
+        if not isinstance(self.value, (int, float)) or not abs(self.value) < largest:
             raise UserError(f"value {self.value!r} is not a finite number; try 2.0.")
         if not self._positions_fit():
             raise UserError("positions must be 'all', 'last' or a bool tensor (T,) or (B, T).")

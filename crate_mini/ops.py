@@ -106,10 +106,8 @@ def use_backend(name):
 
 def _runs_fused(op, t, dtype):
     """Whether the kernels take this call on t (..., d) and its device, computing in dtype."""
-    if _backend is None:
-        raise UserError(_reason)
-    runnable = t.device.type == "cpu" or (t.is_cuda and _has_cuda and op in ON_CUDA)
-    if _backend != "fused" or not runnable:
+    name, _ = backend(t.device.type)
+    if name != "fused" or (t.is_cuda and op not in ON_CUDA):
         return False
     return _mode == "fused" or _is_faster(op, t, dtype)
 
@@ -117,8 +115,8 @@ def _runs_fused(op, t, dtype):
 def _is_faster(op, t, dtype):
     """What `auto` knows from the table of `python -m crate_mini.studies bench`."""
     rows, d = fused.count_rows(t), t.shape[-1] if t.dim() else 0
-    if t.is_cuda or d > _faster.get(dtype, -1):
-        return False  # CUDA: not before it has been measured on a GPU
+    if d > _faster.get(dtype, -1):
+        return False
     if op == "attention":
         return rows * t.shape[-2] >= (2**16 if dtype == torch.bfloat16 else 2**18)
     if op == "ista_decode":  # where D is small, the overhead of a call decides
@@ -189,8 +187,20 @@ def ista(x, D, eta, lam, steps, decoder=None):
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     few = fused.count_rows(x) <= DECODE_ROWS
     decodes = few and not needs_grad and not torch.compiler.is_compiling()
-    op = "ista_decode" if decodes else "ista"
-    return _run_ista(op, x, D, eta, lam, steps, decoder, needs_grad)
+    dtype, runs_fused = choose("ista_decode" if decodes else "ista", x)
+    if not runs_fused:  # float32 thresholds would make bf16 codes float32
+        [lam] = _cast(dtype, lam)
+        return reference.ista(x, D, eta, lam, steps, decoder)
+    # As the kernels take them: a tensor or None, and a number.
+    lams, lam = (lam, 0.0) if isinstance(lam, Tensor) else (None, float(lam))
+    [lams] = _cast(fused.acc_dtype(dtype), lams)
+    if not decodes:
+        x, D, decoder = _cast(dtype, x, D, decoder)
+        return torch.ops.crate_kernels.ista(x, D, decoder, lams, eta, lam, steps, needs_grad)[:2]
+    D, atoms = _with_transpose(D, dtype)
+    decoder_atoms = atoms if decoder is None else _with_transpose(decoder, dtype)[1]
+    # Directly, because the dispatcher costs as much as the work.
+    return fused.ista_decode(x.to(dtype), D, atoms, decoder_atoms, lams, eta, lam, steps)
 
 
 def ista_codes(x, D, eta, lam, steps, debias=False):
@@ -211,32 +221,6 @@ def top_k(a, k):
     if type(k) is not int or not 1 <= k <= a.shape[-1]:
         raise fused.misfit("top_k", f"k={k} must lie in 1 to h, the codes of a token")
     return reference.top_k(a, k)
-
-
-@torch.no_grad()
-def ista_decode(x, D, eta, lam, steps, decoder=None):
-    """`ista` of a few rows without gradient: products that read codes skip those that are zero."""
-    fused.check_ista("ista_decode", x, D, eta, lam, steps, kernels=False, decoder=decoder)
-    return _run_ista("ista_decode", x, D, eta, lam, steps, decoder, needs_grad=False)
-
-
-def _run_ista(op, x, D, eta, lam, steps, decoder, needs_grad):
-    dtype, runs_fused = choose(op, x)
-    if not runs_fused:  # float32 thresholds would make bf16 codes float32
-        [lam] = _cast(dtype, lam)
-        return reference.ista(x, D, eta, lam, steps, decoder)
-    # As the kernels take them: a tensor or None, and a number.
-    lams, lam = (lam, 0.0) if isinstance(lam, Tensor) else (None, float(lam))
-    [lams] = _cast(fused.acc_dtype(dtype), lams)
-    if op == "ista":
-        x, D, decoder = _cast(dtype, x, D, decoder)
-        return torch.ops.crate_kernels.ista(x, D, decoder, lams, eta, lam, steps, needs_grad)[:2]
-    D, atoms = _with_transpose(D, dtype)
-    decoder_atoms = atoms if decoder is None else _with_transpose(decoder, dtype)[1]
-    kernel = fused.ista_decode  # directly, because the dispatcher costs as much as the work
-    if torch.compiler.is_compiling():
-        kernel = torch.ops.crate_kernels.ista_decode
-    return kernel(x.to(dtype), D, atoms, decoder_atoms, lams, eta, lam, steps)
 
 
 _transposes = WeakTensorKeyDictionary()  # weight -> (its state, it in a dtype, that transposed)

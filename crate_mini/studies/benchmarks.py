@@ -442,7 +442,7 @@ def decode(d, dtype, device):
 
 def decode_contestants(x, D, lam, products):
     return {
-        "fused": on("fused", lambda: ops.ista_decode(x, D, ETA, lam, STEPS)),
+        "fused": on("fused", lambda: ops.ista(x, D, ETA, lam, STEPS)),
         "eager": lambda: reference.ista(x, D, ETA, lam, STEPS),
         "products": multiplications(products),
     }
