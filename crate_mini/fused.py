@@ -71,9 +71,8 @@ def misfit(op, problem):
 
 def autocast(t):
     """Whether autocast casts t. It does not know the meta device, on which models are sized."""
-    if not isinstance(t, torch.Tensor):  # the checks will say so
-        return False
-    return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
+    kind = t.device.type if isinstance(t, torch.Tensor) else "meta"  # the checks refuse others
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def check_kinds(op, tensors, dtype=None, kernels=False):
@@ -162,9 +161,9 @@ def check_ista(op, x, D, eta, lam, steps, lams=None, kernels=True, **others):
 def check_mssa(op, z, weight, bias, U, n_head, eps, kernels=True, **others):
     """Check what the MSSA ops share, and other tensors; returns (zdtype, dtype, N, d, eps)."""
     tensors = dict(z=z, weight=weight, bias=bias, U=U, **others)
-    dtypes = [getattr(t, "dtype", None) for t in (z, U)]
-    mixed = dtypes == [torch.float32, torch.bfloat16]  # as autocast has it; u is like U
-    dtype = dtypes[1] if mixed else dtypes[0]
+    dtype, other = (getattr(t, "dtype", None) for t in (z, U))
+    if (dtype, other) == (torch.float32, torch.bfloat16):  # as autocast has it; u is like U
+        dtype = other
     check_kinds(op, tensors, dtype, kernels)
     if torch.compiler.is_compiling():
         return ()

@@ -114,11 +114,10 @@ class Intervention:
         return self.sae.layer in (None, self.layer) and self.sae.b.numel() == config.n_code
 
     def _positions_fit(self):
-        if isinstance(self.positions, str):
-            return self.positions in ("all", "last")
-        if not torch.is_tensor(self.positions) or self.positions.dtype != torch.bool:
-            return False
-        return self.positions.dim() in (1, 2) and self.positions.numel() > 0
+        mask = self.positions
+        if not torch.is_tensor(mask):
+            return isinstance(mask, str) and mask in ("all", "last")
+        return mask.dtype == torch.bool and mask.dim() in (1, 2) and mask.numel() > 0
 
     def apply(self, f, where):
         """f (B, T, n) with this neuron changed where (B, T) is true; all else keeps its bits."""
@@ -162,8 +161,7 @@ class Steering:
         """A layer's codes (B, T, h) after these interventions, all on neurons or all on one SAE."""
         sae = self.interventions[numbers[0]].sae
         x = codes if sae is None else codes.float()
-        before = x if sae is None else sae.encode(x)
-        after = before
+        before = after = x if sae is None else sae.encode(x)
         touched = torch.zeros(codes.shape[:2], dtype=torch.bool, device=codes.device)
         for n in numbers:
             where = self.where(self.interventions[n].positions, *codes.shape[:2], codes.device)

@@ -106,8 +106,7 @@ def use_backend(name):
 
 def _runs_fused(op, t, dtype):
     """Whether the kernels take this call on t (..., d) and its device, computing in dtype."""
-    name, _ = backend(t.device.type)
-    if name != "fused" or (t.is_cuda and op not in ON_CUDA):
+    if backend(t.device.type)[0] != "fused" or (t.is_cuda and op not in ON_CUDA):
         return False
     return _mode == "fused" or _is_faster(op, t, dtype)
 

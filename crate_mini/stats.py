@@ -1,4 +1,4 @@
-"""Statistics that every chapter shares: correlations, ranks, bootstrap and Wilson intervals.
+"""Statistics that every chapter shares: correlations, bootstrap and Wilson intervals.
 
 x and y of shape (n, h) are h pairs of columns of n values; (n,) is one pair. A correlation returns
 (values, reasons): values (h,) float64, NaN where undefined, and reasons (h,), strings that say why,
@@ -72,25 +72,6 @@ def pearson(x, y):
     """(r, reasons) of each pair of columns."""
     x, y = columns(x), columns(y)
     return Pearson(x.shape[1]).add(x, y).result()
-
-
-def ranks(x):
-    """Ranks 1..n in each column of (n, h), ties sharing their average.
-
-    A column that holds a NaN is all NaN.
-    """
-    x = columns(x)
-    out = np.empty(x.shape)
-    for column, values in enumerate(x.T):
-        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-        last = counts.cumsum()  # the rank of the last of the values that are equal
-        out[:, column] = (last - (counts - 1) / 2)[place]
-    return np.where(np.isfinite(x).all(0), out, np.nan)
-
-
-def spearman(x, y):
-    """(rho, reasons): Pearson r of average ranks, so that the order of ties does not matter."""
-    return pearson(ranks(x), ranks(y))
 
 
 def bootstrap_interval(groups, draws=1000, seed=0, weights=None):

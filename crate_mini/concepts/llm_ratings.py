@@ -20,7 +20,8 @@ from crate_mini.judges import prompt_files
 from crate_mini.judges.answer_cache import AnswerCache, BudgetSpent
 from crate_mini.judges.language_model import LanguageModel
 from crate_mini.judges.queries import NoAnswer
-from crate_mini.stats import pearson, ranks, spearman
+from crate_mini.neurons.ranks import ranks, spearman
+from crate_mini.stats import pearson
 
 SCALE = (1, 2, 3)
 MOST_FAILED = 0.05  # share of ratings without an answer above which a judge is refused

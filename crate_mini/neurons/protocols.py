@@ -24,6 +24,7 @@ import numpy as np
 
 from crate_mini import stats
 from crate_mini.neurons import metrics
+from crate_mini.neurons.ranks import spearman
 
 # Excerpts to score on, for each protocol but `uniform`.
 EXCERPTS = {"openai_tar": 10, "openai_random": 5, "anthropic_crate": 47, "anthropic_2023": 60}
@@ -87,7 +88,7 @@ def score_excerpts(protocol, excerpts, simulated):
         return None, f"failed: {message}"
     x, y = np.concatenate(true), np.concatenate(answers)
     if protocol == "anthropic_2023":
-        values, reasons = stats.spearman(_levels(x), _levels(y))
+        values, reasons = spearman(_levels(x), _levels(y))
     else:
         values, reasons = stats.pearson(x, y)
     if reasons[0]:
