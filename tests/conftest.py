@@ -13,6 +13,10 @@ import shutil
 import tempfile
 import time
 
+# Before torch: a thread of OpenMP that waits must not keep a core from the other tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# isort: split
 import background_builds
 import hypothesis
 import pytest

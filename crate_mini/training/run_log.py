@@ -76,7 +76,7 @@ def _open_locked(folder, attempts=100):
         if _lock(handle) and os.path.samestat(os.fstat(handle), os.stat(folder)):
             return handle
         os.close(handle)
-    except FileNotFoundError:
+    except (FileNotFoundError, FileExistsError):  # the second: it was there, and then was not
         if not attempts:
             raise
     # Another run has just removed its empty folder.
