@@ -1,4 +1,3 @@
-"use strict";
 // index.html: the table of neurons, and one neuron at a time, from the JSON in #data (page_data.py).
 // Texts of the corpus are only ever set as text, never as markup.
 
@@ -9,7 +8,6 @@ const pageTitle = document.title;
 const byId = id => document.getElementById(id);
 const nameOf = neuron => `${sites[neuron.site]}/${neuron.id}`;
 const linkTo = name => "#" + encodeURIComponent(name);
-const missing = value => value === null || value === undefined;
 const clip = share => Math.max(0, Math.min(1, share));
 const sum = list => list.reduce((a, b) => a + b, 0);
 
@@ -29,22 +27,6 @@ function signed(value) {
 function percent(share) {
   if (missing(share)) return "–";
   return share === 0 ? "0" : `${+(100 * share).toPrecision(2)} %`;
-}
-
-// An element; attributes "onclick" etc. are listeners, "--a" etc. are properties of its style.
-function el(tag, attributes, ...children) {
-  const element = document.createElement(tag);
-  for (const [key, value] of Object.entries(attributes)) {
-    if (key.startsWith("on")) {
-      element.addEventListener(key.slice(2), value);
-    } else if (key.startsWith("--")) {
-      element.style.setProperty(key, value);
-    } else if (!missing(value) && value !== false) {
-      element.setAttribute(key, value);
-    }
-  }
-  element.append(...children.filter(child => !missing(child)));
-  return element;
 }
 
 const small = (...children) => el("small", {}, ...children);

@@ -18,7 +18,7 @@ from crate_mini.data.tokenizer import visible
 from crate_mini.neurons import page_charts, score_files, steering_section
 from crate_mini.neurons.page_data import pack
 from crate_mini.neurons.summary import STATUS
-from crate_mini.plots.html import asset, html, random_script
+from crate_mini.plots.html import asset, html, shared_script
 
 HEADLINE = "ngram_r"  # the metric of the charts
 
@@ -59,7 +59,7 @@ def index(folder, token_bytes, seed=0, most=2048):
         f'<main id="index">{"".join(sections)}</main>'
         '<main id="neuron" hidden></main><p id="hint" role="status"></p>'
     )
-    script = random_script() + asset("crate_mini.neurons", "page.js")
+    script = shared_script() + asset("crate_mini.neurons", "page.js")
     style = asset("crate_mini.neurons", "page.css")
     return html(f"{name} · neurons", body, data, script, style, images=bool(steering))
 

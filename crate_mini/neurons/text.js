@@ -1,4 +1,3 @@
-"use strict";
 // text.html: a text whose tokens are coloured by one neuron at a time, from the JSON in #data
 // (text_page.py). Texts and labels are only ever set as text, never as markup.
 
@@ -7,22 +6,6 @@ const { tokens, breaks, neurons, lists } = data;
 const byId = id => document.getElementById(id);
 const shown = { list: 0, neuron: null, token: null };
 const firstRows = 60;
-
-// An element; attributes "onclick" etc. are listeners, "--a" etc. are properties of its style.
-function el(tag, attributes, ...children) {
-  const element = document.createElement(tag);
-  for (const [key, value] of Object.entries(attributes)) {
-    if (key.startsWith("on")) {
-      element.addEventListener(key.slice(2), value);
-    } else if (key.startsWith("--")) {
-      element.style.setProperty(key, value);
-    } else if (value !== null && value !== false) {
-      element.setAttribute(key, value);
-    }
-  }
-  element.append(...children.filter(child => child !== null && child !== ""));
-  return element;
-}
 
 const percent = share => `${+(100 * share).toPrecision(2)} %`;
 

@@ -7,7 +7,7 @@ import torch
 from crate_mini.console import results
 from crate_mini.neurons import score_files
 from crate_mini.neurons.record import kind_of
-from crate_mini.plots.html import asset, html
+from crate_mini.plots.html import asset, html, shared_script
 
 STRONGEST, SPECIFIC = 60, 60  # neurons on the page's two lists
 PER_TOKEN = 4  # further neurons of each token
@@ -28,7 +28,7 @@ def page(firing, note, folder, ckpt, command):
         ],
     }
     name = score_files.checkpoint_name({"checkpoint": {"path": str(ckpt)}})
-    script = asset("crate_mini.neurons", "text.js")
+    script = shared_script() + asset("crate_mini.neurons", "text.js")
     style = asset("crate_mini.neurons", "text.css")
     return html(f"{name} · text", _body(firing, name, note, command), data, script, style)
 

@@ -10,7 +10,7 @@ from crate_mini.console import results, terminal
 from crate_mini.console.results import atomic_write
 from crate_mini.lab import Lab
 from crate_mini.playground import export
-from crate_mini.plots.html import asset, html, random_script
+from crate_mini.plots.html import asset, html, shared_script
 from crate_mini.training import checkpoint
 
 SCRIPTS = ("tokenizer.js", "model.js", "page.js")
@@ -95,7 +95,7 @@ def page(labs, text):
     names = [model["name"] for model in data["models"]]
     title = " and ".join(names)
     body = BODY.replace("TITLE", escape(title))
-    scripts = [random_script()] + [asset("crate_mini.playground", name) for name in SCRIPTS]
+    scripts = [shared_script()] + [asset("crate_mini.playground", name) for name in SCRIPTS]
     script = "\n".join(scripts)
     style = asset("crate_mini.playground", "page.css")
     return html(f"{title} · playground", body, data, script, style)

@@ -18,22 +18,6 @@ const view = { ids: [], dropped: 0, token: null, other: null, temperature: .8, s
 const byId = id => document.getElementById(id);
 const clip = share => Math.max(0, Math.min(1, share));
 
-// An element; attributes "onclick" etc. are listeners, "--a" etc. are properties of its style.
-function el(tag, attributes, ...children) {
-  const element = document.createElement(tag);
-  for (const [key, value] of Object.entries(attributes)) {
-    if (key.startsWith("on")) {
-      element.addEventListener(key.slice(2), value);
-    } else if (key.startsWith("--")) {
-      element.style.setProperty(key, value);
-    } else if (value !== null && value !== undefined && value !== false) {
-      element.setAttribute(key, value);
-    }
-  }
-  element.append(...children.filter(child => child !== null && child !== undefined));
-  return element;
-}
-
 function number(value, digits = 3) {
   return String(+value.toPrecision(digits)).replace("-", "−");
 }

@@ -17,14 +17,14 @@ def asset(package, name):
     return resources.files(package).joinpath(name).read_text(encoding="utf-8")
 
 
+def shared_script():
+    """The script that all pages begin with."""
+    return asset("crate_mini.plots", "shared.js")
+
+
 def quiz_script():
     """The script that all survey pages begin with."""
-    return asset("crate_mini.plots", "quiz.js")
-
-
-def random_script():
-    """The script that pages with random draws begin with."""
-    return asset("crate_mini.plots", "random.js")
+    return shared_script() + asset("crate_mini.plots", "quiz.js")
 
 
 def inline(data):

@@ -1,4 +1,3 @@
-"use strict";
 // One question at a time from the JSON in #data; keys 1 to 9 answer. Texts are set as text, never
 // as markup. A survey page is this script followed by one of a chapter, which defines
 //   asked(question)            elements that ask it
@@ -19,16 +18,6 @@ try {  // continue where this browser stopped; some browsers keep nothing for fi
   if (kept && kept.length === questions.length) answers = kept;
   position = Math.max(0, answers.indexOf(null));
 } catch { /* nothing kept */ }
-
-function el(tag, attributes, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes || {})) {
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== false) element.setAttribute(name, value);
-  }
-  element.append(...children);
-  return element;
-}
 
 function choose(choice) {
   const seconds = Math.round((performance.now() - shownSince) / 100) / 10;

@@ -17,7 +17,7 @@ from crate_mini.generate import generate
 from crate_mini.intervene import Intervention, steer
 from crate_mini.model import Config
 from crate_mini.playground import export
-from crate_mini.plots.html import asset, html, random_script
+from crate_mini.plots.html import asset, html, shared_script
 from crate_mini.steering.next_token import next_token
 
 MODELS = {  # name: (variant of tiny_models, changes)
@@ -117,7 +117,7 @@ def computed(tmp_path_factory):
         "edited": EDITED,
     }
     scripts = [asset("crate_mini.playground", name) for name in ("tokenizer.js", "model.js")]
-    scripts.insert(0, random_script())
+    scripts.insert(0, shared_script())
     page = html("models", "", {}, "\n".join(scripts))
     path = folder / "models.html"
     path.write_bytes(with_checks(page, "model_checks.js", given))
