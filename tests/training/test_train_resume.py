@@ -679,6 +679,21 @@ def test_the_folder_that_is_locked_is_the_one_in_place(tmp_path, monkeypatch):
             pass
 
 
+def test_a_folder_that_vanishes_while_it_is_made_is_made_again(tmp_path, monkeypatch):
+    """As mkdir sees it, the folder is there at first, and then is no folder."""
+    make, calls = checkpoint.make_folder, []
+
+    def vanishing(folder):
+        calls.append(folder)
+        if len(calls) == 1:
+            raise FileExistsError(17, "File exists")
+        return make(folder)
+
+    monkeypatch.setattr(checkpoint, "make_folder", vanishing)
+    with run_log.claim(tmp_path / "run"):
+        assert len(calls) == 2 and (tmp_path / "run").is_dir()
+
+
 def claim_often(out, times):
     """Claim a folder often; exit code 1 if it vanished while it was claimed, 0 otherwise."""
     won = 0
