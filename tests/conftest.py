@@ -15,6 +15,8 @@ import time
 
 # Before torch: a thread of OpenMP that waits must not keep a core from the other tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before numpy: a process with another thread, even one of OpenBLAS that waits, is not forked.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # isort: split
 import background_builds
@@ -117,6 +119,7 @@ def pytest_runtestloop(session):
     workers = config.getoption("--workers")
     if workers < 2 or config.option.usepdb or not side_by_side.can_fork():
         return None
+    config.processes = workers
     side_by_side.run(session, workers)
     return True
 
@@ -141,6 +144,8 @@ def fuzz(session, minutes):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    if hasattr(config, "processes"):
+        terminalreporter.line(f"tests ran in {config.processes} processes")
     if not hasattr(config, "rounds"):
         return
     outcome = "no failure"

@@ -1,11 +1,13 @@
 """Reviews whose words give their class away, a classifier of them, and a finished run of concepts.
 
-What takes seconds to make is made once for all test modules, in pytest's temporary folder `root`,
-which is tmp_path_factory.getbasetemp().
+What takes seconds to make is made once for all test modules and processes, in pytest's temporary
+folder `root`, which is tmp_path_factory.getbasetemp().
 """
 
+import fcntl
 import json
-from functools import cache
+import pickle
+from functools import wraps
 
 import numpy as np
 import torch
@@ -39,7 +41,24 @@ def write(path, rows):
     return path
 
 
-@cache
+def once(make):
+    """make(root), made by the first process that asks and kept in a file for the others."""
+
+    @wraps(make)
+    def keep(root):
+        folder = root / "planted_reviews"
+        folder.mkdir(exist_ok=True)
+        result = folder / f"{make.__name__}.pickle"
+        with open(folder / f"{make.__name__}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not result.exists():
+                result.write_bytes(pickle.dumps(make(root)))
+        return pickle.loads(result.read_bytes())
+
+    return keep
+
+
+@once
 def base(root):
     """The folder of an untrained CRATE of two layers with the embedded tokenizer."""
     with torch.random.fork_rng(devices=[]):
@@ -51,7 +70,7 @@ def base(root):
     return folder
 
 
-@cache
+@once
 def trained(root):
     """(settings, facts) of a classifier of planted reviews; the name of one class holds markup."""
     folder = root / "planted_reviews" / "classifier"
@@ -69,7 +88,7 @@ def trained(root):
     return settings, finetune.finetune(settings, log=silent)
 
 
-@cache
+@once
 def finished_run(root):
     """(settings, checkpoint) of a finished run of `interpret.py concepts` on that classifier."""
     ckpt = f"{trained(root)[0].out}/last"

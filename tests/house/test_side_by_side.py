@@ -64,7 +64,7 @@ def start(project, *words):
     return subprocess.Popen(
         command,
         cwd=project,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -129,3 +129,13 @@ def test_ctrl_c_ends_both_and_their_fixtures(project):
     output, _ = process.communicate(timeout=50)
     assert process.returncode == 2 and "KeyboardInterrupt" in output
     assert list(log(project).values()) == [["start", "end"]] * 2
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+def test_this_suite_runs_in_two_processes():
+    """What its conftest imports must not leave a thread behind."""
+    environment = {name: os.environ[name] for name in os.environ if "NUM_THREADS" not in name}
+    tests = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "pytest", "lesson/test_laws.py", "lesson/test_stats.py"]
+    outcome = subprocess.run(command, cwd=tests, env=environment, capture_output=True, text=True)
+    assert "tests ran in 2 processes" in outcome.stdout

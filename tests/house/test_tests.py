@@ -9,7 +9,7 @@ import pytest
 from project_files import FILES, ROOT
 
 BRIEF = (  # of each kind: a script with a default --out, a lab, a page, the fuzz
-    "tests/training/test_train_input.py",
+    "tests/training/test_train_input.py::test_the_twin_differs_in_its_kind_alone",
     "tests/steering/test_lab.py",
     "tests/neurons/test_report.py",
     "tests/lesson/test_laws.py",
