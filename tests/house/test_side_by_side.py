@@ -68,7 +68,13 @@ def start(project, *words):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=obey_ctrl_c,
     )
+
+
+def obey_ctrl_c():
+    """What a shell starts in the background ignores SIGINT, and so do the processes it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(project, *words):
