@@ -74,12 +74,12 @@ class Heads:
     def cancelling_terms(self):
         """How large g_i . v_j and g_i . y_i are, whose difference is 0 where a weight is 1.
 
-        The root of the summed squares stands for a product, which may itself be small by luck.
+        Each product as the sum of its absolute terms: what the sum leaves may be small by luck.
         """
         q, k, v = (t.double().transpose(1, 2) for t in self.qkv(self.leaves))
         if not q.numel():
             return 0.0
-        products = (self.gy.double().transpose(1, 2).square() @ v.square().mT).max().sqrt()
+        products = (self.gy.double().transpose(1, 2).abs() @ v.abs().mT).max()
         return float(products * max(q.abs().max(), k.abs().max()) / math.sqrt(self.sizes[3]))
 
     def check(self, kernels):
