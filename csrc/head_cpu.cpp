@@ -76,7 +76,7 @@ template <class T> struct Head {
       panels = scratch_bytes(PANELS, size_t(threads) * m.packed_bytes(chunk, d));
       if (!N) std::fill(gW, gW + V * d, Acc<T>(0));
     }
-    double loss = 0;
+    long double loss = 0;  // the sum of many like terms drifts
 #pragma omp parallel num_threads(threads)
     {
       pack();
@@ -96,7 +96,7 @@ template <class T> struct Head {
         loss += targets_of_chunk(s, R);
       }
     }
-    return Acc<T>(loss / double(counted));
+    return Acc<T>(loss / counted);
   }
 
   void pack() {
@@ -200,8 +200,8 @@ template <class T> struct Head {
   }
 
   // The sum of a chunk's losses; adds the targets' terms to gW.
-  double targets_of_chunk(int64_t s, int64_t R) const {
-    double loss = 0;
+  long double targets_of_chunk(int64_t s, int64_t R) const {
+    long double loss = 0;
     for (int64_t r = 0; r < R; r++) {
       int64_t t = targets[s + r];
       if (t < 0) continue;

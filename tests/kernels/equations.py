@@ -83,6 +83,25 @@ def head_equation(x, W, targets):
     return [loss.detach()[None], *gradients]
 
 
+def head_terms(x, W, targets):
+    """{number of an output: size of the terms that cancel in it}, for assert_close.
+
+    Pull and push of equal rows cancel in the gradients. The equation's own loss of a likely target
+    is the logarithm of a rounded number just above 1, which only float64 shows.
+    """
+    terms = {0: 1.0} if x.dtype == torch.float64 else {}
+    x, W = x.double(), W.double()
+    counts = targets >= 0
+    if not counts.any():
+        return terms
+    weights = (x @ W.T).softmax(-1)[counts]
+    weights += F.one_hot(targets[counts], len(W))
+    weights /= counts.sum()
+    terms[1] = float((weights @ W.abs()).max())
+    terms[2] = float((weights.T @ x[counts].abs()).max())
+    return terms
+
+
 def cancelling_terms(gu, z, weight, U, eps=1e-5):
     """How large the terms are that cancel in gz.
 

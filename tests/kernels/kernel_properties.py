@@ -9,6 +9,7 @@ from closeness import assert_close
 from equations import (
     cancelling_terms,
     head_equation,
+    head_terms,
     ista_equation,
     ista_gradients_by_autograd,
     mssa_gradients,
@@ -256,7 +257,8 @@ def check_head(kernels, p, V, ignored, largest_logit, alike):
         for left, right in zip(same, results):
             assert left.equal(right) or targets.eq(-100).all(), "threads or gradients change bits"
     names = ["loss", "gx", "gW"]
-    assert_close(results, lambda x, W: head_equation(x, W, targets), x, W, names=names)
+    terms = head_terms(x, W, targets)
+    assert_close(results, lambda x, W: head_equation(x, W, targets), x, W, names=names, terms=terms)
 
 
 SETTINGS = dict(
