@@ -19,7 +19,6 @@ import json
 from crate_mini.data.tokenizer import visible
 from crate_mini.neurons.labels import label_text
 from crate_mini.neurons.page_data import GROUPS
-from crate_mini.neurons.score_files import read
 
 EMPTY = (
     "vector",
@@ -40,14 +39,12 @@ EMPTY = (
 )
 
 
-def export(folder, token_bytes, model):
-    """The neurons of a result folder, one JSON object a line, as bytes.
+def export(scored, token_bytes, model):
+    """Scored neurons, one JSON object a line, as bytes.
 
-    token_bytes: from an id to its bytes; model: the name to give the model. Raises UserError as
-    score_files.read does.
+    token_bytes: from an id to its bytes; model: the name to give the model.
     """
-    _, _, neurons = read(folder)
-    features = [_feature(neuron, token_bytes, model) for neuron in neurons]
+    features = [_feature(neuron, token_bytes, model) for neuron in scored.neurons]
     return "".join(json.dumps(line, allow_nan=False) + "\n" for line in features).encode()
 
 

@@ -1,7 +1,7 @@
 """index.html: scored neurons to look at, in one file that opens from disk.
 
-`index` reads what `interpret.py neurons` wrote (record.json, summary.json, scores.jsonl and
-excerpts.jsonl) and what `steer.py measure` left there, if it did. Charts and tables are drawn
+`index` takes what `interpret.py neurons` wrote (record.json, summary.json, scores.jsonl and
+excerpts.jsonl) and reads what `steer.py measure` left there, if it did. Charts and tables are drawn
 here; the neurons follow as JSON, which page.js draws. It needs no network and no model; equal
 inputs and seeds give equal bytes. Texts come from a corpus, so they are data everywhere: escaped
 here, set as text (never as markup) by the script, and a content security policy lets the browser
@@ -23,14 +23,15 @@ from crate_mini.plots.html import asset, html, shared_script
 HEADLINE = "ngram_r"  # the metric of the charts
 
 
-def index(folder, token_bytes, seed=0, most=2048):
+def index(folder, scored, token_bytes, seed=0, most=2048):
     """index.html of a result folder, as bytes.
 
-    token_bytes: from an id to its bytes. most: neurons that the page holds; if there are more,
-    this many are drawn by the seed and the page says so, while its charts and means are over all.
-    Raises UserError as score_files.read does, and if there are no neurons.
+    scored: what score_files.read made of it. token_bytes: from an id to its bytes. most: neurons
+    that the page holds; if there are more, this many are drawn by the seed and the page says so,
+    while its charts and means are over all. Raises UserError if there are no neurons, and as
+    steering_section.section does.
     """
-    record, summary, neurons = score_files.read(folder)
+    record, summary, neurons = scored
     if not neurons:
         raise UserError(
             f"{folder} holds no neurons; `python interpret.py neurons CKPT` records some."

@@ -34,7 +34,7 @@ class Settings:
 def run(settings, ckpt):
     """Write the pages and figures, or count the answers in a file.
 
-    Raises UserError as `write_report` and `survey.score` do.
+    Raises UserError as `score_files.read`, `write_report` and `survey.score` do.
     """
     if settings.answers:
         answers = terminal.plain_file(settings.answers, "--answers")
@@ -43,19 +43,20 @@ def run(settings, ckpt):
     _, meta = checkpoint.load(ckpt)
     token_bytes = checkpoint.open_tokenizer(ckpt, meta, settings.tokenizer).token_bytes
     folder = results.folder(ckpt, settings.out)
-    record, _, _ = score_files.read(folder)
+    scored = score_files.read(folder)
+    record = scored.record
     if record["checkpoint"]["sha256"] != meta["sha256"]:
         raise UserError(
             f"the scores in {folder} are of another checkpoint than {ckpt}; name theirs, "
             f"{record['checkpoint']['path']}, or score this one with `python interpret.py neurons "
             f"{ckpt}`."
         )
-    files = write_report(folder, token_bytes, settings.seed, settings.most, settings.humans)
+    files = write_report(folder, scored, token_bytes, settings.seed, settings.most, settings.humans)
     if settings.humans and folder / "human.html" not in files:
         print("note      no human.html: too few neurons have a label and four held-out excerpts")
     if settings.neuronpedia:
         name = Path(ckpt).resolve().parent.name
-        content = neuronpedia.export(folder, token_bytes, name)
+        content = neuronpedia.export(scored, token_bytes, name)
         files.append(_write(Path(settings.neuronpedia), content))
     for path in files:
         print(f"file      {path}, {path.stat().st_size / 1e3:,.0f} kB")
@@ -63,28 +64,27 @@ def run(settings, ckpt):
 
 def report_neurons(work):
     """The stage `report`: pages and figures of the result files in the folder of a Workspace."""
-    _, summary, neurons = score_files.read(work.folder)
-    work.check_scores(neurons, summary)
-    write_report(work.folder, work.tokenizer.token_bytes, work.seed)
+    scored = score_files.read(work.folder)
+    work.check_scores(scored.neurons, scored.summary)
+    write_report(work.folder, scored, work.tokenizer.token_bytes, work.seed)
 
 
-def write_report(folder, token_bytes, seed=0, most=2048, humans=30):
+def write_report(folder, scored, token_bytes, seed=0, most=2048, humans=30):
     """Write index.html, human.html, scores.png and density.png; returns their paths.
 
-    token_bytes: from an id to its bytes; most, humans: neurons in either page. There is no
-    human.html if no neuron can be asked about. Raises UserError for missing or damaged files, and
-    for scores that are not of the record next to them, whose seed and text the page shows.
+    scored: what score_files.read made of the folder; token_bytes: from an id to its bytes; most,
+    humans: neurons in either page. There is no human.html if no neuron can be asked about. Raises
+    UserError as `page.index` does.
     """
-    record, summary, neurons = score_files.read(folder)
     # Both pages are complete before either is written.
-    index = page.index(folder, token_bytes, seed, most)
-    questions = survey.page(folder, token_bytes, seed, humans)
+    index = page.index(folder, scored, token_bytes, seed, most)
+    questions = survey.page(scored, token_bytes, seed, humans)
     files = [_write(folder / "index.html", index)]
     if questions:
         files.append(_write(folder / "human.html", questions))
-    name = score_files.checkpoint_name(record)
-    files.append(figures.scores_by_layer({name: summary}, folder / "scores.png"))
-    files.append(figures.score_against_density({name: neurons}, folder / "density.png"))
+    name = score_files.checkpoint_name(scored.record)
+    files.append(figures.scores_by_layer({name: scored.summary}, folder / "scores.png"))
+    files.append(figures.score_against_density({name: scored.neurons}, folder / "density.png"))
     return files
 
 

@@ -7,6 +7,7 @@ that pages and figures show.
 import json
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from crate_mini import UserError
 from crate_mini.console import results
@@ -70,11 +71,19 @@ def _json(path):
     return results.read_json(path, expected=f"what {command} writes")
 
 
-def read(folder):
-    """(record, summary, neurons) of a result folder: two dicts and a list of one for each neuron.
+class Scored(NamedTuple):
+    """What pages and figures show of a result folder; `read` reads it."""
 
-    A neuron is its row of scores.jsonl with flat scores, and the excerpts of its line in
-    excerpts.jsonl. Raises UserError as `read_rows` and `read_summary` do.
+    record: dict  # record.json
+    summary: dict  # summary.json
+    neurons: list  # a dict each: its row of scores.jsonl with flat scores, and its excerpts
+
+
+def read(folder):
+    """The Scored neurons of a result folder.
+
+    The lines take most of a report's time to read, so everything that shows them takes a Scored
+    rather than the folder. Raises UserError as `read_rows` and `read_summary` do.
     """
     folder = Path(folder)
     for name in ("record.json", "summary.json", "excerpts.jsonl", "scores.jsonl"):
@@ -93,7 +102,7 @@ def read(folder):
                 "with `python interpret.py neurons CKPT --from score`."
             )
         neurons.append({**shown[name], **row, "scores": flat_scores(row["scores"])})
-    return *read_summary(folder, rows), neurons
+    return Scored(*read_summary(folder, rows), neurons)
 
 
 def _missing(constant):

@@ -17,7 +17,7 @@ import numpy as np
 from crate_mini import UserError
 from crate_mini.data.tokenizer import visible
 from crate_mini.neurons.labels import LABEL_TOKENS, label_text
-from crate_mini.neurons.score_files import checkpoint_name, read
+from crate_mini.neurons.score_files import checkpoint_name
 from crate_mini.plots.html import asset, html, quiz_script
 from crate_mini.stats import wilson
 
@@ -26,13 +26,13 @@ DECOYS = 3  # labels of other neurons
 CHANCE = {"intruder": 1 / (SHOWN + 1), "label": 1 / (DECOYS + 1)}
 
 
-def page(folder, token_bytes, seed=0, n=30):
-    """human.html of a result folder, as bytes, with questions on n neurons.
+def page(scored, token_bytes, seed=0, n=30):
+    """human.html of Scored neurons, as bytes, with questions on n of them.
 
     token_bytes: from an id to its bytes. Equal inputs give equal bytes. None if no neuron has a
-    label and enough held-out excerpts. Raises UserError as score_files.read does.
+    label and enough held-out excerpts.
     """
-    record, _, neurons = read(folder)
+    record, _, neurons = scored
 
     def token_text(id):
         return visible(token_bytes(id))

@@ -5,7 +5,7 @@ import json
 from neuron_results import PLAIN, write_results
 
 from crate_mini.console.results import write_rows
-from crate_mini.neurons import neuronpedia
+from crate_mini.neurons import neuronpedia, score_files
 from crate_mini.neurons.protocols import flat_scores
 
 
@@ -13,7 +13,7 @@ def test_features_have_the_shape_and_the_numbers(tmp_path):
     scores, excerpts = write_results(tmp_path)
     scores[0]["effect"] = {"raised": [[4, 1.5], [5, 1.25]], "lowered": [[6, -2.0]], "clamp": 8.0}
     write_rows(tmp_path / "scores.jsonl", scores)
-    content = neuronpedia.export(tmp_path, PLAIN.__getitem__, "tiny")
+    content = neuronpedia.export(score_files.read(tmp_path), PLAIN.__getitem__, "tiny")
     features = [json.loads(line) for line in content.splitlines()]
     for index, feature in enumerate(features[:2]):
         source = [feature[name] for name in ("modelId", "layer", "index")]

@@ -11,7 +11,7 @@ from neuron_results import PLAIN, write_results
 
 from crate_mini import UserError
 from crate_mini.data.tokenizer import visible
-from crate_mini.neurons import page, page_data, steering_section, survey
+from crate_mini.neurons import page, page_data, score_files, steering_section, survey
 from crate_mini.neurons.protocols import flat_scores
 
 ATTACK = b"<script>document.title='owned'</script>"
@@ -38,12 +38,12 @@ HOSTILE = [
 
 
 def index(folder, vocabulary=PLAIN, **settings):
-    return page.index(folder, vocabulary.__getitem__, **settings)
+    return page.index(folder, score_files.read(folder), vocabulary.__getitem__, **settings)
 
 
 def both_pages(folder, vocabulary, **settings):
     """index.html and human.html of a folder."""
-    questions = survey.page(folder, vocabulary.__getitem__, **settings)
+    questions = survey.page(score_files.read(folder), vocabulary.__getitem__, **settings)
     return index(folder, vocabulary, **settings), questions
 
 

@@ -9,7 +9,7 @@ from html_pages import ParsedPage
 from neuron_results import PLAIN, SHA256, write_results
 
 from crate_mini import UserError
-from crate_mini.neurons import page, steering_section
+from crate_mini.neurons import page, score_files, steering_section
 from crate_mini.steering import dose_response
 
 PNG = b"\x89PNG made up"
@@ -46,7 +46,7 @@ def write_steering(folder, **changes):
 
 
 def index(folder):
-    return page.index(folder, PLAIN.__getitem__)
+    return page.index(folder, score_files.read(folder), PLAIN.__getitem__)
 
 
 def test_the_page_has_it_only_for_the_same_checkpoint(tmp_path):

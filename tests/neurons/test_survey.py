@@ -11,7 +11,7 @@ from neuron_results import PLAIN, write_results
 
 from crate_mini import UserError
 from crate_mini.data.tokenizer import visible
-from crate_mini.neurons import survey
+from crate_mini.neurons import score_files, survey
 from crate_mini.neurons.labels import label_text
 from crate_mini.stats import wilson
 
@@ -51,7 +51,7 @@ def test_questions_have_one_right_answer(tmp_path):
     for line in scores:
         label = label_text(line["label"], lambda id: PLAIN[id].decode(), 10)
         labels[line["site"], line["neuron"]] = label
-    content = survey.page(tmp_path, PLAIN.__getitem__, seed=0, n=9)
+    content = survey.page(score_files.read(tmp_path), PLAIN.__getitem__, seed=0, n=9)
     questions = ParsedPage(content).data["questions"]
     assert [question["task"] for question in questions] == ["intruder"] * 9 + ["label"] * 9
     asked = {"intruder": set(), "label": set()}
