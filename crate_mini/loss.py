@@ -6,10 +6,12 @@ overwritten by the next chunk's. csrc/head_cpu.cpp does the same faster, where o
 """
 
 import torch
+import torch.distributed as dist
 
 from crate_mini import fused, ops
 
 CHUNK = {"cpu": 2**23, "cuda": 2**27}  # logits at a time: more rows per reading of W, more memory
+VISIBLE = ("cuda",)  # where torch.compile sees the head, and fuses what lies between its products
 IGNORED = -100  # the target of a row that does not count, as in PyTorch
 
 
@@ -17,16 +19,18 @@ def cross_entropy(x, W, targets):
     """Mean cross-entropy in nats of x (..., d) on the tied embedding W (V, d), targets (...) ids.
 
     Rows whose target is -100 do not count; if none does, the loss is NaN and its gradients are 0.
-    Under autocast the products run in the autocast dtype; the softmax, the loss and the sum of dW
-    are float32. Value and gradients equal reference.cross_entropy up to that dtype's rounding.
-    Raises UserError if shapes, devices or ids do not fit.
+    Under autocast products run in its dtype; softmax, loss and the sum of dW in float32. Equals
+    reference.cross_entropy up to rounding. Raises UserError if shapes, devices or ids do not fit.
     """
     if not torch.compiler.is_compiling():  # the op will do it
         _check(x, W, targets)
     dtype, kernel = ops.choose("head", x)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
     rows, ids = x.reshape(targets.numel(), x.shape[-1]), targets.flatten()
-    return torch.ops.crate_kernels.head(rows, W, ids, dtype, needs_grad, kernel)[0]
+    op = torch.ops.crate_kernels.head
+    if torch.compiler.is_compiling() and x.device.type in VISIBLE and not dist.is_initialized():
+        op = Visible.apply  # older versions of torch split no such graph for DDP
+    return op(rows, W, ids, dtype, needs_grad, kernel)[0]
 
 
 def _check(x, W, targets, kernel=False):
@@ -37,7 +41,7 @@ def _check(x, W, targets, kernel=False):
     if targets.shape != x.shape[:-1] or targets.dtype not in (torch.int64, torch.int32):
         kind = f"{targets.dtype} {tuple(targets.shape)}"
         raise fused.misfit(op, f"targets is {kind}, expected int64 ids {tuple(x.shape[:-1])}")
-    if targets.device.type != "cpu":  # to look would be to wait
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():  # to look would be to wait
         return
     bad = targets[(targets >= V) | ((targets < 0) & (targets != IGNORED))]
     if len(bad):
@@ -103,6 +107,12 @@ def _save(ctx, inputs, output):
 def _backward(ctx, g, *_):  # autograd casts each gradient to the dtype of its tensor
     dx, dW = ctx.saved_tensors
     return g * dx, g * dW, None, None, None, None
+
+
+class Visible(torch.autograd.Function):
+    """The same as an op, but for torch.compile its body is part of the graph."""
+
+    forward, setup_context, backward = map(staticmethod, (head, _save, _backward))
 
 
 fused.register(head, head_results, 3, _backward, _save)

@@ -14,7 +14,9 @@ PRODUCTS, MEMORY = 0.7, 0.75  # shares of peak and bandwidth that large kernels 
 # Bytes per token and layer, for each unit of d, that norms, thresholds, residuals and the optimizer
 # move in a compiled step of 16 x 1024 tokens.
 ELEMENTWISE = 188
-LOGIT = 26  # bytes that the head moves per logit: in bf16 and float32, forward and gradient
+# Bytes that the head moves per logit: in bf16 and float32, forward and gradient. This is for the
+# head as one op; where torch.compile fuses what lies between its products, about half.
+LOGIT = 26
 OVERHEAD = 3e-3  # seconds of a step: launches, clipping, Adam
 
 

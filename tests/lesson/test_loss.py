@@ -1,5 +1,7 @@
 """The head: cross-entropy and its gradients, whatever the chunk and the backend."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from closeness import assert_close
@@ -145,6 +147,52 @@ def test_compile_takes_the_head_as_one_graph(extension, backend):
         results = loss_and_gradients(compiled, x, W, targets)
         expected = loss_and_gradients(loss.cross_entropy, x, W, targets)
     torch.testing.assert_close(results, expected)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The names of the operations in each graph that `compiled` makes, on this CPU as on a GPU."""
+    monkeypatch.setitem(loss.CHUNK, "cpu", 32 * 33)
+    monkeypatch.setattr(loss, "VISIBLE", ("cpu",))
+    torch.compiler.reset()
+    yield []
+    torch.compiler.reset()
+
+
+def compiled(graphs):
+    """The compiled head, any graph break being an error."""
+
+    def keep(module, inputs):
+        graph_modules = [m for m in module.modules() if hasattr(m, "graph")]
+        graphs.append([str(n.target) for m in graph_modules for n in m.graph.nodes])
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+
+    return torch.compile(loss.cross_entropy, fullgraph=True, backend=keep)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_the_compiler_sees_the_head_and_changes_no_bit(dtype, graphs):
+    """One graph with the operations of all three chunks, and no op that it cannot look into."""
+    generator = torch.Generator().manual_seed(0)
+    x, W = torch.randn(70, 8, generator=generator), torch.randn(33, 8, generator=generator)
+    targets = torch.randint(33, (70,), generator=generator)
+    targets[3] = loss.IGNORED
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    with ops.use_backend("reference"), autocast:
+        results = loss_and_gradients(compiled(graphs), x, W, targets)
+        expected = loss_and_gradients(loss.cross_entropy, x, W, targets)
+    [names] = graphs
+    assert sum("log_softmax" in name for name in names) == 3
+    assert not any("crate_kernels" in name for name in names)
+    torch.testing.assert_close(results, expected, rtol=0, atol=0)
+
+
+def test_several_processes_keep_the_head_as_one_op(graphs, monkeypatch):
+    """DDP splits the graph between processes, which older versions of torch refuse otherwise."""
+    monkeypatch.setattr(loss, "dist", SimpleNamespace(is_initialized=lambda: True))
+    with ops.use_backend("reference"):
+        compiled(graphs)(torch.ones(4, 8), torch.ones(33, 8), torch.zeros(4, dtype=torch.long))
+    assert any("crate_kernels" in name for name in graphs[0])
 
 
 def test_auto_leaves_few_rows_to_pytorch(extension):

@@ -1,8 +1,10 @@
 """The study of a GPU, where there is none: small stages on the CPU, and what is kept."""
 
 import json
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,10 +146,38 @@ def test_what_a_card_should_reach_is_written_down_before_it_runs(name, low, high
     assert max(wide) < 1 <= min(narrow)
 
 
+def test_the_readme_has_what_is_expected():
+    """The table of cards, and the kernel's chances at each width."""
+    text = (results.ROOT / "README.md").read_text(encoding="utf-8")
+    cards = re.findall(r"^\| ([A-Z0-9 ]+?)(?: \(float16\))? \| ([\d |]+) \|$", text, re.M)
+    assert [name for name, _ in cards] == ["H200", "H100", "A100", "RTX 4090", "T4"]
+    for name, cells in cards:
+        S, B, *_ = expected.expectations(name)
+        rates = [rate for row in (S, B) for rate in row["tokens_per_s"].values()]
+        assert cells == " | ".join(str(round(rate / 1000)) for rate in rates)
+    paragraph = text.split("Our CUDA kernel of ISTA")[1].split("therefore `auto`")[0]
+    for d, (low, high) in expected.KERNELS.items():
+        assert str(d) in paragraph and f"{low} to {high}" in paragraph
+
+
 @pytest.mark.parametrize("name", ["NVIDIA A10G", "NVIDIA L40S", "RTX 4090 Laptop GPU", "T400"])
 def test_an_unknown_card_gets_no_rates(name):
     rows = expected.expectations(name)
     assert rows and not any("tokens_per_s" in row for row in rows)
+
+
+def test_few_shapes_are_measured_largest_first_against_the_best_compiler(monkeypatch):
+    shapes = []
+    monkeypatch.setattr(
+        benchmarks, "problem", lambda op, N, d, dtype, device: shapes.append((N, d))
+    )
+    list(gpu.problems(CPU))
+    assert shapes == 2 * [(65536, 768), (65536, 128), (8192, 768), (8192, 128)]
+    monkeypatch.setattr(gpu, "problems", lambda device: [("a", 1, 1, problem)])
+    modes = []
+    problem = SimpleNamespace(cases=lambda name, mode: modes.append(mode) or [])
+    list(gpu.kernels(CPU))
+    assert modes == ["max-autotune-no-cudagraphs"]
 
 
 def test_the_default_stages_fit_into_fifteen_minutes_by_their_limits():

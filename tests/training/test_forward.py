@@ -1,12 +1,14 @@
 """The one function that a run trains, tries and validates with, compiled or not; and its waits."""
 
+import functools
+
 import pytest
 import tiny_runs
 import torch
 from tiny_runs import run, tiny, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crate_mini import UserError
+from crate_mini import UserError, ops
 from crate_mini.training import device
 
 # Fixtures.
@@ -98,8 +100,11 @@ class Reads(TorchDispatchMode):
         return function(*arguments, **(kwargs or {}))
 
 
-def test_a_step_waits_for_its_device_once(text, tmp_path, monkeypatch):
-    s, config, _ = train.parse(tiny(text, tmp_path / "run", 5, micro_batch=2))
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_step_waits_for_its_device_once(dtype, text, tmp_path, monkeypatch):
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**8)  # no overflow
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    s, config, _ = train.parse(tiny(text, tmp_path / "run", 5, micro_batch=2, dtype=dtype))
     trainer = train.Trainer(s, config)
     lists, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: lists.append(len(t)) or tolist(t))
@@ -123,3 +128,13 @@ def test_the_next_batch_is_made_while_the_device_works(text, tmp_path, monkeypat
     for expected in ([0, 1], [0, 1, 2], [0, 1, 2]):
         trainer.one_step()
         assert asked == expected
+
+
+def test_a_run_names_the_backend_of_its_own_device(text, tmp_path, monkeypatch, capsys):
+    s, config, _ = train.parse(tiny(text, tmp_path / "run", 3))
+    trainer = train.Trainer(s, config)
+    monkeypatch.setattr(ops, "backend", lambda kind="": ("reference", f"plain PyTorch on {kind}"))
+    trainer.device = torch.device("cuda")
+    trainer.flops, trainer.peak = 1e6, None
+    lines = train.run_log.introduction(trainer, "eager", "", "", "").splitlines()
+    assert "backend   reference: plain PyTorch on cuda" in lines
