@@ -10,7 +10,6 @@ In CRATE a neuron is a coordinate of the model's own code, so steering inserts n
 those of a command.
 """
 
-import importlib
 import sys
 
 from crate_mini import UserError, cli
@@ -34,8 +33,7 @@ def main():
             f"unknown command {words[0]!r}{suggestion}; choose {cli.one_of(COMMANDS)}, or give a "
             "checkpoint followed by flags."
         )
-    command = importlib.import_module(PROMPT).COMMAND
-    return terminal.run_command("steer.py", command, words or ["--help"], __doc__)
+    return terminal.run_command("steer.py", PROMPT, words or ["--help"], __doc__)
 
 
 if __name__ == "__main__":

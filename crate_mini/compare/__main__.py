@@ -7,11 +7,11 @@ import sys
 
 from crate_mini.console import terminal
 
+HERE = "crate_mini.compare.command"
+
 
 def main():
-    from crate_mini.compare.command import COMMAND
-
-    return terminal.run_command("-m crate_mini.compare", COMMAND, sys.argv[1:], __doc__)
+    return terminal.run_command("-m crate_mini.compare", HERE, sys.argv[1:], __doc__)
 
 
 if __name__ == "__main__":

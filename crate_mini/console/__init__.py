@@ -5,6 +5,7 @@ Here only what a script needs before all other imports, which take seconds: an a
 
 import os
 import signal
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -32,7 +33,8 @@ def signals(handler):
 def interruptible_imports(name):
     """A block of a script's imports, in which Ctrl-C ends it with one line; name: its __name__.
 
-    Raised within `import torch`, KeyboardInterrupt would end in a traceback or be swallowed.
+    Raised within `import torch`, KeyboardInterrupt would end in a traceback or be swallowed. For
+    `--help` alone, PyTorch is not imported.
     """
 
     def end(number, frame):
@@ -42,5 +44,15 @@ def interruptible_imports(name):
     if name != "__main__":
         yield
         return
+    prepare_help(sys.argv[1:])
     with signals(end):
         yield
+
+
+def prepare_help(words):
+    """Let what is imported from now on load no PyTorch, if a command's words ask for its help."""
+    if "-h" in words or "--help" in words:
+        from crate_mini.console import stand_ins  # only then
+
+        if stand_ins.asks_for_help(words):
+            stand_ins.install()

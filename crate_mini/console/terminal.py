@@ -19,7 +19,7 @@ from inspect import cleandoc
 
 from crate_mini import UserError, cli
 from crate_mini.cli import check, flag_name, kind_of, nearest, one_of, takes_several
-from crate_mini.console import INTERRUPTED, signals
+from crate_mini.console import INTERRUPTED, prepare_help, signals
 
 SMALLER_RUNS = "like train.py's --micro-batch 1 or interpret.py's --n 100"
 COMPILER_ERRORS = {"BackendCompilerFailed", "GPUTooOldForTriton", "TritonMissing"}
@@ -171,13 +171,18 @@ def dispatch(script, description, commands, argv=None):
             f"unknown command {name!r}{suggestion}; choose {one_of(commands)}, "
             f"see `python {script} --help`."
         )
-    module, _, attribute = commands[name].partition(":")
-    command = getattr(importlib.import_module(module), attribute or "COMMAND")
-    return run_command(f"{script} {name}", command, words[1:])
+    return run_command(f"{script} {name}", commands[name], words[1:])
 
 
 def run_command(prog, command, words, description=None):
-    """Parse the words after a command's name, check the settings, run it; returns its exit code."""
+    """Parse the words after a command's name, check the settings, run it; returns its exit code.
+
+    command: a Command, or where it is, as in `dispatch`.
+    """
+    if isinstance(command, str):
+        prepare_help(words)
+        module, _, attribute = command.partition(":")
+        command = getattr(importlib.import_module(module), attribute or "COMMAND")
     if sys.flags.optimize < 2:  # python -OO has no docstrings
         description = description or cleandoc(command.settings.__doc__)
     parser = Parser(prog=prog, description=description)

@@ -13,12 +13,12 @@ import sys
 
 from crate_mini.console import terminal
 
+HERE = "crate_mini.export.command"
+
 
 def main():
-    from crate_mini.export.command import COMMAND
-
     words = sys.argv[1:] or ["--help"]
-    return terminal.run_command("-m crate_mini.export", COMMAND, words, __doc__)
+    return terminal.run_command("-m crate_mini.export", HERE, words, __doc__)
 
 
 if __name__ == "__main__":
