@@ -330,6 +330,8 @@ def test_the_name_is_of_what_runs_on_the_device(kind, built, mode, monkeypatch):
     with ops.use_backend(mode):
         name, reason = ops.backend(kind)
         assert (name == "fused") == ops._runs_fused("ista", x, torch.float32)
+    if kind == "cuda":  # `auto` takes no kernel there before one was measured
+        assert (name == "fused") == (built and mode == "fused")
     assert ("CUDA" in reason) == (kind == "cuda" and name == "fused")
     if kind != "cpu" and mode != "reference":
         assert name == "fused" or reason.startswith(f"plain PyTorch on {kind}: ")
