@@ -91,7 +91,8 @@ def _out_of_bounds(value, low, high, above, below):
     if above is None and below is None:
         return None if low <= value <= high else f"must lie in {low} to {high}"
     lower = f"at least {low}" if above is None else f"above {above}"
-    upper = f" and below {below}" if below is not None else ""
+    upper = f" and at most {high}" if value > high else ""
+    upper = f" and below {below}" if below is not None else upper
     inside = low <= value <= high if above is None else above < value <= high
     inside = inside and (below is None or value < below)
     return None if inside else f"must be {lower}{upper}"

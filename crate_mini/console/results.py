@@ -1,5 +1,6 @@
 """Result files: JSON that says how it was made, written atomically, read back with clear errors."""
 
+import errno
 import hashlib
 import json
 import os
@@ -33,6 +34,8 @@ def atomic_write(path):
     temporary = target if special else target.with_name(f"{target.name}.{os.getpid()}.tmp")
     created = False
     try:
+        if not special and os.path.islink(target):  # followed above, so it leads back to itself
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         _remove_leftovers(target)
         with open(temporary, "wb" if special else "xb") as file:
             created = not special

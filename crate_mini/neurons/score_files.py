@@ -6,12 +6,21 @@ that pages and figures show.
 
 import json
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from crate_mini import UserError
 from crate_mini.console import results
 from crate_mini.neurons.protocols import flat_scores
+
+# Of a row: what its entries may be, as far as commands read them without its other scores.
+ENTRIES = {
+    "site": str,
+    "neuron": int,
+    "max": (int, float, type(None)),
+    "label": (dict, type(None)),
+}
 
 
 def read_rows(path, made_by="score"):
@@ -41,7 +50,27 @@ def read_summary(folder, rows):
     Raises UserError for a file that is missing or damaged, for scores of another record than the
     one there now, and if rows are missing.
     """
-    folder = Path(folder)
+    with complete(folder):
+        return _read_summary(Path(folder), rows)
+
+
+@contextmanager
+def complete(folder):
+    """Turn a lookup of an entry that is missing or of another type into a UserError."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"the scores in {folder} are damaged, {type(error).__name__}: {error}; score again "
+            "with `python interpret.py neurons CKPT --from score`."
+        ) from error
+
+
+def _read_summary(folder, rows):
+    for row in rows:
+        wrong = [name for name, kinds in ENTRIES.items() if not isinstance(row.get(name), kinds)]
+        if wrong:
+            raise TypeError(f"{wrong[0]} is {row.get(wrong[0])!r}")
     record, summary = (_json(folder / name) for name in ("record.json", "summary.json"))
     if (summary.get("record") or record).get("stamp") != record.get("stamp"):
         raise UserError(
@@ -91,6 +120,11 @@ def read(folder):
             raise UserError(
                 f"{folder} has no {name}; `python interpret.py neurons CKPT` writes it."
             )
+    with complete(folder):
+        return _read(folder)
+
+
+def _read(folder):
     rows, excerpts = (read_rows(folder / name) for name in ("scores.jsonl", "excerpts.jsonl"))
     shown = {(line["site"], line["neuron"]): line for line in excerpts}
     neurons = []

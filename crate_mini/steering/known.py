@@ -9,7 +9,7 @@ from crate_mini.console import results
 from crate_mini.intervene import Intervention, hook_codes
 from crate_mini.layers.measure import must_be_finite
 from crate_mini.neurons.labels import label_text
-from crate_mini.neurons.score_files import read_rows, read_summary
+from crate_mini.neurons.score_files import complete, read_rows, read_summary
 from crate_mini.steering import choose
 
 HELD_OUT = 16384  # tokens to observe a maximum on, if interpret.py has not recorded it
@@ -38,11 +38,12 @@ class KnownNeurons:
         try:
             rows = read_rows(files[0])
             record, _ = read_summary(folder, rows)
+            with complete(folder):
+                sha256 = record.get("checkpoint", {}).get("sha256")
         except UserError as error:
             self.unused = str(error).rstrip(".")
         else:
-            scored = record.get("checkpoint", {})
-            if scored.get("sha256") == self.lab.meta.get("sha256"):
+            if sha256 == self.lab.meta.get("sha256"):
                 return {(row["site"], row["neuron"]): row for row in rows}
             self.unused = f"{folder} describes another checkpoint than this one"
         self.lab.log(f"note      {self.unused}; it is not used")
@@ -55,7 +56,10 @@ class KnownNeurons:
     def label(self, layer, neuron):
         """The label of a neuron in one line; '' if it has none."""
         row = self.rows.get((self.site(layer), neuron), {})
-        return label_text(row["label"], self.lab.token) if row.get("label") else ""
+        if not row.get("label"):
+            return ""
+        with complete(results.folder(self.lab.checkpoint)):
+            return label_text(row["label"], self.lab.token)
 
     def intervention(self, layer, neuron, value="2x", op="set", **options):
         """An Intervention; value: as for steer.py's --value, a plain number as a multiple.

@@ -383,7 +383,7 @@ def nearest_folder(folder, holding):
     for root in (folder, *folder.parents[:2]):
         with suppress(OSError):
             files = [*root.glob(f"*/{holding}"), *root.glob(f"*/*/{holding}")]
-            folders = [str(path.parent) for path in files]
+            folders = [str(path.parent) for path in files if path.parent != folder]
             similarity = 0.0 if root == folder else 0.6
             if match := cli.nearest(str(folder), folders, similarity):
                 return match

@@ -41,6 +41,7 @@ class Settings:
         (dict(share=0.0), "--share 0.0 must be above 0 and below 1"),
         (dict(share=1), "--share 1 must be above 0 and below 1"),
         (dict(rate=0), "--rate 0 must be above 0; leave it out for the default 0.1."),
+        (dict(rate=1e30), "--rate 1e\\+30 must be above 0 and at most 2147483647"),
         (dict(rate=math.nan), "--rate nan is not a finite number"),
         (dict(rate=math.inf), "--rate inf is not a finite number"),
         (dict(start=2.0), "--start 2.0 must be at least 0 and below 2"),

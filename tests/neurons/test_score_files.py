@@ -39,3 +39,24 @@ def test_a_file_that_was_cut_between_two_lines_is_refused(name, lacks, tmp_path)
     (tmp_path / name).write_text("".join(lines[:-1]))
     with pytest.raises(UserError, match=f"{name} .*{lacks}.* of L1.*--from score"):
         score_files.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("scores.jsonl", '{"site": "L0"}'),
+        ("scores.jsonl", '{"site": [], "neuron": 1}'),
+        ("scores.jsonl", '{"site": "L0", "neuron": 1, "max": "large"}'),
+        ("scores.jsonl", '{"site": "L0", "neuron": 1, "label": 3}'),
+        ("excerpts.jsonl", '{"site": "L0"}'),
+        ("excerpts.jsonl", '{"site": {}, "neuron": 1}'),
+        ("summary.json", '{"sites": 3}'),
+        ("summary.json", '{"sites": {"L1": {}}}'),
+        ("summary.json", '{"record": 3}'),
+    ],
+)
+def test_entries_of_another_type_are_refused_in_one_sentence(name, content, tmp_path):
+    write_results(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match="score again with"):
+        score_files.read(tmp_path)

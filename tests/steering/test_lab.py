@@ -87,6 +87,17 @@ def test_labels_of_another_checkpoint_are_noted_and_not_used(tmp_path, monkeypat
     assert "describes another checkpoint" in notes[0] and not lab.known.rows
 
 
+@pytest.mark.parametrize("row", ['{"site": "L0"}', '{"site": [], "neuron": 5}'])
+def test_labels_without_their_neurons_are_noted_and_not_used(tmp_path, monkeypatch, row):
+    monkeypatch.setenv("CRATE_CACHE", str(tmp_path / "cache"))
+    ckpt = save_checkpoint(tmp_path / "best", write_text(tmp_path / "text.txt"))
+    write_scores(ckpt)
+    (tmp_path / "interpret" / "scores.jsonl").write_text(row)
+    notes = []
+    lab = crate_mini.load(ckpt, log=notes.append)
+    assert "are damaged" in notes[0] and not lab.known.rows
+
+
 def test_tokens_that_cannot_be_printed_are_shown(lab):
     assert lab.token(10) == "↵" and lab.token(300) == "id 300"
     assert lab.text([104, 105, 7, 300]) == "hi\N{REPLACEMENT CHARACTER}"

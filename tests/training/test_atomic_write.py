@@ -80,6 +80,15 @@ def test_links_are_followed(tmp_path):
 
 
 @posix
+def test_a_link_that_leads_back_to_itself_is_refused_and_stays(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    refused("Cannot write .*loop", write, loop)
+    assert loop.is_symlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+@posix
 def test_devices_and_pipes_are_written_to_and_stay(tmp_path):
     write("/dev/null")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
