@@ -1,6 +1,7 @@
 """Scripts at a terminal: flags, commands, errors in one sentence, progress, aligned tables."""
 
 import argparse
+import atexit
 import codecs
 import glob
 import importlib
@@ -244,6 +245,8 @@ def run(main):
     prepare_streams()
     try:
         code = main()
+        # The work is done: Ctrl-C during Python's own end, which takes a while, ends it silently.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
         sys.stdout.flush()  # what cannot be written is an error now rather than at exit
         sys.exit(code)
     except KeyboardInterrupt:
@@ -330,6 +333,8 @@ def _sentence(error):
     lines = str(error).splitlines() or ["allocation failed"]
     if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
         return f"not enough memory ({lines[0][:120]}); take less at a time, {SMALLER_RUNS}."
+    if lines[0].startswith("Symlink loop from "):  # of Path.resolve, before Python 3.13
+        return f"{lines[0]}: this link leads back to itself; give another path."
     # By name: importing the classes would take seconds.
     if COMPILER_ERRORS & {kind.__name__ for kind in type(error).__mro__}:
         return (

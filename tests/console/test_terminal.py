@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from forked import run_script
 
 from crate_mini import UserError
 from crate_mini.cli import setting
@@ -109,6 +110,7 @@ class BackendCompilerFailed(RuntimeError):
         (MemoryError(), 2, "error: not enough memory (allocation failed); take less"),
         (RuntimeError("can't allocate memory: 4 GB"), 2, "error: not enough memory (can't alloc"),
         (BackendCompilerFailed("x\n C.cpp: error: no"), 2, "torch.compile cannot compile here"),
+        (RuntimeError("Symlink loop from 'a'"), 2, "'a': this link leads back to itself; give"),
         (KeyboardInterrupt(), 130, "\ninterrupted"),
     ],
 )
@@ -121,6 +123,18 @@ def test_an_error_ends_a_script_with_its_code_and_sentence(error, code, message,
 def test_a_fault_of_ours_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="a fault"):
         terminal.run(raising(RuntimeError("a fault")))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
+def test_ctrl_c_after_the_work_is_no_traceback():
+    code = """
+import atexit, os, signal
+from crate_mini.console import terminal
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+terminal.run(lambda: 0)
+"""
+    done = run_script(["-c", code])
+    assert done.returncode == -2 and done.stderr == ""
 
 
 def test_a_script_ends_with_what_it_returns(capsys):
