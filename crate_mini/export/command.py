@@ -1,5 +1,6 @@
 """The command `python -m crate_mini.export`."""
 
+import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,10 @@ def check_folder(out):
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is not a folder; give the name of one.")
     config = out / "config.json"
-    if config.exists() and '"format"' in config.read_text(encoding="utf-8", errors="replace"):
+    content = None
+    with suppress(OSError, ValueError, RecursionError):  # none, or not JSON: no checkpoint of ours
+        content = json.loads(config.read_text(encoding="utf-8", errors="replace"))
+    if isinstance(content, dict) and "format" in content:  # an export keeps it one level deeper
         raise UserError(f"--out {out} holds a checkpoint; give another folder, like {out}-export.")
 
 

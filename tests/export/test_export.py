@@ -337,3 +337,11 @@ def test_settings_name_every_format():
         "nanogpt",
         "saelens",
     }
+
+
+def test_an_export_may_be_written_again_but_not_over_a_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text('{"crate_mini": {"format": 1}}')  # as an export has it
+    command.check_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"format": 1, "config": {}}')
+    with pytest.raises(UserError, match="holds a checkpoint"):
+        command.check_folder(tmp_path)
