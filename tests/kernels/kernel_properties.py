@@ -71,14 +71,14 @@ class Problem:
 
 
 @st.composite
-def problems(draw, rows=ROWS, widths=WIDTHS):
-    """ISTA problems of any size, dtype and settings."""
+def problems(draw, rows=ROWS, widths=WIDTHS, codes=None):
+    """ISTA problems of any size, dtype and settings; codes: choices of h, by default as of d."""
     dtype = draw(st.sampled_from(list(DTYPE_CODES)))
     steps = draw(st.sampled_from([1, 2, 3, 5]))
     eta = draw(st.sampled_from([0.1, 0.5, 0.01]))
     N = draw(st.sampled_from(rows))
     d = draw(st.sampled_from([d for d in widths if N * steps * d <= SIZE]))
-    h = draw(st.sampled_from([h for h in widths if N * steps * d * h <= SIZE]))
+    h = draw(st.sampled_from([h for h in codes or widths if N * steps * d * h <= SIZE]))
     lam = draw(st.sampled_from([0.1, 0.0, 1.0]))
     threads = draw(st.sampled_from([1, 2]))
     seed = draw(st.integers(0, 2**31))
@@ -142,6 +142,36 @@ def ista_backward_of_many_rows(kernels, p):
     check_backward(kernels, p)
 
 
+def check_wide(kernels, p):
+    check_forward(kernels, p, trail=True)
+    check_backward(kernels, p)
+
+
+@given(p=problems(rows=[1, 2, 3, 13], widths=[1, 3, 8, 17], codes=[512, 1024, 4096]))
+def ista_with_many_codes(kernels, p):
+    """Rows of codes that lie a multiple of 4096 bytes apart are padded for the products."""
+    check_wide(kernels, p)
+
+
+@given(p=problems(rows=[1, 2, 3], widths=[1023, 2049, 4096], codes=[1, 3, 17]))
+def ista_of_a_wide_stream(kernels, p):
+    check_wide(kernels, p)
+
+
+@given(
+    rows=st.sampled_from([1, 2, 13, 25]),
+    h=st.sampled_from(WIDTHS),
+    seed=st.integers(0, 2**31),
+)
+def bf16_is_rounded_to_nearest_even(kernels, rows, h, seed):
+    """To the bit: small integers leave sums exact, and half of the codes a tie or nearly one."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-40, 40, (rows, 16), generator=generator).bfloat16()
+    D = torch.randint(-40, 40, (16, h), generator=generator).bfloat16()
+    _, a, *_ = kernels.ista(x, D, eta=1.0, lam=0.0, steps=1)
+    assert torch.equal(a, (x.double() @ D.double()).relu().bfloat16())
+
+
 def equal(left, right):
     """The same bits, or both None."""
     return left is None or torch.equal(left, right)
@@ -192,15 +222,27 @@ def ista_decode(kernels, p):
 # ---- mssa_project --------------------------------------------------------------------------------
 
 
-@given(
-    p=problems(rows=[*ROWS, 1535]),
+NORMS = dict(
     stream=st.sampled_from(["fp32", "own"]),
     biased=st.booleans(),
     shift=st.sampled_from([0.0, 3.0]),
     eps=st.sampled_from([1e-5, 1e-3]),
 )
-def mssa_project(kernels, p, stream, biased, shift, eps):
+
+
+@given(p=problems(rows=[*ROWS, 1535]), **NORMS)
+def mssa_project(kernels, p, **settings):
     assume(p.N * p.d * p.d < SIZE)
+    check_mssa(kernels, p, **settings)
+
+
+@given(p=problems(rows=[1537, 3073], widths=[1, 3, 8], codes=[1]), **NORMS)
+def mssa_project_of_many_rows(kernels, p, **settings):
+    """The gradient of U is summed slab by slab (1,536 rows)."""
+    check_mssa(kernels, p, **settings)
+
+
+def check_mssa(kernels, p, stream, biased, shift, eps):
     p.suit(kernels)
     acc = acc_dtype(p.dtype)
     z = p.normal(p.N, p.d, dtype=acc if stream == "fp32" else p.dtype) + shift

@@ -57,6 +57,10 @@ def test_ista_backward_of_many_rows(kernels):
     kernel_properties.ista_backward_of_many_rows(kernels)
 
 
+def test_bf16_is_rounded_to_nearest_even(fast_kernels):
+    kernel_properties.bf16_is_rounded_to_nearest_even(fast_kernels)
+
+
 def test_threads_and_repetition_change_no_bit(kernels):
     kernel_properties.threads_and_repetition_change_no_bit(kernels)
 
@@ -96,6 +100,30 @@ def test_head(fast_kernels):
 
 def test_head_of_many_rows(fast_kernels):
     kernel_properties.head_of_many_rows(fast_kernels)
+
+
+@pytest.fixture
+def fastest_kernels(extension):
+    """In one instruction set, for what all share: slabs, padding, the layout of wide matrices."""
+    return CpuKernels(extension)
+
+
+def test_ista_with_many_codes(fastest_kernels):
+    kernel_properties.ista_with_many_codes(fastest_kernels)
+
+
+def test_ista_of_a_wide_stream(fastest_kernels):
+    kernel_properties.ista_of_a_wide_stream(fastest_kernels)
+
+
+def test_mssa_project_of_many_rows(fastest_kernels):
+    kernel_properties.mssa_project_of_many_rows(fastest_kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mssa_project_of_a_wide_stream(fastest_kernels, dtype):
+    p = kernel_properties.Problem(dtype, 1, 0.1, 0.1, (2, 1025, 1), 1, seed=0)
+    kernel_properties.check_mssa(fastest_kernels, p, "own", True, 0.0, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
