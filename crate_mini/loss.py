@@ -1,8 +1,7 @@
 """The language-model head: cross-entropy over the vocabulary, never holding all logits at once.
 
 The (B*T, V) float32 logits and their gradient would be by far the largest tensors of a small model.
-Here rows are processed in chunks: a chunk's logits, loss and gradient are computed and then
-overwritten by the next chunk's. csrc/head_cpu.cpp does the same faster, where ops.py finds it so.
+So rows go in chunks, each overwriting the logits of the one before. csrc/head_cpu.cpp is faster.
 """
 
 import torch
