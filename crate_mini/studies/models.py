@@ -7,7 +7,6 @@ again, on whatever machine. results/log.md and models.png are drawn from it alon
 import csv
 import hashlib
 import json
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -150,7 +149,7 @@ def runs_of(group, row, settings):
 def train_all(runs, store, settings):
     """Train the runs, `jobs` at a time; each is in the store as soon as it has finished."""
     progress = terminal.Progress("models", len(runs), every=0)
-    threads = max(1, (os.cpu_count() or 1) // settings.jobs)
+    threads = max(1, torch.get_num_threads() // settings.jobs)  # of the cores we may use
     with ThreadPoolExecutor(settings.jobs) as pool:
         futures = [pool.submit(train, run, settings, threads) for run in runs]
         try:

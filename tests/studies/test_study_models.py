@@ -100,6 +100,16 @@ def test_an_entry_says_what_was_run_and_what_it_cost(trained, tmp_path):
     assert str(tmp_path) not in json.dumps(run)
 
 
+@pytest.mark.parametrize("cores, jobs, threads", [(1, 1, 1), (8, 2, 4), (8, 3, 2), (2, 4, 1)])
+def test_runs_share_the_cores_that_the_study_may_use(
+    trained, tmp_path, monkeypatch, cores, jobs, threads
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)  # fewer under taskset or OMP
+    models.run(models.Settings(only="gpt2", jobs=jobs, seeds=1))
+    (run,) = study(tmp_path)["runs"]
+    assert run["machine"]["threads"] == threads
+
+
 def test_the_second_text_runs_only_where_it_is_given(trained, tmp_path):
     models.run(models.Settings(only="crate", text="some.txt", ranks="ranks", seeds=1))
     assert [run["text"] for run in study(tmp_path)["runs"]] == ["pydocs", "wiki"]
