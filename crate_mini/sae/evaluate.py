@@ -84,14 +84,23 @@ def spliced_loss(model, layer, blocks, name, function, tokens):
     name: of the replacement, for the progress line and the error. tokens: of all blocks. Raises
     UserError if the loss is not finite.
     """
+    with replace_codes(model, layer, function):
+        return loss_in_context(model, blocks, name, tokens)
+
+
+def loss_in_context(model, blocks, name, tokens):
+    """Loss in nats per token of a model as the caller's hooks have changed it.
+
+    blocks: of (ids, targets), together `tokens`; name: of the change. Raises UserError if the loss
+    is not finite.
+    """
     device = next(model.parameters()).device
     total, n = 0.0, 0
     progress = terminal.Progress(name, tokens)
-    with replace_codes(model, layer, function):
-        for ids, targets in blocks:
-            total += model(ids.to(device), targets.to(device)).item() * ids.numel()
-            n += ids.numel()
-            progress.update(n)
+    for ids, targets in blocks:
+        total += model(ids.to(device), targets.to(device)).item() * ids.numel()
+        n += ids.numel()
+        progress.update(n)
     if not math.isfinite(total):
         raise UserError(f"the loss ({name}) is {total}; use a checkpoint with finite weights.")
     return total / n

@@ -4,6 +4,7 @@
     theory      does each of them do what the theory says, layer by layer?
     deps        do docstrings of more packages make a better model in the same time?
     speed       tokens per second of train.py, next to a bare training loop
+    front       loss against what neurons know: dense, top-k, autoencoders
     neurons     how well does what fires a neuron predict it? every model, every control
     judges      a language model explains those neurons and simulates them
     concepts    do classifiers rely on the concepts found in them?
@@ -24,6 +25,7 @@ COMMANDS = {
     "theory": "crate_mini.studies.theory",
     "deps": "crate_mini.studies.training:DEPS",
     "speed": "crate_mini.studies.training:SPEED",
+    "front": "crate_mini.studies.front",
     "neurons": "crate_mini.studies.neurons",
     "judges": "crate_mini.studies.judges",
     "concepts": "crate_mini.studies.concepts",
