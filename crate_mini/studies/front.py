@@ -86,7 +86,8 @@ def chosen_rows(kinds):
     if missing:
         raise UserError(
             f"no model in out/study for {', '.join(missing)}; train with "
-            f"`python -m crate_mini.studies models --only {','.join(missing)} --seeds 1`."
+            f"`python -m crate_mini.studies models --only {','.join(missing)} --seeds 1 "
+            "--checkpoints`."
         )
     return rows
 

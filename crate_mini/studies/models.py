@@ -44,6 +44,9 @@ class Settings:
     seeds: int = setting(3, "at most this many seeds for a row", low=1, high=3)
     dtype: str = setting("auto", "of the products, as in train.py")
     jobs: int = setting(1, "runs side by side, each on its share of the cores", low=1)
+    checkpoints: bool = setting(
+        False, "train also what models.json holds if its checkpoint is not here; the file stays"
+    )
     report: bool = setting(False, "train nothing, only draw the reports again")
 
 
@@ -108,12 +111,19 @@ def run(settings):
     """Train what is missing, then write the reports. Raises UserError for an unknown row."""
     store = Store(results.ROOT / "results" / "models.json")
     if not settings.report:
-        missing = [r for r in chosen(settings) if not store.holds(r)]
+        missing = [r for r in chosen(settings) if is_missing(r, store, settings)]
         train_all(missing, store, settings)
         store.content["baselines_bits_per_byte"] = baselines()
         results.write_json(store.path, store.content)
     models_report.write(store.content, store.path.parent)
     print(f"\n{models_report.table(store.content)}")
+
+
+def is_missing(run, store, settings):
+    """Whether a run has to be trained: for its row in models.json, or for its checkpoint."""
+    if not store.holds(run):
+        return True
+    return settings.checkpoints and not (run.folder / "last").exists()
 
 
 def chosen(settings):
@@ -147,14 +157,20 @@ def runs_of(group, row, settings):
 
 
 def train_all(runs, store, settings):
-    """Train the runs, `jobs` at a time; each is in the store as soon as it has finished."""
+    """Train the runs, `jobs` at a time; each is in the store as soon as it has finished.
+
+    An entry that the store holds stays as it is, so that tables do not move with the machine that
+    makes a checkpoint again.
+    """
     progress = terminal.Progress("models", len(runs), every=0)
     threads = max(1, torch.get_num_threads() // settings.jobs)  # of the cores we may use
     with ThreadPoolExecutor(settings.jobs) as pool:
         futures = [pool.submit(train, run, settings, threads) for run in runs]
         try:
-            for done, future in enumerate(futures, 1):
-                store.add(future.result())
+            for done, (run, future) in enumerate(zip(runs, futures), 1):
+                finished = future.result()
+                if not store.holds(run):
+                    store.add(finished)
                 progress.update(done)
         except BaseException:  # also Ctrl-C, which the running trainings receive too
             pool.shutdown(cancel_futures=True)

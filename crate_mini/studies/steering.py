@@ -51,7 +51,7 @@ def run(settings):
         if not checkpoint.exists():
             raise UserError(
                 f"{checkpoint.relative_to(results.ROOT)} is missing; "
-                "`python -m crate_mini.studies models` trains it."
+                "`python -m crate_mini.studies models --checkpoints` trains it."
             )
     first = settings.seeds[0]
     config = results.read_json(checkpoints[TWIN, first] / "config.json")["config"]

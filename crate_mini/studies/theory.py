@@ -40,7 +40,7 @@ def run(settings):
         if not (folder / "last").exists():
             raise UserError(
                 f"{folder.relative_to(results.ROOT)} is missing; "
-                f"`python -m crate_mini.studies models --only {name}` trains it."
+                f"`python -m crate_mini.studies models --only {name} --checkpoints` trains it."
             )
     runner = Runner("theory", len(folders))
     models = {}

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -87,6 +88,21 @@ def test_a_run_is_made_once_and_again_when_its_flags_change(trained, tmp_path, m
     assert len(trained) == 8
     assert all("1e-3" in words for words in trained[-2:])
     assert len(study(tmp_path)["runs"]) == 6
+
+
+def test_a_checkpoint_that_is_gone_is_made_again_and_the_file_stays(trained, tmp_path):
+    models.run(models.Settings(only="crate,gpt2", seeds=1))
+    before = study(tmp_path)["runs"]
+    shutil.rmtree(tmp_path / "out" / "study" / "gpt2-1337")
+    models.run(models.Settings(only="crate,gpt2", seeds=1))
+    assert len(trained) == 2
+    path = tmp_path / "results" / "models.json"
+    content = json.loads(path.read_text())
+    content["runs"][1]["minutes"] = 77
+    results.write_json(path, content)
+    models.run(models.Settings(only="crate,gpt2", seeds=1, checkpoints=True))
+    assert len(trained) == 3 and "out/study/gpt2-1337" in trained[-1][-1]
+    assert study(tmp_path)["runs"] == [before[0], {**before[1], "minutes": 77}]
 
 
 def test_an_entry_says_what_was_run_and_what_it_cost(trained, tmp_path):

@@ -150,7 +150,9 @@ def test_a_tiny_cost_is_not_called_none():
 
 
 def test_what_is_missing_is_one_sentence(place, monkeypatch):
-    with pytest.raises(UserError, match=r"^out/study/crate-1/last is missing; .*models` trains"):
+    with pytest.raises(
+        UserError, match=r"^out/study/crate-1/last is missing; .*--checkpoints` trains"
+    ):
         run_study(monkeypatch, "1")
     with pytest.raises(UserError, match="invalid int value: 'all'"):
         run_study(monkeypatch, "all")

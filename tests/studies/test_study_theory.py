@@ -29,7 +29,7 @@ def test_verdicts_of_all_models_are_kept_with_their_numbers(tmp_path, monkeypatc
 
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(runner, "run_script", run_script)
-    with pytest.raises(UserError, match="out/study/crate-1337 is missing; .*--only crate` trains"):
+    with pytest.raises(UserError, match="crate-1337 is missing; .*crate --checkpoints` trains"):
         theory.run(theory.Settings(("crate", "gpt2")))
     for name in ("crate", "gpt2"):
         (tmp_path / "out" / "study" / f"{name}-1337" / "last").mkdir(parents=True)
