@@ -5,7 +5,7 @@
     deps        do docstrings of more packages make a better model in the same time?
     speed       tokens per second of train.py, next to a bare training loop
     front       loss against what neurons know: dense, top-k, autoencoders
-    neurons     how well does what fires a neuron predict it? every model, every control
+    neurons     what do neurons know beyond the token, and how predictable are they?
     judges      a language model explains those neurons and simulates them
     concepts    do classifiers rely on the concepts found in them?
     steering    dose and response of steering the models of `models`

@@ -35,7 +35,7 @@ class Row:
 
 BOTH = ("pydocs", "wiki")
 
-# What the README's first table shows: three seeds on the default text, one on the second.
+# What the README's first table shows: three seeds on each text.
 HEADLINE = (
     Row("crate", "", 4.67, "the paper's model", 3, texts=BOTH),
     Row("crate-shift", "--key-shift", 4.36, "a head can find what followed", 3, texts=BOTH),
@@ -223,6 +223,13 @@ SIZES = (
     Row("gpt2-6L", f"--model gpt2 {WIDER}", 4.15, "the gap at eight times the size"),
 )
 
+# For the scores of neurons, on the second text alone; what three layers reach is in HEADLINE.
+DEPTHS = tuple(
+    Row(f"{kind}-{layers}L", f"--model {kind} --preset {layers}L", None, why, texts=("wiki",))
+    for kind in ("crate", "crate+", "gpt2")
+    for layers, why in ((1, "one layer"), (2, "two layers"))
+)
+
 ON_A_GPU = "--batch-size 64 --lr 6e-4"
 LARGE = (
     Row("crate-S", f"--preset S {ON_A_GPU}", None, "the paper's S", texts=("long",)),
@@ -241,5 +248,6 @@ GRID = {
     "questions": QUESTIONS,
     "equal": EQUAL,
     "sizes": SIZES,
+    "depths": DEPTHS,
     "large": LARGE,
 }

@@ -22,7 +22,7 @@ from crate_mini.judges.pipeline import GAIN, WRONG, judge_label
 from crate_mini.neurons import summary
 from crate_mini.neurons.score_files import read_rows
 from crate_mini.plots.markdown import markdown
-from crate_mini.studies.runner import Runner, neurons_run, relative
+from crate_mini.studies.runner import Runner, neurons_checkpoint, neurons_run, relative
 from crate_mini.studies.tables import NAMES
 from crate_mini.training.device import machine
 
@@ -109,8 +109,8 @@ def score_folders(kind, settings):
     folders = [folder for folder in folders if (folder / "scores.jsonl").exists()]
     if not folders:
         raise UserError(
-            f"{expected} has no scores of neurons; `python -m crate_mini.studies neurons TEXT "
-            f"RANKS` makes them, or leave {kind} out with --models."
+            f"{expected} has no scores of neurons; `python -m crate_mini.studies neurons` makes "
+            f"them, or leave {kind} out with --models."
         )
     return folders
 
@@ -130,8 +130,8 @@ def ask_about(folder, kind, settings, runner, previous):
         folder.with_name(f"{name}.json").unlink(missing_ok=True)
     if previous:
         share_answers(previous, folder)
-    model = neurons_run(settings.preset, SAE_OF if kind == "sae" else kind, SEED)
-    runner.part(folder, "interpret.py", "llm", model / "train" / "last", *flags, name=name)
+    ckpt = neurons_checkpoint(settings.preset, SAE_OF if kind == "sae" else kind, SEED)
+    runner.part(folder, "interpret.py", "llm", ckpt, *flags, name=name)
 
 
 def part_name(settings):

@@ -67,8 +67,7 @@ class Run:
     @property
     def folder(self):
         """Where it trains."""
-        folder = trained_model(self.row.name, self.seed)
-        return folder if self.text == "pydocs" else folder.parent / self.text / folder.name
+        return trained_model(self.row.name, self.seed, self.text)
 
 
 class Store:
@@ -127,7 +126,10 @@ def is_missing(run, store, settings):
 
 
 def chosen(settings):
-    """The Runs that the settings ask for. Raises UserError for an unknown group or row."""
+    """The Runs that the settings ask for.
+
+    Raises UserError for an unknown group or row, and if none of them has its text.
+    """
     groups = list(grid.GRID)[:-1] if settings.group == "all" else settings.group.split(",")
     names = settings.only.split(",") if settings.only else None
     known = [row.name for rows in grid.GRID.values() for row in rows]
@@ -142,16 +144,20 @@ def chosen(settings):
         for row in rows:
             if row.name in names if names else group in groups:
                 runs += runs_of(group, row, settings)
+    if not runs:
+        raise UserError(
+            "the rows asked for need a second text; give --text wiki.txt.xz --ranks gpt2.tiktoken."
+        )
     return runs
 
 
 def runs_of(group, row, settings):
-    """The Runs of a row: on each of its texts that is at hand; the second text has one seed."""
+    """The Runs of a row: on each of its texts that is at hand."""
     runs = []
     for text in row.texts:
         if text != "pydocs" and settings.text is None:
             continue
-        seeds = min(row.seeds, settings.seeds) if text == "pydocs" else 1
+        seeds = min(row.seeds, settings.seeds)
         runs += [Run(group, row, text, seed) for seed in grid.SEEDS[:seeds]]
     return runs
 

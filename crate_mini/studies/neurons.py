@@ -1,32 +1,48 @@
-"""How predictable are neurons? CRATE, crate+ and the GPT-2 twin -> results/neurons.json, .png.
+"""What do neurons know, and how predictable are they? -> results/neurons.json, .png.
 
-Models of one, two and three layers (d = 128) are trained with two seeds each on the same tokens of
-a text. Every neuron is scored by every protocol, twice: unchanged, and with its weakest activations
-zeroed so that it fires on at most 1 % of the tokens, because sparsity alone moves these scores.
-Autoencoders of every layer of CRATE and the twin at three layers are scored like neurons.
+CRATE, crate+ and the GPT-2 twin of one, two and three layers, trained by the study `models` on its
+second text. Every neuron is scored by every protocol, twice: unchanged, and with its weakest
+activations zeroed so that it fires on at most 1 % of the tokens, because sparsity alone moves these
+scores. The battery beyond the token is the first of the tables. Autoencoders of every layer of
+CRATE and the twin at three layers are scored like neurons.
+
+The file is also the memory of the study: the models of a preset and a seed that it holds, scored on
+as many tokens, are not scored again, on whatever machine.
 """
 
 import itertools
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from crate_mini import UserError
-from crate_mini.cli import setting
+from crate_mini.cli import one_of, setting
 from crate_mini.console import results
 from crate_mini.console.terminal import Command
 from crate_mini.neurons import figures, summary
 from crate_mini.neurons.score_files import read_rows
 from crate_mini.plots.markdown import markdown
-from crate_mini.studies.runner import Runner, absolute, neurons_run
-from crate_mini.studies.tables import NAMES, add_counts, mean_density, runs_of
+from crate_mini.studies.runner import Runner, neurons_checkpoint, neurons_run
+from crate_mini.studies.tables import (
+    BEYOND,
+    NAMES,
+    add_counts,
+    beyond_the_token,
+    mean_density,
+    over_runs,
+    runs_of,
+)
 from crate_mini.training.device import machine
 
+PRESETS = ("1L", "2L", "3L")
+DEEPEST = PRESETS[-1]
+SEEDS = (1337, 1338, 1339)  # of the deepest models; the others have the first
 MATCHED = 0.01  # share of tokens on which a neuron fires at most, in the second scoring
 SCORINGS = {"interpret": "as it is", f"matched/density-{MATCHED:g}": "matched"}  # by folder
+AUTOENCODERS_OF = ("crate", "gpt2")  # their deepest models, with the first seed
 FEATURES = 512  # of an autoencoder, drawn by the seed: as many as a layer has neurons
+SCHEMA = 2  # of results/neurons.json
 SHOWN = (
     "ngram_r",
     "token_r",
@@ -53,186 +69,220 @@ NOT_OURS = (
 
 @dataclass
 class Settings:
-    """How well does what fires a neuron predict it? Every model, every layer, every protocol.
+    """How well does what fires a neuron predict it, and what does it know beyond the token?
 
-    Trains and scores CRATE, crate+ and the GPT-2 twin at one to three layers. Writes
-    results/neurons.json, neurons.png and neurons-density.png.
+    Scores CRATE, crate+ and the GPT-2 twin at one to three layers, trained on the second text of
+    `python -m crate_mini.studies models`. Writes results/neurons.json, neurons.png and
+    neurons-density.png; what the file holds is kept.
     """
 
-    text: str | None = setting(None, "text to train on and to score on, like wiki.txt.xz")
-    ranks: str | None = setting(None, "tokenizer, like gpt2.tiktoken:8191")
-    steps: int = setting(1000, "training steps", low=1)
-    tokens: int = setting(1_000_000, "held-out tokens that a score is made from", low=1)
+    presets: tuple[str, ...] = setting(PRESETS, f"sizes of models: some of {one_of(PRESETS)}")
+    seeds: tuple[int, ...] = setting(SEEDS, "seeds of the deepest; the others have the first")
+    tokens: int = setting(250_000, "held-out tokens that a score is made from", low=1)
     table: bool = setting(False, "only print the table of results/neurons.json")
 
 
 def run(settings):
-    """Run the study, or print the table of its last result.
+    """Score what is missing, write results/neurons.json and the figures, print the table.
 
-    Raises UserError without a text and ranks, and when a part fails.
+    Raises UserError for a preset that is unknown or a model that is missing, and when a part fails.
     """
+    path = results.ROOT / "results" / "neurons.json"
     if settings.table:
-        print(table(results.read_json(results.ROOT / "results" / "neurons.json")))
+        print(table(results.read_json(path)))
         return
-    if settings.text is None or settings.ranks is None:
+    study = Study(path, settings.tokens)
+    missing = [group for group in groups(settings) if not study.holds(*group)]
+    require_checkpoints(missing)
+    study.score(missing)
+    print(f"\n{table(study.content)}")
+
+
+def groups(settings):
+    """[(preset, seed)] that the settings ask for. Raises UserError for an unknown preset."""
+    chosen = []
+    for preset in settings.presets:
+        if preset not in PRESETS:
+            raise UserError(f"--presets {preset} is unknown; choose some of {one_of(PRESETS)}.")
+        seeds = settings.seeds if preset == DEEPEST else settings.seeds[:1]
+        chosen += [(preset, seed) for seed in seeds]
+    return chosen
+
+
+def require_checkpoints(chosen):
+    """Raise UserError, with the command that trains them, if models are missing."""
+    missing = {}
+    for (preset, seed), kind in itertools.product(chosen, NAMES):
+        if not neurons_checkpoint(preset, kind, seed).exists():
+            missing[neurons_checkpoint(preset, kind, seed).parent.name.rpartition("-")[0]] = None
+    if missing:
+        names = ",".join(missing)
         raise UserError(
-            "give a text and the ranks of a tokenizer, then steps and tokens if need be: "
-            "`python -m crate_mini.studies neurons wiki.txt.xz gpt2.tiktoken:8191 1000 1000000`."
+            f"no model on the second text in out/study/wiki for {', '.join(missing)}; train with "
+            "`python -m crate_mini.studies models --text wiki.txt.xz --ranks gpt2.tiktoken --only "
+            f"{names} --checkpoints`."
         )
-    text, ranks = absolute(settings.text), absolute(settings.ranks)
-    Study(text, ranks, settings.steps, settings.tokens).run()
 
 
-@dataclass
 class Study:
-    """The models to compare and their settings; the defaults are those of results/neurons.json."""
+    """results/neurons.json: "runs", "differences" and "sae", each entry of a preset and a seed."""
 
-    text: str
-    ranks: str
-    steps: int
-    tokens: int
-    presets: tuple = ("1L", "2L", "3L")
-    models: tuple = tuple(NAMES)
-    seeds: tuple = (1337, 1338)
-    sae: tuple = ("crate", "gpt2")  # models whose layers get autoencoders: last preset, first seed
-    train_flags: tuple = ()
-    sae_flags: tuple = ()
+    def __init__(self, path, tokens):
+        self.path, self.tokens = path, tokens
+        self.content = {"runs": [], "differences": [], "sae": []}
+        if path.exists():
+            known = results.read_json(path)
+            if known.get("schema") == SCHEMA and known["tokens"] == tokens:
+                self.content = known
 
-    def run(self):
-        """Run all parts, write the result files, print the table."""
-        grid = list(itertools.product(self.seeds, self.presets, self.models))
-        parts = 3 * len(grid) + 2 * len(self.sae) * self.layers()
+    def holds(self, preset, seed):
+        """Whether all models of a preset and a seed have been scored."""
+        runs = [run for run in self.content["runs"] if is_of(run, preset, seed)]
+        return {run["model"] for run in runs} == set(NAMES)
+
+    def score(self, chosen):
+        """Score the models of each (preset, seed); the file is written after each of them."""
+        n_layer = int(DEEPEST.removesuffix("L"))
+        parts = 2 * len(NAMES) * len(chosen)
+        with_autoencoders = (DEEPEST, SEEDS[0]) in chosen
+        parts += 2 * len(AUTOENCODERS_OF) * n_layer * with_autoencoders
         self.runner = Runner("neurons", parts)
-        runs = [self.model(preset, kind, seed) for seed, preset, kind in grid]
-        autoencoders = []
-        for kind in self.sae:
-            autoencoders += self.autoencoders(kind)
-        command = f"neurons TEXT RANKS {self.steps} {self.tokens}"
-        study = {
-            "schema": 1,
-            "seeds": self.seeds,
-            "command": f"python -m crate_mini.studies {command}",
-            "text": Path(self.text).name,
-            "ranks": Path(self.ranks).name,
-            "presets": self.presets,
-            "steps": self.steps,
+        for preset, seed in chosen:
+            new = {"runs": [self.model(preset, kind, seed) for kind in NAMES]}
+            new["differences"] = differences(preset, seed)
+            new["sae"] = []
+            if (preset, seed) == (DEEPEST, SEEDS[0]):
+                for kind, layer in itertools.product(AUTOENCODERS_OF, range(n_layer)):
+                    new["sae"].append(self.autoencoder(kind, layer, seed))
+                write_figures(results.ROOT / "results", seed)
+            self.add(preset, seed, new)
+
+    def add(self, preset, seed, new):
+        """Put the entries of a preset and a seed in the place of earlier ones, and save."""
+        self.content |= {
+            "schema": SCHEMA,
+            "command": results.command("-m", "crate_mini.studies"),
             "tokens": self.tokens,
             "match_density": MATCHED,
             "machine": machine(torch.device("cpu")),
-            "runs": runs,
-            "sae": autoencoders,
-            "differences": self.differences(),
         }
-        results.write_json(results.ROOT / "results" / "neurons.json", study)
-        self.write_figures(results.ROOT / "results")
-        print(f"\n{table(study)}")
-
-    def layers(self):
-        """The number of layers of the last preset."""
-        return int(self.presets[-1].removesuffix("L"))
+        for part, entries in new.items():
+            others = [entry for entry in self.content[part] if not is_of(entry, preset, seed)]
+            self.content[part] = sorted([*others, *entries], key=place)
+        runs = self.content["runs"]
+        self.content["presets"] = sorted({run["preset"] for run in runs})
+        self.content["seeds"] = sorted({run["seed"] for run in runs})
+        results.write_json(self.path, self.content)
 
     def model(self, preset, kind, seed):
-        """Train one model and score it twice; its entry in results/neurons.json."""
+        """Score one model twice; its entry in results/neurons.json."""
         folder = neurons_run(preset, kind, seed)
-        shape = ["--model", kind, "--preset", preset, "--seed", seed]
-        data = ["--data", self.text, "--tokenizer", self.ranks, "--train-steps", self.steps]
-        flags = ["--log-sparsity", "--overwrite", *self.train_flags]
-        self.runner.part(folder / "train", "train.py", *shape, *data, *flags)
-        config = results.read_json(folder / "train" / "last" / "config.json")
-        plain_folder, matched_folder = SCORINGS
-        plain = self.score(preset, kind, seed, plain_folder)
-        matched = self.score(preset, kind, seed, matched_folder, "--match-density", MATCHED)
+        config = results.read_json(neurons_checkpoint(preset, kind, seed) / "config.json")
+        plain = self.summary(preset, kind, seed, "interpret", "--until", "beyond")
+        density = ("--match-density", MATCHED, "--until", "score")
+        matched = self.summary(preset, kind, seed, f"matched/density-{MATCHED:g}", *density)
         return {
             "preset": preset,
             "model": kind,
             "seed": seed,
             "val_loss": config["training"]["val_loss"],
             "commit": plain["machine"].get("commit"),
+            "beyond": essence_of_beyond(results.read_json(folder / "interpret" / "beyond.json")),
             "as it is": essence(plain),
             "matched": essence(matched),
         }
 
-    def score(self, preset, kind, seed, folder, *flags):
+    def summary(self, preset, kind, seed, folder, *flags):
         """summary.json of one scoring of a model; folder: --out and what `neurons` adds to it."""
-        run = neurons_run(preset, kind, seed)
+        scores = neurons_run(preset, kind, seed)
         out, _, _ = folder.partition("/")
-        words = ["interpret.py", "neurons", run / "train" / "last"]
-        flags = ["--tokens", self.tokens, "--seed", seed, *flags]
-        self.runner.part(run / out, *words, *flags)
-        return results.read_json(run / folder / "summary.json")
+        words = ["interpret.py", "neurons", neurons_checkpoint(preset, kind, seed)]
+        self.runner.part(scores / out, *words, "--tokens", self.tokens, "--seed", seed, *flags)
+        return results.read_json(scores / folder / "summary.json")
 
-    def autoencoders(self, kind):
-        """Train autoencoders on each layer of a model and score one of them; their entries.
+    def autoencoder(self, kind, layer, seed):
+        """Train autoencoders on a layer and score the one in the middle by L0; its entry."""
+        folder = neurons_run(DEEPEST, kind, seed) / f"sae-{layer}"
+        ckpt = neurons_checkpoint(DEEPEST, kind, seed)
+        self.runner.part(folder, "interpret.py", "sae", ckpt, "--layer", layer, "--seed", seed)
+        saes = results.read_json(folder / f"sae-L{layer}.json")["saes"]
+        by_l0 = sorted(saes, key=lambda sae: sae["held_out"]["L0"])
+        file = folder / f"sae-L{layer}-{by_l0[len(saes) // 2]['name']}.pt"
+        flags = ("--n", FEATURES, "--sae", file, "--until", "score")
+        scores = self.summary(DEEPEST, kind, seed, f"sae-{layer}-scores/sae", *flags)
+        site = next(site for site in scores["sites"] if "." in site)
+        return {
+            "preset": DEEPEST,
+            "model": kind,
+            "seed": seed,
+            "site": site,
+            "held_out": {sae["name"]: sae["held_out"] for sae in saes},
+            **scores["sites"][site],
+        }
 
-        Scored is the one in the middle by L0.
-        """
-        preset, seed = self.presets[-1], self.seeds[0]
-        run = neurons_run(preset, kind, seed)
-        entries = []
-        for layer in range(self.layers()):
-            folder = run / f"sae-{layer}"
-            words = ["interpret.py", "sae", run / "train" / "last", "--layer", layer]
-            self.runner.part(folder, *words, "--seed", seed, *self.sae_flags)
-            saes = results.read_json(folder / f"sae-L{layer}.json")["saes"]
-            by_l0 = sorted(saes, key=lambda sae: sae["held_out"]["L0"])
-            file = folder / f"sae-L{layer}-{by_l0[len(saes) // 2]['name']}.pt"
-            flags = ["--n", FEATURES, "--sae", file]
-            scores = self.score(preset, kind, seed, f"sae-{layer}-scores/sae", *flags)
-            site = next(site for site in scores["sites"] if "." in site)
-            entries.append(
-                {
-                    "preset": preset,
-                    "model": kind,
-                    "seed": seed,
-                    "site": site,
-                    "held_out": {sae["name"]: sae["held_out"] for sae in saes},
-                    **scores["sites"][site],
-                }
-            )
-        return entries
 
-    def rows(self, preset, kind, seed, folder="interpret"):
-        """The rows of scores.jsonl of one scoring."""
-        return read_rows(neurons_run(preset, kind, seed) / folder / "scores.jsonl")
+def is_of(entry, preset, seed):
+    """Whether an entry of results/neurons.json is of this preset and seed."""
+    return (entry["preset"], entry["seed"]) == (preset, seed)
 
-    def spread(self, preset, kind, seed, folder):
-        """How the means of one scoring move with its documents; {} in an older summary.json."""
-        path = neurons_run(preset, kind, seed) / folder / "summary.json"
-        return results.read_json(path).get("spread", {})
 
-    def differences(self):
-        """Each model's means minus the twin's, by layer and over all, for each preset and seed."""
-        if "gpt2" not in self.models:
-            return []
-        others = [kind for kind in self.models if kind != "gpt2"]
-        entries = []
-        grid = itertools.product(self.presets, others, self.seeds, SCORINGS)
-        for preset, kind, seed, folder in grid:
-            ours = self.rows(preset, kind, seed, folder)
-            twin = self.rows(preset, "gpt2", seed, folder)
-            spreads = [self.spread(preset, model, seed, folder) for model in (kind, "gpt2")]
-            entries.append(
-                {
-                    "preset": preset,
-                    "of": f"{kind} - gpt2",
-                    "seed": seed,
-                    "scoring": SCORINGS[folder],
-                    **summary.compare(ours, twin, seed=seed, spreads=spreads),
-                }
-            )
-        return entries
+def place(entry):
+    """A key that sorts entries by seed and preset, as scored."""
+    return entry["seed"], PRESETS.index(entry["preset"])
 
-    def write_figures(self, target):
-        """Write figures of the deepest models of the first seed to the folder `target`."""
-        preset, seed = self.presets[-1], self.seeds[0]
-        summaries, neurons = {}, {}
-        for kind in self.models:
-            name = f"{NAMES[kind]}, {preset}"
-            folder = neurons_run(preset, kind, seed) / "interpret"
-            summaries[name] = results.read_json(folder / "summary.json")
-            neurons[name] = self.rows(preset, kind, seed)
-        figures.scores_by_layer(summaries, target / "neurons.png")
-        figures.score_against_density(neurons, target / "neurons-density.png")
+
+def rows_of(preset, kind, seed, folder="interpret"):
+    """The rows of scores.jsonl of one scoring."""
+    return read_rows(neurons_run(preset, kind, seed) / folder / "scores.jsonl")
+
+
+def spread_of(preset, kind, seed, folder):
+    """How the means of one scoring move with its documents."""
+    path = neurons_run(preset, kind, seed) / folder / "summary.json"
+    return results.read_json(path).get("spread", {})
+
+
+def differences(preset, seed):
+    """Each model's means minus the twin's, by layer and over all, in both scorings."""
+    entries = []
+    others = [kind for kind in NAMES if kind != "gpt2"]
+    for kind, folder in itertools.product(others, SCORINGS):
+        ours, twin = (rows_of(preset, model, seed, folder) for model in (kind, "gpt2"))
+        spreads = [spread_of(preset, model, seed, folder) for model in (kind, "gpt2")]
+        entries.append(
+            {
+                "preset": preset,
+                "of": f"{kind} - gpt2",
+                "seed": seed,
+                "scoring": SCORINGS[folder],
+                **summary.compare(ours, twin, seed=seed, spreads=spreads),
+            }
+        )
+    return entries
+
+
+def write_figures(target, seed):
+    """Write figures of the deepest models of a seed to the folder `target`."""
+    summaries, neurons = {}, {}
+    for kind, title in NAMES.items():
+        name = f"{title}, {DEEPEST}"
+        folder = neurons_run(DEEPEST, kind, seed) / "interpret"
+        summaries[name] = results.read_json(folder / "summary.json")
+        neurons[name] = rows_of(DEEPEST, kind, seed)
+    figures.scores_by_layer(summaries, target / "neurons.png")
+    figures.score_against_density(neurons, target / "neurons-density.png")
+
+
+def essence_of_beyond(content):
+    """The part of a beyond.json that results/neurons.json keeps: no single properties."""
+    sites = {}
+    for name, site in content["sites"].items():
+        sets = {}
+        for features, scores in site["sets"].items():
+            sets[features] = {key: value for key, value in scores.items() if key != "best"}
+        sites[name] = {"sets": sets, "probing": site["probing"]}
+    kept = ("command", "properties_version", "properties", "tokens", "documents")
+    return {**{key: content[key] for key in kept}, "sites": sites}
 
 
 def essence(scores):
@@ -263,10 +313,8 @@ def table(study):
     The paper's numbers are of other simulators and another corpus.
     """
     kinds = list(dict.fromkeys(run["model"] for run in study["runs"]))
-    n = len(study["seeds"])
-    seeds = f"{n} seeds" if n > 1 else "one seed"
     names = [NAMES[kind] for kind in kinds]
-    head = ["layers", f"score x 100, {seeds}", *names, f"{NOT_OURS}: CRATE", "GPT-2"]
+    head = ["layers", "score x 100", *names, f"{NOT_OURS}: CRATE", "GPT-2"]
     rows = []
     for preset in study["presets"]:
         by_model = [runs_of(study, preset, kind) for kind in kinds]
@@ -278,22 +326,23 @@ def table(study):
 def preset_rows(by_model, preset, match_density):
     """(title, a cell for each model, the paper's two numbers) of each row of a preset."""
     none = ("", "")
+    yield "seeds", [len(runs) for runs in by_model], none
     losses = [statistics.mean(run["val_loss"] for run in runs) for runs in by_model]
     yield "validation loss", [f"{loss:.3f}" for loss in losses], none
     yield "density, %", [mean_density(runs) for runs in by_model], none
+    if all("beyond" in run for runs in by_model for run in runs):
+        for title in BEYOND:
+            yield title, [beyond_the_token(runs, title) for runs in by_model], none
     for metric in SHOWN:
         paper = PAPER.get(metric.split("[")[0], {}).get(preset, none)
         yield metric, [over_seeds(runs, "as it is", metric) for runs in by_model], paper
+    below = f"density <= {match_density:.0%}"
     if all("cut" in run["matched"] for runs in by_model for run in runs):
         losses = [statistics.mean(map(cut_loss, runs)) for runs in by_model]
-        yield (
-            f"loss if it ran on density <= {match_density:.0%}",
-            [f"{loss:.3f}" for loss in losses],
-            none,
-        )
+        yield f"loss if it ran on {below}", [f"{loss:.3f}" for loss in losses], none
     for metric in BRIEFLY:
-        title = f"{metric}, density <= {match_density:.0%}"
-        yield title, [over_seeds(runs, "matched", metric) for runs in by_model], none
+        cells = [over_seeds(runs, "matched", metric) for runs in by_model]
+        yield f"{metric}, {below}", cells, none
     for scoring in SCORINGS.values():
         yield f"n of ngram_r, {scoring}", [counts(runs, scoring) for runs in by_model], none
 
@@ -306,11 +355,7 @@ def cut_loss(run):
 
 def over_seeds(runs, scoring, metric):
     """59.1 ± 0.4: mean x 100 of all layers over seeds, half of their range; - if one has none."""
-    values = [(run[scoring]["overall"].get(metric) or {}).get("mean") for run in runs]
-    if not values or None in values:
-        return "-"
-    half = f" ± {50 * (max(values) - min(values)):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{half}"
+    return over_runs([(run[scoring]["overall"].get(metric) or {}).get("mean") for run in runs])
 
 
 def counts(runs, scoring):
@@ -331,4 +376,4 @@ def sae_table(study):
     return [markdown(["features of", *SHOWN], rows)]
 
 
-COMMAND = Command(Settings, run, checkpoint=False, positional=("text", "ranks", "steps", "tokens"))
+COMMAND = Command(Settings, run, checkpoint=False)

@@ -123,11 +123,20 @@ def absolute(word):
     return f"{Path(name).resolve()}{colon}{rest}" if Path(name).exists() else word
 
 
-def trained_model(name, seed):
-    """The folder in which the study `models` trains a row of its grid on the default text."""
-    return results.ROOT / "out" / "study" / f"{name}-{seed}"
+def trained_model(name, seed, text="pydocs"):
+    """The folder in which the study `models` trains a row of its grid on one of its texts."""
+    folder = results.ROOT / "out" / "study"
+    if text != "pydocs":
+        folder /= text
+    return folder / f"{name}-{seed}"
+
+
+def neurons_checkpoint(preset, kind, seed):
+    """The checkpoint that the study `neurons` scores: of the study `models`, on its second text."""
+    name = kind if preset == "3L" else f"{kind}-{preset}"
+    return trained_model(name, seed, "wiki") / "last"
 
 
 def neurons_run(preset, kind, seed):
-    """The folder in which the study `neurons` trains (train/) and scores (interpret/) a model."""
+    """The folder in which the study `neurons` scores a model."""
     return results.ROOT / "out" / "neurons" / f"{kind}-{preset}-{seed}"

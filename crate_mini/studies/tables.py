@@ -115,16 +115,50 @@ def mean_density(runs):
     return f"{100 * statistics.mean(site['density']['mean'] for site in sites):.1f}"
 
 
+BEYOND = {  # title of a row: (set of features of beyond.json, number, its entry)
+    "coverage beyond the token": ("neurons", "coverage", None),
+    "that of a random rotation": ("rotation", "coverage", None),
+    "neurons minus rotation": ("rotation", "neurons_minus", "difference"),
+    "that of an untrained model": ("untrained", "coverage", None),
+    "probe of 1 minus token table": ("neurons", "probing", "k = 1"),
+    "probe of 5 minus token table": ("neurons", "probing", "k = 5"),
+}
+
+
+def beyond_the_token(runs, title):
+    """A cell of a row of BEYOND: mean x 100 over layers and seeds; - if a layer has none."""
+    features, number, entry = BEYOND[title]
+    values = []
+    for run in runs:
+        of_layers = []
+        for site in run["beyond"]["sites"].values():
+            value = site["sets"].get(features, {}).get(number)
+            value = (value or {}).get(entry) if entry else value
+            of_layers.append(value["minus_table"]["difference"] if number == "probing" else value)
+        values.append(None if None in of_layers else statistics.mean(of_layers))
+    return over_runs(values)
+
+
+def over_runs(values):
+    """59.1 ± 0.4: the mean x 100 of a value of each run, half of their range; - if one has none."""
+    if not values or None in values:
+        return "-"
+    half = f" ± {50 * (max(values) - min(values)):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{half}"
+
+
 def neurons(study):
     """Deepest models: scores x 100, means over layers and seeds; all with `neurons table`."""
-    metrics = ["ngram_r", "null_r", "init_r", "openai_random[ngram]"]
+    metrics = ["ngram_r", "token_r", "null_r", "init_r"]
     rows = []
     for model, runs in deepest(study):
+        known = [beyond_the_token(runs, title) for title in BEYOND]
         scores = [score(runs, "as it is", metric) for metric in metrics]
         matched = score(runs, "matched", "ngram_r")
-        rows.append([model, f"{mean(runs, 'val_loss'):.3f}", mean_density(runs), *scores, matched])
+        loss = f"{mean(runs, 'val_loss'):.3f}"
+        rows.append([model, loss, mean_density(runs), *known, *scores, matched])
     matched = f"ngram_r, density <= {study['match_density']:.0%}"
-    return markdown(["", "validation loss", "density, %", *metrics, matched], rows)
+    return markdown(["", "validation loss", "density, %", *BEYOND, *metrics, matched], rows)
 
 
 def concepts(study, method="clvq", control="same class"):
@@ -146,12 +180,15 @@ def concepts(study, method="clvq", control="same class"):
 
 
 def predictability(study):
-    """Scores of neurons in short: as trained, at equal density, and of the untrained model."""
+    """Scores of neurons x 100 in short: beyond the token, then how predictable they are."""
+    titles = list(BEYOND)[:4]
     rows = []
     for model, runs in deepest(study):
-        scores = [score(runs, "as it is", "ngram_r"), score(runs, "matched", "ngram_r")]
-        rows.append([model, mean_density(runs), *scores, score(runs, "as it is", "init_r")])
-    return markdown(["model", "fires on, %", "score", "at equal density", "untrained"], rows)
+        known = [beyond_the_token(runs, title) for title in titles]
+        scores = [score(runs, "as it is", "ngram_r"), score(runs, "as it is", "init_r")]
+        rows.append([model, *known, *scores, score(runs, "matched", "ngram_r")])
+    saturated = ["two tokens predict (ngram_r)", "untrained", "at equal density"]
+    return markdown(["model", *titles, *saturated], rows)
 
 
 def gains(study):

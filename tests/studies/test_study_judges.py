@@ -58,7 +58,8 @@ def test_a_run_is_kept_and_shown(parts, capsys):
     ((out, words, name, _),) = parts
     folder = judges.neurons_run("2L", "crate", 7)
     assert out == folder / "interpret"
-    assert words[:3] == ["interpret.py", "llm", folder / "train" / "last"]
+    ckpt = judges.neurons_checkpoint("2L", "crate", 7)
+    assert words[:3] == ["interpret.py", "llm", ckpt]
     assert name == "words-template-hf-m-auto"
     (run,) = saved["runs"]
     result = json.loads((out / "llm.json").read_text())
@@ -163,7 +164,8 @@ def test_without_scores_or_a_simulator_the_message_says_what_to_do(tmp_path, mon
     monkeypatch.setattr(results, "ROOT", tmp_path)
     for models in ("crate", "sae"):
         with pytest.raises(
-            UserError, match="has no scores of neurons; `python -m crate_mini.studies neurons TEXT"
+            UserError,
+            match="has no scores of neurons; `python -m crate_mini.studies neurons` makes",
         ):
             run_study(*TEMPLATE, models=models)
     with pytest.raises(UserError, match="give a simulator"):

@@ -116,6 +116,12 @@ def test_an_entry_says_what_was_run_and_what_it_cost(trained, tmp_path):
     assert str(tmp_path) not in json.dumps(run)
 
 
+def test_rows_of_the_second_text_alone_are_refused_without_it(trained):
+    for chosen in ({"group": "depths"}, {"only": "crate-1L"}):
+        with pytest.raises(UserError, match="need a second text; give --text wiki.txt.xz"):
+            models.run(models.Settings(**chosen))
+
+
 @pytest.mark.parametrize("cores, jobs, threads", [(1, 1, 1), (8, 2, 4), (8, 3, 2), (2, 4, 1)])
 def test_runs_share_the_cores_that_the_study_may_use(
     trained, tmp_path, monkeypatch, cores, jobs, threads
@@ -153,8 +159,8 @@ def test_unknown_rows_are_refused(change, message):
 
 
 def test_all_leaves_out_what_needs_a_gpu():
-    groups = {run.group for run in models.chosen(models.Settings(group="all"))}
-    assert groups == set(grid.GRID) - {"large"}
+    everything = models.Settings(group="all", text="some.txt")
+    assert {run.group for run in models.chosen(everything)} == set(grid.GRID) - {"large"}
 
 
 # ---- reports -------------------------------------------------------------------------------------

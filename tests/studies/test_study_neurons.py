@@ -31,6 +31,23 @@ def made_up_summary(seed, shift, layers):
     return {"command": "python interpret.py neurons", **summarised}
 
 
+def made_up_beyond(shift, layers):
+    """Of beyond.json: neurons cover shift - 0.1 (layer + 1), rotations 0.05 less, probes .2, .3."""
+    sites = {}
+    for layer in range(layers):
+        coverage = shift - 0.1 * (layer + 1)
+        probing = {}
+        for k, minus in (("k = 1", 0.2), ("k = 5", 0.3)):
+            probing[k] = {"auprc": 0.5, "minus_table": {"difference": minus}}
+        minus = {"difference": 0.05}
+        sets = {
+            "neurons": {"coverage": coverage, "probing": probing},
+            "rotation": {"coverage": coverage - 0.05, "neurons_minus": minus},
+        }
+        sites[f"L{layer}"] = {"sets": sets}
+    return {"sites": sites}
+
+
 def made_up_study(seeds=(1, 2)):
     """results/neurons.json without runs: CRATE's scores lie at 0.6, the twin's at 0.5."""
     runs = []
@@ -40,7 +57,8 @@ def made_up_study(seeds=(1, 2)):
                 scores = made_up_summary(seed, shift + 0.01 * (seed == 2), layers)
                 kept = neurons.essence(scores)
                 run = {"preset": preset, "model": kind, "seed": seed, "val_loss": 4.0 + seed}
-                runs.append({**run, "as it is": kept, "matched": kept})
+                known = made_up_beyond(shift, layers)
+                runs.append({**run, "beyond": known, "as it is": kept, "matched": kept})
     sae = {"model": "gpt2", "preset": "3L", "site": "L1.sae-x4"}
     return {
         "runs": runs,
@@ -54,7 +72,12 @@ def made_up_study(seeds=(1, 2)):
 def test_the_table_shows_our_scores_by_seed_and_names_the_source_of_the_others():
     text = neurons.table(json.loads(json.dumps(made_up_study(), allow_nan=False)))
     head, _, *lines = text.splitlines()
-    assert "score x 100, 2 seeds" in head and "not comparable): CRATE | GPT-2 |" in head
+    assert "score x 100" in head and "not comparable): CRATE | GPT-2 |" in head
+    assert "| 3L | seeds | 2 | 2 | | |" in lines
+    assert "| 3L | coverage beyond the token | 40.0 ± 0.0 | 30.0 ± 0.0 | | |" in lines
+    assert "| 3L | neurons minus rotation | 5.0 ± 0.0 | 5.0 ± 0.0 | | |" in lines
+    assert "| 3L | that of an untrained model | - | - | | |" in lines
+    assert "| 3L | probe of 5 minus token table | 30.0 ± 0.0 | 30.0 ± 0.0 | | |" in lines
     assert "| 3L | openai_random[ngram] | 60.5 ± 0.5 | 50.5 ± 0.5 | 8.43 | 1.37 |" in lines
     assert "| 3L | openai_random[ngram], density <= 1% | 60.5 ± 0.5 | 50.5 ± 0.5 | | |" in lines
     both = "60 = 60+0+0+0, 60 = 60+0+0+0"
@@ -63,7 +86,7 @@ def test_the_table_shows_our_scores_by_seed_and_names_the_source_of_the_others()
     assert "| 1L | density, % | 25.0 | 25.0 | | |" in lines
     assert len({line.count("|") for line in text.split("\n\n")[0].splitlines()}) == 1
     assert lines[-1].startswith("| GPT-2 twin 3L, L1.sae-x4 | 30.0 | - |")
-    assert "one seed" in neurons.table(made_up_study(seeds=(1,)))
+    assert "| 1L | seeds | 1 | 1 | | |" in neurons.table(made_up_study(seeds=(1,)))
 
 
 def test_the_papers_numbers_are_what_its_layers_average_to():
@@ -81,10 +104,34 @@ def test_the_papers_numbers_are_what_its_layers_average_to():
         assert neurons.PAPER[metric][preset] == pytest.approx(means, abs=0.006)
 
 
-def test_a_study_needs_a_text_and_ranks():
-    for words in ((), ("text",)):
-        with pytest.raises(UserError, match="give a text and the ranks"):
-            neurons.run(neurons.Settings(*words))
+def test_models_that_are_missing_are_named_with_the_command_that_trains_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    made = neurons.neurons_checkpoint("3L", "crate", 1337)
+    assert made == tmp_path / "out" / "study" / "wiki" / "crate-1337" / "last"
+    made.mkdir(parents=True)
+    missing = r"for crate\+, gpt2; train with .*--only crate\+,gpt2 --checkpoints"
+    with pytest.raises(UserError, match=missing):
+        neurons.run(neurons.Settings(presets=("3L",), seeds=(1337,)))
+    with pytest.raises(UserError, match="for crate-1L, crate\\+-1L, gpt2-1L; "):
+        neurons.run(neurons.Settings(presets=("1L",)))
+    with pytest.raises(UserError, match="--presets 4L is unknown; choose some of 1L, 2L or 3L"):
+        neurons.run(neurons.Settings(presets=("4L",)))
+
+
+def test_what_the_file_holds_is_not_scored_again(tmp_path, monkeypatch):
+    path = tmp_path / "neurons.json"
+    study = neurons.Study(path, 99)
+    runs = [{"preset": "1L", "seed": 1, "model": kind} for kind in neurons.NAMES]
+    study.add("1L", 1, {"runs": runs[:2], "sae": []})
+    assert not neurons.Study(path, 99).holds("1L", 1)
+    study.add("1L", 1, {"runs": runs, "sae": []})
+    study.add("3L", 2, {"runs": [{**run, "preset": "3L", "seed": 2} for run in runs], "sae": []})
+    again = neurons.Study(path, 99)
+    assert again.holds("1L", 1) and again.holds("3L", 2)
+    assert not again.holds("1L", 2) and not again.holds("3L", 1)
+    assert len(again.content["runs"]) == 6
+    assert again.content["presets"] == ["1L", "3L"] and again.content["seeds"] == [1, 2]
+    assert not neurons.Study(path, 100).holds("1L", 1)  # scored on fewer tokens
 
 
 @pytest.mark.slow
@@ -95,30 +142,34 @@ def test_the_whole_study_at_tiny_size(tmp_path):
     (tmp_path / "text.txt").write_text("<|endoftext|>".join(documents))
     for script in ("train.py", "interpret.py"):
         (tmp_path / script).symlink_to(ROOT / script)
+    for kind in ("crate", "crate+", "gpt2"):
+        flags = ["--preset=1L", f"--model={kind}", "--n-embd=32", "--n-head=2", "--block-size=64"]
+        flags += ["--batch-size=4", "--micro-batch=4", "--compile=off", "--train-steps=3"]
+        flags += [f"--data={tmp_path / 'text.txt'}", "--tokenizer=pydocs:511", "--seed=1"]
+        out = tmp_path / "out" / "study" / "wiki" / f"{kind}-1L-1"
+        subprocess.run([sys.executable, "train.py", *flags, f"--out={out}"], check=True, cwd=ROOT)
     code = """if True:
         import sys
         from pathlib import Path
         from crate_mini.console import results
-        from crate_mini.studies.neurons import Study
+        from crate_mini.studies import neurons
         place = results.ROOT = Path(sys.argv[1])
-        Study(str(place / "text.txt"), "pydocs:511", 3, 20000, presets=("1L",), seeds=(1, 2),
-              models=("crate", "gpt2"), sae=("crate",),
-              train_flags=("--n-embd=32", "--n-head=2", "--block-size=64", "--batch-size=4",
-                           "--micro-batch=4", "--compile=off"),
-              sae_flags=("--steps=5", "--batch=64", "--tokens=2000", "--expansion=2")).run()"""
+        neurons.DEEPEST, neurons.SEEDS, neurons.AUTOENCODERS_OF = "1L", (1,), ("crate",)
+        neurons.run(neurons.Settings(presets=("1L",), seeds=(1,), tokens=20000))"""
     outputs = []
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=ROOT
         )
         assert done.returncode == 0, done.stderr
-        assert "14/14" in done.stdout and "| 1L | ngram_r |" in done.stdout
+        assert "| 1L | ngram_r |" in done.stdout
         outputs.append(done.stdout)
-    assert "python train.py" in outputs[0]
-    assert "python train.py" not in outputs[1]  # the second time all is kept
+    assert "8/8" in outputs[0] and "python interpret.py" in outputs[0]
+    assert "python interpret.py" not in outputs[1]  # the second time all is kept
     study = json.loads((tmp_path / "results" / "neurons.json").read_text())
-    assert len(study["runs"]) == 4
-    assert {entry["of"] for entry in study["differences"]} == {"crate - gpt2"}
+    assert [run["model"] for run in study["runs"]] == ["crate", "crate+", "gpt2"]
+    assert all(run["beyond"]["sites"] for run in study["runs"])
+    assert {entry["of"] for entry in study["differences"]} == {"crate - gpt2", "crate+ - gpt2"}
     assert len(study["sae"]) == 1
     assert (tmp_path / "results" / "neurons.png").stat().st_size > 10_000
     assert neurons.table(study) in outputs[1]
