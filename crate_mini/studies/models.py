@@ -165,18 +165,24 @@ def runs_of(group, row, settings):
 def train_all(runs, store, settings):
     """Train the runs, `jobs` at a time; each is in the store as soon as it has finished.
 
+    When one fails, those that run already go on to their end, and the rest is not begun.
+
     An entry that the store holds stays as it is, so that tables do not move with the machine that
     makes a checkpoint again.
     """
     progress = terminal.Progress("models", len(runs), every=0)
     threads = max(1, torch.get_num_threads() // settings.jobs)  # of the cores we may use
+
+    def train_and_keep(run):
+        finished = train(run, settings, threads)
+        if not store.holds(run):
+            store.add(finished)
+
     with ThreadPoolExecutor(settings.jobs) as pool:
-        futures = [pool.submit(train, run, settings, threads) for run in runs]
+        futures = [pool.submit(train_and_keep, run) for run in runs]
         try:
-            for done, (run, future) in enumerate(zip(runs, futures), 1):
-                finished = future.result()
-                if not store.holds(run):
-                    store.add(finished)
+            for done, future in enumerate(futures, 1):
+                future.result()
                 progress.update(done)
         except BaseException:  # also Ctrl-C, which the running trainings receive too
             pool.shutdown(cancel_futures=True)

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -88,6 +89,24 @@ def test_a_run_is_made_once_and_again_when_its_flags_change(trained, tmp_path, m
     assert len(trained) == 8
     assert all("1e-3" in words for words in trained[-2:])
     assert len(study(tmp_path)["runs"]) == 6
+
+
+def test_what_has_finished_is_kept_when_another_run_fails(trained, tmp_path, monkeypatch):
+    run_script, second_done = models.run_script, threading.Event()
+
+    def run_or_fail(words, log, threads):
+        if "gpt2" not in words:
+            second_done.wait(20)
+            raise UserError("out of memory")
+        try:
+            return run_script(words, log, threads)
+        finally:
+            second_done.set()
+
+    monkeypatch.setattr(models, "run_script", run_or_fail)
+    with pytest.raises(UserError, match="out of memory"):
+        models.run(models.Settings(only="crate,gpt2", seeds=1, jobs=2))
+    assert [run["name"] for run in study(tmp_path)["runs"]] == ["gpt2"]
 
 
 def test_a_checkpoint_that_is_gone_is_made_again_and_the_file_stays(trained, tmp_path):
