@@ -79,14 +79,14 @@ def check_kinds(op, tensors, dtype=None, kernels=False):
     """Tensors must be dense, and like the first in device. Torch lets None pass for a tensor.
 
     The first, (..., d), tells what the op works on. dtype: of the others, None for any. kernels:
-    whether kernels will run, for which autocast casts nothing, and WIDE are in the dtype of sums.
+    whether they run: autocast then casts nothing, WIDE are as sums are, and k or v may be None.
     """
     first_name, first = next(iter(tensors.items()))
     wide = acc_dtype(dtype) if kernels else None
     if not kernels and autocast(first):
         dtype = None
     for name, t in tensors.items():
-        if t is None and name in OPTIONAL:
+        if t is None and name in OPTIONAL and (kernels or name not in ("k", "v")):
             continue
         if not isinstance(t, torch.Tensor):
             raise misfit(op, f"{name} is {type(t).__name__}, not a tensor")

@@ -35,7 +35,7 @@ def cross_entropy(x, W, targets):
 def _check(x, W, targets, kernel=False):
     op = "cross_entropy"
     fused.check_kinds(op, dict(x=x, W=W, targets=targets))
-    V = max(1, *W.shape[:1])
+    V = max([1, *W.shape[:1]])
     fused.check_shapes(op, dict(x=x, W=W), {"V": V, "d": x.shape[-1]}, kernel)
     if targets.shape != x.shape[:-1] or targets.dtype not in (torch.int64, torch.int32):
         kind = f"{targets.dtype} {tuple(targets.shape)}"

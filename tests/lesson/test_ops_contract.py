@@ -371,6 +371,7 @@ WRONG = [  # op, arguments, what the sentence must name
     (cross_entropy, (x, W, ids - 5), "-2"),
     (cross_entropy, (x, W, None), "targets"),
     (cross_entropy, (x, W.T, ids), "W"),
+    (cross_entropy, (x, torch.tensor(1.0), ids), "W"),
     (cross_entropy, (x, W[0], ids), "W"),
     (cross_entropy, (x, W[:0], ids), "W"),
     (cross_entropy, (x[0, 0], W, ids), "x"),
@@ -426,6 +427,8 @@ WRONG = [  # op, arguments, what the sentence must name
     (ops.attention, (heads.int(), heads.int(), heads.int()), "int32"),
     (ops.attention, (heads[0], heads[0], heads[0]), "q"),
     (ops.attention, ([1.0], heads, heads), "q"),
+    (ops.attention, (heads, None, heads), "k"),  # the kernels would take it for q
+    (ops.attention, (heads, heads, None), "v"),
 ]
 
 
@@ -496,7 +499,7 @@ DTYPES = [
 
 
 @functools.cache
-def right_calls():
+def right_calls_of_models():
     return [
         (ops.ista, (x, D, 0.1, 0.1, 2, decoder)),
         (ops.ista, (x, D, 0.1, lams, 2)),
@@ -505,8 +508,14 @@ def right_calls():
         (ops.mssa_project, (z, weight, bias, U, 2)),
         (ops.attention, (heads, heads + 1, heads)),
         (loss.cross_entropy, (x, W, ids)),
-        *registered(),
+        (ops.ista_codes, (x, D, 0.1, 0.1, 2)),
+        (ops.ista_codes, (x, D, 0.1, lams, 1, True)),
     ]
+
+
+@functools.cache
+def right_calls():
+    return [*right_calls_of_models(), *registered()]
 
 
 def on_meta(t):
@@ -565,7 +574,7 @@ def test_wrong_calls_never_crash(data):
 def test_auto_and_reference_answer_every_misfit_with_a_sentence(data):
     """A call with spoiled arguments works, or its refusal is a UserError; never another error."""
     for _ in range(20):
-        op, arguments = data.draw(st.sampled_from(right_calls()[:6]))
+        op, arguments = data.draw(st.sampled_from(right_calls_of_models()))
         arguments = list(arguments)
         arguments[data.draw(st.integers(0, len(arguments) - 1))] = junk(data.draw)
         mode = data.draw(st.sampled_from(["auto", "reference"]))
