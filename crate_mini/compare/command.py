@@ -147,7 +147,7 @@ def _text(value):
 
 def one_text(runs):
     """Whether all runs were validated on the same text."""
-    return len({run.results["text"] for run in runs}) == 1
+    return all(run.results["text"] == runs[0].results["text"] for run in runs)
 
 
 # ---- figure --------------------------------------------------------------------------------------
@@ -159,9 +159,10 @@ def draw(runs, target):
     for i, run in enumerate(runs):
         color = COLORS[i % len(COLORS)]
         tokens, losses = zip(*run.training)
-        axes[0].plot(tokens, smooth(losses), color=color, linewidth=1.4, label=run.name)
+        name = f" {run.name}" if run.name.startswith("_") else run.name  # legends leave out _names
+        axes[0].plot(tokens, smooth(losses), color=color, linewidth=1.4, label=name)
         if run.validation:
-            label = f"{run.name}: {run.validation[-1][1]:.3f}"
+            label = f"{name}: {run.validation[-1][1]:.3f}"
             axes[1].plot(*zip(*run.validation), "o-", color=color, markersize=3, label=label)
     axes[0].set(title="training, mean over 5 % of the run", ylabel="loss (nats per token)")
     axes[1].set(title="validation")

@@ -49,6 +49,25 @@ def shared_legend(figure, panels):
 
 def write(figure, target, dpi=150):
     """Write a figure as PNG, atomically; returns the path."""
+    _show_names_as_they_are(figure)
     with atomic_write(target) as file:
         figure.savefig(file, format="png", dpi=dpi)
     return target
+
+
+def _show_names_as_they_are(figure):
+    """Take the texts of a figure literally: a $ in the name of a file begins no formula.
+
+    Bytes of a name that are no text become "?". The numbers at the axes stay what they are, because
+    10^3 is a formula.
+    """
+    from matplotlib.axis import Axis
+    from matplotlib.text import Text
+
+    numbers = set()
+    for axis in figure.findobj(Axis):
+        numbers |= {*axis.findobj(Text)} - {axis.label}
+    for text in figure.findobj(Text):
+        if text not in numbers:
+            text.set_parse_math(False)
+            text.set_text(text.get_text().encode(errors="replace").decode())

@@ -6,7 +6,7 @@ import re
 from crate_mini import UserError
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
-COUNT = re.compile(r"(\d{1,12}(?:[_,]\d{3})*(?:\.\d{1,9})?) ?([kmbg]?)", re.IGNORECASE)
+COUNT = re.compile(r"(\d{1,12}(?:[_,]\d{3}){0,3}(?:\.\d{1,9})?) ?([kmbg]?)", re.IGNORECASE)
 MOST_STEPS = 2**31 - 1  # what --train-steps takes
 
 

@@ -77,7 +77,6 @@ def validation_curves(curves, target):
 def _panel(title):
     """(figure, axes) of one panel with the axes of a loss curve."""
     figure, (axes,) = grid(1, 1, (6.4, 4))
-    drawable = title.encode(errors="replace").decode()  # a file's name may hold any bytes
-    axes.set_title(drawable, parse_math=False)
+    axes.set_title(title)
     axes.set(xlabel="million tokens", ylabel="loss (nats per token)")
     return figure, axes

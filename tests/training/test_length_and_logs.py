@@ -52,7 +52,9 @@ def test_numbers_of_tokens(words, number):
     assert length.count(words) == number
 
 
-@pytest.mark.parametrize("words", ["", "M", "-5", "0", "1e6", "65MM", "65 MB", "0.1", "nan", "∞"])
+@pytest.mark.parametrize(
+    "words", ["", "M", "-5", "0", "1e6", "65MM", "65 MB", "0.1", "nan", "∞", "1" + ",000" * 110]
+)
 def test_what_is_no_number_of_tokens(words):
     refused("is not a number of tokens; give one like 65M", length.count, words)
 
