@@ -28,7 +28,8 @@ Rows = Iterable[tuple[str, object]]  # (where the row stands, for an error; the 
 def read(path: Path, kind: str, position: Position, text_field: str | None) -> Iterator[str]:
     """Stream the texts of a file of rows; kind: one of formats.ROWS."""
     if kind == "parquet":
-        file = extra("pyarrow.parquet", "parquet").ParquetFile(path)
+        pyarrow = extra("pyarrow.parquet", "parquet")
+        file = pyarrow.ParquetFile(path, page_checksum_verification=True)  # where it has checksums
         text_field = _parquet_field(file, path, position, text_field)
         rows = _parquet(file, path, position, text_field)
     elif kind == "csv":

@@ -242,6 +242,24 @@ def test_parquet_without_text_is_refused(tmp_path, content):
         list(documents(str(tmp_path / "a.parquet")))
 
 
+def test_a_parquet_file_with_checksums_shows_every_changed_byte(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    docs = [f"document {i} of the file" for i in range(40)]
+    plain = dict(use_dictionary=False, compression="none", write_statistics=False)
+    table = pyarrow.table({"text": docs})
+    parquet.write_table(table, path, write_page_checksum=True, **plain)
+    content = path.read_bytes()
+    assert list(documents(str(path))) == docs
+    places = range(content.index(b"document 1 "), content.index(b"document 9 "), 7)
+    assert len(places) > 20
+    for at in places:
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(UserError, match="a.parquet cannot be read"):
+            list(documents(str(path)))
+
+
 # ---- the hub, played by a folder of the same layout ----------------------------------------------
 
 LAYOUT = {

@@ -9,6 +9,8 @@ import io
 import json
 import lzma
 import tempfile
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,8 @@ TEXTS = st.lists(
     max_size=8,
 )
 PACKERS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+if find_spec("zstandard"):
+    PACKERS[".zst"] = lambda data: import_module("zstandard").ZstdCompressor().compress(data)
 CONTAINERS = [".txt", ".md", "", ".jsonl", ".ndjson", ".json", ".csv", ".tsv"]
 ROWS = CONTAINERS[3:]
 
