@@ -76,8 +76,7 @@ class Pipeline:
         self.methods = choose_methods(settings.methods)
         self.stamps = {}  # by stage
         self.made_with = {}  # by stage: the values that its stamp is a digest of
-        self.out = folder(settings, ckpt)
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.out = results.ready_folder(folder(settings, ckpt))
         llm_ratings.check(self.judges, self.out, settings)
 
     @property

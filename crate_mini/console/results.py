@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -55,6 +56,41 @@ def atomic_write(path):
     finally:
         if created and temporary.exists():
             temporary.unlink()
+
+
+class _Tried(Exception):
+    """Ends the writing of a file of which only the beginning was asked."""
+
+
+def ready_file(path):
+    """Make the folder of a file, and see whether the file can be written: before long work.
+
+    A file that is there stays as it is. Returns the Path. Raises UserError, as `atomic_write`.
+    """
+    path = Path(path)
+    ready_folder(path.parent)
+    if os.path.isdir(path):
+        raise UserError(f"Cannot write {path}: it is a folder; give the name of a file.")
+    if os.path.isfile(path) or not os.path.exists(path):  # a device might wait for its reader
+        with suppress(_Tried), atomic_write(path):
+            raise _Tried
+    return path
+
+
+def ready_folder(path):
+    """Make a folder for results, and see whether a file can be written there: before long work.
+
+    Returns the Path. Raises UserError if not.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(
+            f"Nothing can be written to {path} ({error.strerror}); choose another folder."
+        ) from None
+    return path
 
 
 def _remove_leftovers(path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from crate_mini import UserError
-from crate_mini.console import terminal
+from crate_mini.console import results, terminal
 from crate_mini.judges import explanation, price, probe, prompt_files, simulation
 from crate_mini.judges.answer_cache import AnswerCache, BudgetSpent
 from crate_mini.judges.language_model import LanguageModel
@@ -46,7 +46,7 @@ def run(selected, decode, settings, folder, log=print):
     """
     if settings.dry_run:
         return price.estimate(selected, decode, settings, log)
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    results.ready_folder(folder)
     cache = AnswerCache(Path(folder, "llm-cache.jsonl"), settings.budget, settings.replay)
     simulator, explainer = open_models(settings, cache)
     result = empty_result(simulator, explainer)

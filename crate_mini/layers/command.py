@@ -53,8 +53,7 @@ def run(settings, ckpt):
     if seed is None:
         seed = meta["training"].get("settings", {}).get("seed", DEFAULT_SEED)
     windows = Windows(settings, corpus, config.block_size)
-    folder = results.folder(ckpt, settings.out)
-    folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
+    folder = results.ready_folder(results.folder(ckpt, settings.out))
     result = checkpoint.result_header(
         SCRIPT,
         ckpt,

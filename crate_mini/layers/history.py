@@ -20,7 +20,7 @@ def run(settings, ckpts):
     ):
         corpus = checkpoint.held_out(path, meta, tokenizer, settings.data, settings.val_fraction)
         windows = Windows(settings, corpus, model.config.block_size)
-        folder.mkdir(parents=True, exist_ok=True)
+        results.ready_folder(folder)
         layers = measure_layers(model, windows, f"step {step}", settings.lasso_tokens)
         rows.append(
             {"step": step, "checkpoint": str(path), "layers": [kept(row) for row in layers]}

@@ -31,7 +31,7 @@ def run(settings, ckpts):
         corpus = checkpoint.held_out(path, meta, tokenizer, settings.data, settings.val_fraction)
         scored = sites(model, settings.layers)
         check_neurons(followed, scored)
-        folder.mkdir(parents=True, exist_ok=True)
+        results.ready_folder(folder)
         print(f"step      {step:,}", flush=True)
         facts = (model, meta, tokenizer, corpus, scored, settings.tokens, settings.seed)
         scores = quick_scores(*facts, log=print)

@@ -58,6 +58,7 @@ def run(work, start="record", until="report"):
         )
     if start != names[0]:  # refuse at once files that these settings do not fit
         work.check_record()
+        results.ready_folder(work.folder)
         for stage in chosen:
             for earlier in set(READS.get(stage, ())) - set(chosen):
                 for site in work.sites:
@@ -78,7 +79,7 @@ def run(work, start="record", until="report"):
 
 def record_sites(work):
     """Record the model and, for the control `init`, an untrained one."""
-    work.folder.mkdir(parents=True, exist_ok=True)
+    results.ready_folder(work.folder)
     recorded_sites = _record_model(work, work.model, work.meta, work.sites, work.folder)
     if work.has_init:
         model, meta = record.untrained_control(work.model, work.meta, work.seed)

@@ -51,6 +51,8 @@ def run(settings, ckpt):
             f"{record['checkpoint']['path']}, or score this one with `python interpret.py neurons "
             f"{ckpt}`."
         )
+    if settings.neuronpedia:
+        results.ready_file(settings.neuronpedia)
     files = write_report(folder, scored, token_bytes, settings.seed, settings.most, settings.humans)
     if settings.humans and folder / "human.html" not in files:
         print("note      no human.html: too few neurons have a label and four held-out excerpts")

@@ -15,7 +15,6 @@ any model.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,8 +55,7 @@ class Settings:
 
 def run(settings):
     """Write selftest.json to the folder and print its table."""
-    folder = Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = results.ready_folder(settings.out)
     outcome = solve(folder, settings.documents, settings.seed)
     result = {
         "schema": 1,

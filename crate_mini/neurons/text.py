@@ -58,8 +58,7 @@ def run(settings, ckpt):
     chosen = sites(lab.model, settings.layers)
     ids, note = read_ids(lab, settings.text)
     firing = Firing(lab, ids, chosen)
-    folder = results.folder(ckpt, settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = results.ready_folder(results.folder(ckpt, settings.out))
     if note:
         print(f"note      {note}")
     print(table(firing, settings.top))

@@ -49,11 +49,11 @@ def run(settings):
     paths = [path for path in (settings.ckpt, settings.twin) if path is not None]
     labs = [open_lab(path, settings.data, settings.tokenizer) for path in paths]
     check_tokenizers(labs)
-    content = page(labs, settings.text)
     out = Path(settings.out or results.folder(settings.ckpt) / "playground.html")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; give a file, like --out {out}/playground.html.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    results.ready_file(out)
+    content = page(labs, settings.text)
     with atomic_write(out) as file:
         file.write(content)
     for lab in labs:

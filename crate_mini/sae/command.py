@@ -53,6 +53,7 @@ def run(settings, ckpt):
     model, meta, tokenizer = checkpoint.open_model(ckpt, settings.device, settings.tokenizer)
     corpus = checkpoint.held_out(ckpt, meta, tokenizer, settings.data, settings.val_fraction)
     tokens = predicted_tokens(corpus, settings.tokens)  # fails now rather than after the work
+    folder = results.ready_folder(results.folder(ckpt, settings.out))
     device.keep_memory()
     layer = len(model.blocks) - 1 if settings.layer is None else settings.layer
     saes = new_autoencoders(settings, l1_weights, ks, model, layer)
@@ -69,7 +70,6 @@ def run(settings, ckpt):
         tokens=tokens,
         settings=asdict(settings),
     )
-    folder = results.folder(ckpt, settings.out)
     for sae, held_out, count in zip(saes, measured, resampled):
         sae_facts = {
             **facts,

@@ -46,8 +46,7 @@ def run(settings, ckpt):
     doses = parse_doses(settings.doses)
     beside = terminal.file_list(settings.beside, "--beside")
     others = [read_other(path) for path in beside]
-    folder = results.folder(ckpt, settings.out)
-    folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
+    folder = results.ready_folder(results.folder(ckpt, settings.out))
     sites = [(layer, None) for layer in range(len(lab.model.blocks))]
     for path in terminal.file_list(settings.sae, "--sae"):
         sae, _ = autoencoder.load(path, lab.model)

@@ -91,6 +91,8 @@ def show_row(row):
 
 
 def run(settings):
+    if settings.json:
+        results.ready_file(settings.json)
     device = choose_device(settings.device)
     with ops.use_backend("fused"):
         backend = ops.backend(device.type)

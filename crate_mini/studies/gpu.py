@@ -430,13 +430,12 @@ def run(settings):
     if settings.only:
         if not settings.json:
             raise UserError(f"--only {settings.only} needs --json, a file for its rows.")
-        return measure(settings.only, settings.json)
+        return measure(settings.only, results.ready_file(settings.json))
     this_machine = machine(choose_device("auto"))
     if settings.commit:
         this_machine["commit"] = settings.commit
     path = Path(settings.json) if settings.json else default_path(stages, this_machine)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return run_stages(stages, path, this_machine)
+    return run_stages(stages, results.ready_file(path), this_machine)
 
 
 def default_path(stages, machine):

@@ -109,6 +109,7 @@ def place_in_grid(entry):
 def run(settings):
     """Train what is missing, then write the reports. Raises UserError for an unknown row."""
     store = Store(results.ROOT / "results" / "models.json")
+    results.ready_file(store.path)
     if not settings.report:
         missing = [r for r in chosen(settings) if is_missing(r, store, settings)]
         train_all(missing, store, settings)

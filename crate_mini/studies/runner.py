@@ -42,6 +42,7 @@ class Runner:
     """
 
     def __init__(self, study, total, this_commit=False):
+        results.ready_folder(results.ROOT / "results")  # where every study writes at its end
         self.progress = terminal.Progress(study, total, every=0)
         self.this_commit = this_commit
         self.done = 0

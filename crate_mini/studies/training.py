@@ -106,6 +106,7 @@ def run_speed(settings):
             "give a text and the ranks of a tokenizer: "
             "`python -m crate_mini.studies speed wiki.txt.xz gpt2.tiktoken`."
         )
+    results.ready_folder(results.ROOT / "results")
     large = (50304, absolute(settings.text), absolute(settings.ranks))
     small = (8192, "pydocs", "pydocs")
     modes, dtypes = ("off", "on"), ("bfloat16", "float32")

@@ -93,7 +93,7 @@ def _facts(path, must_exist):
             )
     facts = named_facts(config, path)
     activation = config.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
+    if activation not in tuple(ACTIVATIONS):  # it may be anything, even a list
         raise UserError(
             f"{path} has activation_function={activation!r}; only GPT-2 with gelu_new or relu can "
             "be imported."

@@ -15,7 +15,7 @@ def each(ckpts, device="auto", tokenizer=None):
     for path in ckpts:
         step = checkpoint.read_meta(Path(path))["training"].get("step")
         if not isinstance(step, int) or step in steps:
-            other = f", as {steps[step]} has" if step in steps else ""
+            other = f", as {steps[step]} has" if isinstance(step, int) else ""
             raise UserError(
                 f"{path} has step {step}{other}; give checkpoints of different steps of one run, "
                 "like out/run/step-*."
