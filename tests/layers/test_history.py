@@ -163,6 +163,11 @@ def test_checkpoints_of_two_runs_have_no_history(run, tmp_path):
 
     with pytest.raises(UserError, match="has step 0, as .* has; give checkpoints of different"):
         opened(*paths(run, 0, 0))
+    with mock.patch.object(checkpoint, "read_meta") as read_meta:
+        for step in (None, "7", {}, [7]):
+            read_meta.return_value = {"training": {"step": step}}
+            with pytest.raises(UserError, match="has step .*; give checkpoints of different"):
+                opened("a", "b")
     other = save_checkpoint(tmp_path / "other", run / "text.txt", "gpt2")
     with pytest.raises(UserError, match="are models of different shapes"):
         opened(str(other), *paths(run, 20))

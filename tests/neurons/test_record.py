@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from forked import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from little_world import (
@@ -26,6 +27,7 @@ from little_world import (
     world,
 )
 from simulations import SEEDS
+from tiny_checkpoints import save_checkpoint
 from torch import nn
 
 from crate_mini import UserError
@@ -666,6 +668,33 @@ def test_what_cannot_be_recorded_is_said_in_one_sentence(tmp_path, monkeypatch):
 
 
 # ---- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_record_of_a_gigabyte_is_made_in_a_gigabyte_and_a_half(tmp_path):
+    """500 M ids of bytes, in documents of about 200; every fifth window is held out."""
+    pytest.importorskip("resource")
+    draw = np.random.default_rng(0)
+    with open(tmp_path / "ids.bin", "wb") as file:
+        for _ in range(100):
+            ids = draw.integers(32, 127, 5_000_000, dtype=np.uint16)
+            ids[draw.random(len(ids)) < 0.005] = BYTES.eot
+            file.write(ids.tobytes())
+    ckpt = save_checkpoint(tmp_path / "run" / "best", tmp_path / "ids.bin", context=64)
+    done = run_script(["-c", RECORD, ckpt], timeout=3000)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 1.5e9
+    assert (tmp_path / "run" / "interpret" / "record.json").exists()
+
+
+RECORD = """
+import resource, sys
+from crate_mini.console import terminal
+words = ["neurons", sys.argv[1], "--until", "record", "--val-fraction", "0.2"]
+terminal.dispatch("interpret.py", "", {"neurons": "crate_mini.neurons.command"}, words)
+unit = 1 if sys.platform == "darwin" else 1024
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+"""
 
 
 def test_memory_does_not_grow_with_the_corpus(monkeypatch):
