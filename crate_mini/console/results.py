@@ -87,8 +87,9 @@ def ready_folder(path):
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
+        reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror
         raise UserError(
-            f"Nothing can be written to {path} ({error.strerror}); choose another folder."
+            f"Nothing can be written to {path} ({reason}); choose another folder."
         ) from None
     return path
 

@@ -76,8 +76,8 @@ def read_ids(lab, text):
     if text == "-":
         text = sys.stdin.read(most + 1)
     whole = len(text) <= most
-    # Bytes that are not UTF-8 arrive as lone surrogates.
-    text = text[:most].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    # Bytes that are not UTF-8, or half a pair of Windows, arrive as lone surrogates.
+    text = text[:most].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     ids = lab.tokenizer.encode(text)
     if not ids:
         raise UserError(f"the text is empty; give some, as in `{EXAMPLE}`.")

@@ -131,7 +131,9 @@ def test_hostile_text_is_inert(ckpt, call):
     assert "&lt;script" not in ParsedPage(page).data["tokens"]
 
 
-@pytest.mark.parametrize("text", ["- a list item", "-5 degrees", "a_b=c", " ", "\udcff\udc80", "é"])
+@pytest.mark.parametrize(
+    "text", ["- a list item", "-5 degrees", "a_b=c", " ", "\udcff\udc80", "\ud83d", "é"]
+)
 def test_any_text_is_taken(call, text):
     code, printed, err = call(text)
     assert not code, err
