@@ -30,7 +30,7 @@ def atomic_write(path):
     Links are followed; devices and pipes are written to directly. Raises UserError when the folder
     cannot be written or the disk is full, and leaves nothing behind.
     """
-    special = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    special = is_special(path)
     target = Path(path if special else os.path.realpath(path))
     temporary = target if special else target.with_name(f"{target.name}.{os.getpid()}.tmp")
     created = False
@@ -58,6 +58,11 @@ def atomic_write(path):
             temporary.unlink()
 
 
+def is_special(path):
+    """Whether this is a device or a pipe: to read it might never end."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
 class _Tried(Exception):
     """Ends the writing of a file of which only the beginning was asked."""
 
@@ -71,7 +76,7 @@ def ready_file(path):
     ready_folder(path.parent)
     if os.path.isdir(path):
         raise UserError(f"Cannot write {path}: it is a folder; give the name of a file.")
-    if os.path.isfile(path) or not os.path.exists(path):  # a device might wait for its reader
+    if not is_special(path):  # a pipe would wait for its reader
         with suppress(_Tried), atomic_write(path):
             raise _Tried
     return path
@@ -145,6 +150,8 @@ def read_json(path, known=None, expected="a file written by crate_mini"):
     UserError if the file cannot be parsed, does not fit its digest, or holds another name.
     """
     try:
+        if is_special(path):
+            raise ValueError("it is a device or a pipe")
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
         intact = not isinstance(content, dict) or is_intact(content)

@@ -53,10 +53,10 @@ def run(settings, ckpt):
     model, meta, tokenizer = checkpoint.open_model(ckpt, settings.device, settings.tokenizer)
     corpus = checkpoint.held_out(ckpt, meta, tokenizer, settings.data, settings.val_fraction)
     tokens = predicted_tokens(corpus, settings.tokens)  # fails now rather than after the work
-    folder = results.ready_folder(results.folder(ckpt, settings.out))
     device.keep_memory()
     layer = len(model.blocks) - 1 if settings.layer is None else settings.layer
     saes = new_autoencoders(settings, l1_weights, ks, model, layer)
+    folder = results.ready_folder(results.folder(ckpt, settings.out))
     batches = train.code_batches(model, corpus, layer, settings.batch, settings.seed)
     resampled = train.fit(saes, batches, settings.steps, settings.lr, settings.seed)
     measured = evaluate(model, corpus, layer, saes, settings.tokens)

@@ -23,7 +23,7 @@ def read_log(path):
                     validation.append((tokens, float(row["val_loss"])))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, csv.Error):
+    except (ValueError, KeyError, TypeError, OverflowError, csv.Error):
         training.clear()
     if not training:
         raise UserError(f"{path} is damaged or holds no rows; expected the log of a training run.")

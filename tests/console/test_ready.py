@@ -56,6 +56,9 @@ def test_devices_and_pipes_are_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     results.ready_file(tmp_path / "pipe")  # to open it would wait for a reader
     results.ready_file(os.devnull)
+    assert gpu.earlier_stages(tmp_path / "pipe", {}) == {}
+    with pytest.raises(UserError, match="pipe cannot be read as JSON: it is a device or a pipe"):
+        results.read_json(tmp_path / "pipe")
 
 
 def no_work(*arguments, **more):

@@ -73,6 +73,10 @@ def test_class_of_digits_and_of_position():
     assert labels[digits]["class"] == "digit"
     is_first = (np.arange(64) + start[:, None] < 1)[..., None].astype(float)
     assert position_fit(is_first, start)[0] == pytest.approx(1)
+    for scale in (1e30, 1e-30):  # of which no square is a float32
+        np.testing.assert_allclose(
+            position_fit(scale * acts, start), position_fit(acts, start), atol=1e-5
+        )
 
 
 def test_classes_are_fixed_tests_of_tokens():

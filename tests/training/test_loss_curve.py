@@ -33,6 +33,7 @@ def test_smoothing_keeps_short_runs_and_averages_long_ones():
         LOG.replace("tokens", "tok").encode(),
         LOG.encode() + b"\xff\0",
         LOG.encode() + b"4\n",
+        LOG.encode() + b"4," + b"9" * 400 + b",1.0,1.0,0.1,1,\n",
     ],
 )
 def test_a_damaged_log_is_one_sentence(content, tmp_path):
