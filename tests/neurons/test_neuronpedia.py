@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from neuron_results import PLAIN, write_results
 
 from crate_mini.console.results import write_rows
@@ -22,7 +23,8 @@ def test_features_have_the_shape_and_the_numbers(tmp_path):
         assert feature["frac_nonzero"] == score["density"]
         assert feature["maxActApprox"] == score["max"]
         assert len(feature["freq_hist_data_bar_heights"]) == 50
-        assert len(feature["freq_hist_data_bar_values"]) == 50
+        middles = [(2 * i + 1) / 100 * score["max"] for i in range(50)]
+        assert feature["freq_hist_data_bar_values"] == pytest.approx(middles)
         count = sum(len(shown[group]) for group in ("top", "intervals", "random"))
         assert len(feature["activations"]) == count
         for activation in feature["activations"]:
