@@ -54,7 +54,7 @@ def run(settings, ckpt):
     """
     if not settings.text:
         raise UserError(f"there is no text; give some, as in `{EXAMPLE}`, or - to read it.")
-    lab = Lab(ckpt, settings.data, settings.device, tokenizer=settings.tokenizer)
+    lab = Lab(ckpt, settings.data, settings.device, log=print, tokenizer=settings.tokenizer)
     chosen = sites(lab.model, settings.layers)
     ids, note = read_ids(lab, settings.text)
     firing = Firing(lab, ids, chosen)

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import warnings
 
 import pytest
 import torch
@@ -114,7 +115,10 @@ def test_labels_and_links_once_neurons_has_run(ckpt, call):
             assert neurons["L0/5"]["property"] == "in round brackets (r 0.40)"
         write_scores(ckpt, sha256="of another")
         results.write_json(folder / "beyond.json", {"checkpoint": {"sha256": "another"}})
-        assert not call("ssss")[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # a note is printed, as by other commands
+            code, printed, _ = call("ssss")
+        assert not code and "describes another checkpoint" in printed
         neurons = ParsedPage(page_of(ckpt)).data["neurons"]
         assert not any(n["page"] or n["label"] or n["property"] for n in neurons)
     finally:
