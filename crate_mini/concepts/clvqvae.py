@@ -299,13 +299,14 @@ def scales(vectors, target):
 # ---- training ------------------------------------------------------------------------------------
 
 
-def fit(vectors, settings, seed=0, start=None, device="cpu"):
+def fit(vectors, settings, seed=0, start=None, device="cpu", watch=None):
     """Train on the training split, stop by the stop split: (CLVQVAE, a dict for each epoch).
 
     start: the codes at the start (K, d), by default scaled spherical k-means++ of the training
-    words. Keeps the weights of the epoch with the lowest loss on the stop split. The same seed
-    gives the same result on the same machine; the global generators are left as they were. Raises
-    UserError for settings and vectors that do not fit each other.
+    words; `model.start` keeps them in scaled units. watch: called with (epochs done, model) before
+    the first epoch and after each. Keeps the weights of the epoch with the lowest loss on the stop
+    split. The same seed gives the same result on the same machine; the global generators are left
+    as they were. Raises UserError for settings and vectors that do not fit each other.
     """
     settings.check(vectors.lower.shape[1])
     scale = scales(vectors, settings.target)
@@ -321,11 +322,14 @@ def fit(vectors, settings, seed=0, start=None, device="cpu"):
         torch.manual_seed(seed)
         model = CLVQVAE(e, train.y.shape[1], settings).to(device)
         model.scale = scale
+        model.start = e
         # States share a large part, which Adam need not find.
         model.out.bias.data.copy_(train.y.mean(0))
         unit = gap(model, train.x) if settings.unit == "gap" else 1.0
         model.codebook.temperature = settings.temperature * unit
-        history = train_epochs(model, train, stop, seed)
+        if watch:
+            watch(0, model)
+        history = train_epochs(model, train, stop, seed, watch)
     return model.eval().requires_grad_(False), history
 
 
@@ -339,8 +343,11 @@ def gap(model, x, sample=4096):
     return (two[:, 1] - two[:, 0]).median().item() or 1.0
 
 
-def train_epochs(model, train, stop, seed):
-    """Train until --epochs or patience ends it, load the best weights, return a dict per epoch."""
+def train_epochs(model, train, stop, seed, watch=None):
+    """Train until --epochs or patience ends it, load the best weights, return a dict per epoch.
+
+    watch: called with (epochs done, model) after each epoch.
+    """
     s = model.settings
     generator = torch.Generator(train.x.device).manual_seed(seed)  # of the codes that are drawn
     shuffle = torch.Generator().manual_seed(seed)
@@ -364,6 +371,8 @@ def train_epochs(model, train, stop, seed):
                 **usage(assign(model, train.x), model.codebook.e),
             }
         )
+        if watch:
+            watch(epoch + 1, model)
         halve.step(scores["loss"])
         if scores["loss"] < lowest:
             lowest, best_epoch = scores["loss"], epoch
@@ -448,6 +457,12 @@ def evaluate(model, words, mean, shuffle=None):
 def assign(model, x):
     """Codes (N,) of words x (N, d) in scaled units: the nearest, nothing is drawn."""
     return nearest(model.encoder(x), model.codebook.e)[0]
+
+
+@torch.no_grad()
+def assign_at_start(model, x):
+    """Codes (N,) of words x (N, d) in scaled units before any training: no encoder, start codes."""
+    return nearest(x, model.start)[0]
 
 
 def describe(model):

@@ -170,6 +170,12 @@ def adjusted_mutual_information(first, second):
     return (information - chance) / max(mean_entropy - chance, np.finfo(float).eps)
 
 
+def agreement_on_test(vectors, first, second):
+    """Adjusted mutual information of two assignments (N,) over the test words; None without any."""
+    test = vectors.rows("test")
+    return adjusted_mutual_information(first[test], second[test]) if test.any() else None
+
+
 def entropy(sizes):
     """Entropy, in nats, of a partition with parts of these sizes."""
     N = sizes.sum()

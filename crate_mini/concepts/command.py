@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from crate_mini.cli import setting
-from crate_mini.concepts import pipeline, report, survey
+from crate_mini.concepts import pipeline, report, salience, survey
 from crate_mini.console import terminal
 from crate_mini.training import checkpoint
 
@@ -42,7 +42,21 @@ class Settings:
         "test texts for the form `all`, which removes the concept at every position and costs "
         "most; 0: none",
     )
-    nodes: int = setting(16, "points on the path of integrated gradients", low=1)
+    nodes: int = setting(
+        salience.NODES, "points on the path of integrated gradients, at first", low=1
+    )
+    gap: float = setting(
+        salience.TOLERANCE,
+        "how far attributions of a text may fail to add up to the difference of its logit, as a "
+        "share of it; its points are doubled until they do",
+        above=0,
+    )
+    max_nodes: int = setting(salience.MOST_NODES, "points beyond which none are added", low=1)
+    active: int = setting(
+        1,
+        "features of sae active for each word; 1: a word has one code, as in other methods",
+        low=1,
+    )
     epochs: int = setting(50, "maximum epochs of clvq and vq", low=1)
     memory: str = setting(
         "q",

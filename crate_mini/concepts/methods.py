@@ -9,7 +9,9 @@
              strongest one
 
 All learn from the training split alone, have the same K, and give each code one direction in the
-space of the lower layer, so that removing a concept costs every method the same: rank one.
+space of the lower layer, so that removing a concept costs every method the same: rank one. All give
+a word one code, and so the autoencoder has one active feature unless it is asked for more: features
+that share a word each hold a part of its concept, and the strongest of them is no cluster.
 """
 
 import inspect
@@ -20,6 +22,7 @@ import torch
 
 from crate_mini import UserError, cli
 from crate_mini.concepts import clvqvae
+from crate_mini.concepts.codebook_checks import agreement_on_test
 from crate_mini.concepts.kmeans import kmeans, means, nearest, usage
 from crate_mini.concepts.types import SPLITS, Codes
 from crate_mini.sae import train as sae_train
@@ -82,20 +85,26 @@ def by_clvq(vectors, k, seed, *, target="upper", direction="code", device="cpu",
     code: the codebook's vector. The authors remove this one, although it lies in the encoder's
     space, which only starts out as the layer's. members: the mean state of the code's training
     words, which lies in the layer.
+
+    "ami_start" in health: agreement, over the test words, with the clusters that training started
+    from (spherical k-means); 1 if training moved no word.
     """
     if direction not in ("code", "members"):
         raise UserError(f"direction {direction!r} is unknown; choose code or members.")
     settings = clvqvae.Settings(codes=k, target=target, **switches)
     model, history = clvqvae.fit(vectors, settings, seed, device=device)
     x = torch.from_numpy(vectors.lower)
-    index = clvqvae.assign(model, x.to(device) / model.scale[0]).cpu()
+    scaled = x.to(device) / model.scale[0]
+    index = clvqvae.assign(model, scaled).cpu()
     centroids = model.codebook.e.cpu() * model.scale[0]
     if direction == "members":
         train = torch.from_numpy(vectors.rows("train"))
         mean, count = means(x[train], index[train], k)
         centroids = torch.where(count[:, None] > 0, mean, centroids)
     described = {**clvqvae.describe(model), "direction": direction}
-    return index, centroids, described, {"epochs": history}
+    start = clvqvae.assign_at_start(model, scaled).cpu()
+    agreement = agreement_on_test(vectors, index.numpy(), start.numpy())
+    return index, centroids, described, {"epochs": history, "ami_start": agreement}
 
 
 def by_vq(vectors, k, seed, *, direction="code", device="cpu", **switches):
@@ -134,7 +143,7 @@ def by_ward(vectors, k, seed, *, sample=5000):
     return index, centroids, {"sample": len(rows)}, {}
 
 
-def by_sae(vectors, k, seed, *, active=8, steps=2000, batch=256, lr=1e-3, direction="decoder"):
+def by_sae(vectors, k, seed, *, active=1, steps=2000, batch=256, lr=1e-3, direction="decoder"):
     """TopK SAE with k features, `active` per word; the code is the strongest before the ReLU.
 
     direction: decoder, what the feature writes, or encoder, what it reads (the authors' later
@@ -145,13 +154,15 @@ def by_sae(vectors, k, seed, *, active=8, steps=2000, batch=256, lr=1e-3, direct
         raise UserError(f"direction {direction!r} is unknown; choose decoder or encoder.")
     if min(active, steps, batch) < 1:
         raise UserError(f"active {active}, steps {steps} and batch {batch} must be at least 1.")
+    if active > k:
+        raise UserError(f"active {active} is more than the {k} features of the SAE; give 1 to {k}.")
     x = torch.from_numpy(vectors.lower)
     train = x[torch.from_numpy(vectors.rows("train"))]
-    sae = SAE(x.shape[1], k, k=min(active, k), seed=seed)
+    sae = SAE(x.shape[1], k, k=active, seed=seed)
     renewed = sae_train.fit([sae], shuffled_batches(train, batch, seed), steps, lr, seed)[0]
     sae.requires_grad_(False)
     index = torch.cat([((rows - sae.b) @ sae.E + sae.c).argmax(1) for rows in x.split(CHUNK)])
-    settings = {"active": sae.k, "steps": steps, "batch": batch, "lr": lr, "direction": direction}
+    settings = {"active": active, "steps": steps, "batch": batch, "lr": lr, "direction": direction}
     test = x[torch.from_numpy(vectors.rows("test"))]
     health = {"renewed": renewed, **check_sae(sae, test)}
     return index, sae.W if direction == "decoder" else sae.E.T, settings, health

@@ -8,6 +8,7 @@ from html import escape
 
 import numpy as np
 
+from crate_mini.concepts import report
 from crate_mini.concepts.ablate import VARIANTS
 from crate_mini.data.tokenizer import visible
 from crate_mini.plots.figure import AMBER, BLUE, GREEN, RED, grid, write
@@ -37,6 +38,7 @@ STYLE = """<style>
 .mix i { display: block; } .class { white-space: nowrap; margin-right: .8em; }
 .class i { display: inline-block; width: .8em; height: .8em; margin-right: .3em; }
 .class i { border-radius: 2px; }
+.chance { font-weight: bold; border-left: .3rem solid; padding-left: .7rem; }
 h3 { margin-top: 2rem; } h3 small { display: block; } .flip { font-weight: bold; }
 table.cuts td, table.cuts th { padding: .15rem .6rem; text-align: right; }
 table.cuts td { white-space: nowrap; }
@@ -66,13 +68,16 @@ def page(result, title):
 
 
 def header(result, title):
-    """The title, and names and values of what the page is about."""
+    """The title, whether the classifier is at chance, names and values of what this is about."""
+    warning = ""
+    if report.at_chance(result["classifier"]):
+        warning = f'<p class="chance">{escape(report.chance_sentence(result["classifier"]))}</p>'
     pairs = []
     for name, value in facts(result).items():
         pairs.append(f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>")
     return (
         f'<header><p class="eyebrow">crate_mini · concepts</p><h1>{escape(title)}</h1>'
-        f"<dl>{''.join(pairs)}</dl></header>"
+        f"{warning}<dl>{''.join(pairs)}</dl></header>"
     )
 
 
@@ -134,10 +139,27 @@ def method_section(result, name):
     return (
         f"<section><h2>{escape(name)}</h2><p>{len(method['codes'])} of the "
         f"{method['with_members']} codes that have words, drawn at random by seed "
-        f"{result['seed']}. Codes whose words are all digits and signs: {method['wordless']}. The "
+        f"{result['seed']}. Codes whose words are all digits and signs: {method['wordless']}. "
+        f"{agreement_sentences(method['agreement'][str(result['seed'])])}The "
         f"bars show the classes of the texts around the training words: {legend(classes)}</p>"
         f"{codes}</section>"
     )
+
+
+def agreement_sentences(agreement):
+    """How alike codes are to clvq's and to those they started from, where either is known."""
+    sentences = ""
+    meaning = (
+        "adjusted mutual information over the test words: 1 for the same clusters, 0 by chance"
+    )
+    if agreement["clvq"] is not None:
+        sentences += f"Agreement with the codes of clvq: {agreement['clvq']:.2f} ({meaning}). "
+    if agreement["start"] is not None:
+        sentences += (
+            f"Agreement with spherical k-means, from which training started: "
+            f"{agreement['start']:.2f} ({meaning}). "
+        )
+    return sentences
 
 
 def legend(classes):

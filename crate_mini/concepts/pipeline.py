@@ -49,6 +49,7 @@ from crate_mini.training.device import choose_device
 WORDS_PER_CODE = 200  # training words, for --k 0
 FEWEST_CODES, MOST_CODES = 8, 400
 FEWEST_TESTS = 2 * faithfulness.FOLDS  # texts: two in each fold of the probes
+FEWEST_OF_CLASS = 2  # test texts: a text's control is another one of its class
 CLVQ_SETTINGS = ("epochs", "memory", "mask", "revive")  # of clvqvae, set by flags of these names
 
 
@@ -74,6 +75,7 @@ class Pipeline:
         self.layers = choose_layers(settings.layers, len(self.model.lm.blocks))
         self.seeds = terminal.number_list(settings.seeds, "--seeds", whole_number, "0,1,2")
         self.methods = choose_methods(settings.methods)
+        self.check_heads()
         self.stamps = {}  # by stage
         self.made_with = {}  # by stage: the values that its stamp is a digest of
         self.out = results.ready_folder(folder(settings, ckpt))
@@ -154,40 +156,86 @@ class Pipeline:
         path = self.out / "vectors.npz"
         self.vectors = Vectors.load(path) if path.exists() and not again else None
         if self.vectors is None or self.vectors.facts.get("made") != stamp:
+            least, most = self.settings.least, self.settings.most
+            words = word_vectors.choose(self.text, self.labelled, least, most, self.test_rows)
+            self.check_words(words.places[:, 0])
+            made = {"made": stamp}
             self.vectors = word_vectors.extract(
-                self.model,
-                self.text,
-                self.labelled,
-                self.layers,
-                self.settings.least,
-                self.settings.most,
-                self.test_rows,
-                {"made": stamp},
+                self.model, self.text, self.labelled, self.layers, words, made
             )
             self.vectors.save(path)
+        self.check_words(self.vectors.sentence)
         n_words = {split: int(self.vectors.rows(split).sum()) for split in SPLITS}
-        by_size = n_words["train"] // WORDS_PER_CODE
-        self.k = self.settings.k or min(MOST_CODES, max(FEWEST_CODES, by_size))
-        self.check_tests()
         print(f"vectors   {n_words} words, layers {self.layers}; {self.k} codes", flush=True)
 
-    def check_tests(self):
-        """Raise UserError now if too few test texts will have a salient word."""
-        usable = int(np.isin(self.test_rows, self.vectors.sentence).sum())
-        if usable < FEWEST_TESTS:
+    def check_heads(self):
+        """Raise UserError now if no decoder of clvq, vq or the controls fits the model's width."""
+        width, heads = self.model.lm.config.n_embd, clvqvae.Settings().heads
+        if self.trains_decoders() and width % heads:
             raise UserError(
-                f"{usable} test texts have a word that occurs {self.settings.least} times in the "
-                f"training texts, and {FEWEST_TESTS} are needed; give more with --tests 0, more "
-                "labelled texts, or --least 1."
+                f"the decoders of clvq, vq and the controls have {heads} heads, which do not "
+                f"divide the model's width {width}; leave them out with --methods kmeans,sae "
+                "--no-controls."
             )
+
+    def trains_decoders(self):
+        return self.settings.controls or bool({"clvq", "vq"} & set(self.methods))
+
+    def check_words(self, sentence):
+        """Set k, and raise UserError for what a later stage would refuse.
+
+        sentence: (N,) the text of each word.
+        """
+        split = self.labelled.split[sentence]
+        n_words = {name: int((split == value).sum()) for name, value in SPLITS.items()}
+        by_size = n_words["train"] // WORDS_PER_CODE
+        self.k = self.settings.k or min(MOST_CODES, max(FEWEST_CODES, by_size))
+        if self.k > n_words["train"]:
+            raise UserError(
+                f"--k {self.k} codes cannot be made of {n_words['train']} training words; give 1 "
+                f"to {n_words['train']}, about one per {WORDS_PER_CODE} words."
+            )
+        if "sae" in self.methods and self.settings.active > self.k:
+            raise UserError(
+                f"--active {self.settings.active} is more than the {self.k} features that sae has; "
+                f"give 1 to {self.k}, or a higher --k."
+            )
+        if self.trains_decoders() and not n_words["stop"]:
+            raise UserError(
+                f"no word that occurs {self.settings.least} times in the training texts is in the "
+                "texts that stop the training of clvq, vq and the controls; give --least 1, more "
+                "labelled texts, or --methods kmeans,sae --no-controls."
+            )
+        self.check_tests(np.intersect1d(self.test_rows, sentence))
+
+    def check_tests(self, usable):
+        """Raise UserError if too few test texts, or of a class too few, will have a salient word.
+
+        usable: (n,) numbers of the test texts with a word.
+        """
+        if len(usable) < FEWEST_TESTS:
+            raise UserError(
+                f"{len(usable)} test texts have a word, and {FEWEST_TESTS} are needed; give more "
+                "with --tests 0, or more labelled texts."
+            )
+        classes = self.labelled.classes
+        count = np.bincount(self.labelled.label[usable], minlength=len(classes))
+        for name, n in zip(classes, count.tolist()):
+            if n < FEWEST_OF_CLASS:
+                raise UserError(
+                    f"class {name!r} has {n} of the {len(usable)} test texts with a word, and "
+                    f"each class needs {FEWEST_OF_CLASS}; give more with --tests 0, or more "
+                    "labelled texts."
+                )
 
     def discover_codes(self, again):
         """Codes of the vectors, by every method with every seed."""
         clvq = {name: getattr(self.settings, name) for name in CLVQ_SETTINGS}
-        self.stamp("discover", "vectors", "seeds", methods=self.methods, k=self.k, **clvq)
+        switches_of = {"clvq": clvq, "vq": clvq, "sae": {"active": self.settings.active}}
+        asked = {method: switches_of.get(method, {}) for method in self.methods}
+        self.stamp("discover", "vectors", "seeds", k=self.k, methods=asked)
         self.codes = {}
-        for method in self.methods:
-            switches = clvq if method in ("clvq", "vq") else {}
+        for method, switches in asked.items():
             for seed in self.seeds:
                 self.codes[method, seed] = self._codes(method, seed, switches, again)
 
@@ -201,7 +249,7 @@ class Pipeline:
             if codes.settings.get("made") == stamp:
                 return codes
         print(f"discover  {method}, seed {seed}", flush=True)
-        if switches:
+        if method in ("clvq", "vq"):
             switches = {**switches, "device": self._device()}
         codes = discover(method, self.vectors, self.k, seed, **switches)
         codes.settings["made"] = stamp
@@ -231,15 +279,22 @@ class Pipeline:
 
     def find_salient_words(self, again):
         """The word of each test text that decided the prediction most."""
-        stamp = self.stamp("salience", "vectors", "nodes", "tests")
+        stamp = self.stamp("salience", "vectors", "nodes", "gap", "max_nodes", "tests")
         path = self.out / "salience.npz"
         self.salience = None if again else load_salience(path, stamp)
         if self.salience is None:
             self.salience = salience.find_salient_words(
-                self.model, self.text, self.test_rows, self.layers[0], self.settings.nodes
+                self.model,
+                self.text,
+                self.test_rows,
+                self.layers[0],
+                self.settings.nodes,
+                self.settings.gap,
+                self.settings.max_nodes,
             )
             with atomic_write(path) as file:
                 np.savez(file, made=stamp, **vars(self.salience))
+        print(report.completeness(self.salience.facts(self.settings.gap)), flush=True)
         self.salient_texts = ablate.select(self.model, self.text, self.vectors, self.salience)
 
     def measure_faithfulness(self, again):
@@ -338,6 +393,11 @@ def check_settings(settings):
             f"--tests {settings.tests} are too few for the probes; give {FEWEST_TESTS} or more, or "
             "0 for all."
         )
+    if settings.max_nodes < settings.nodes:
+        raise UserError(
+            f"--max-nodes {settings.max_nodes} is less than --nodes {settings.nodes}; give "
+            f"{settings.nodes} or more."
+        )
     choose_methods(settings.methods)
     terminal.plain_file(settings.replay, "--replay")
 
@@ -346,7 +406,7 @@ def choose_layers(text, n_layers):
     """[lower, upper] from --layers.
 
     By default the last layer, and the one two or a third of all layers below it, whichever is
-    further, but not the embeddings.
+    further, but not the embeddings. Raises UserError for layers that do not exist.
     """
     if not text:
         distance = max(2, n_layers // 3)
@@ -354,6 +414,7 @@ def choose_layers(text, n_layers):
     layers = terminal.number_list(text, "--layers", whole_number, "1,3")
     if len(layers) != 2:
         raise UserError(f"--layers {text} must be two different numbers, like 1,3.")
+    word_vectors.check_layers(layers, n_layers)
     return layers
 
 

@@ -19,6 +19,8 @@ COLUMNS = {  # of the table of codebooks: name and width
     "active": 8,
     "explained": 11,
     "stability": 11,
+    "as clvq": 9,
+    "as start": 10,
     "proxy own": 11,
     "another": 9,
     "random": 8,
@@ -46,7 +48,7 @@ def collect(run):
         "labelled": run.facts["labelled"],
         "classifier": run.facts["test"],
         "words": {split: int(run.vectors.rows(split).sum()) for split in SPLITS},
-        "salience": run.salience.facts(run.settings.nodes),
+        "salience": run.salience.facts(run.settings.gap),
         "controls": run.controls,
         "methods": {method: collect_method(run, method) for method in run.methods},
         "not_run": not_run,
@@ -62,8 +64,9 @@ def collect_method(run, method):
     by_seed = {str(seed): run.codes[method, seed] for seed in run.seeds}
     every = list(by_seed.values())
     settings = {name: value for name, value in every[0].settings.items() if name != "made"}
-    health, explained, proxy = {}, {}, {}
+    health, explained, proxy, agreement = {}, {}, {}, {}
     for seed, codes in by_seed.items():
+        agreement[seed] = agreements(run, codes)
         health[seed] = {name: v for name, v in codes.health.items() if name != "epochs"}
         explained[seed] = codebook_checks.explained_by_codes(run.vectors, codes)
         proxy[seed] = run.by_seed[seed]["proxy"][method]
@@ -76,10 +79,26 @@ def collect_method(run, method):
         "epochs": every[0].health.get("epochs"),
         "explained_by_codes": explained,
         "stability": stability,
+        "agreement": agreement,
         "faithfulness": run.by_seed[str(run.seeds[0])]["methods"][method],
         "naive_bayes_proxy": proxy,
         **shown_codes(run, method),
     }
+
+
+def agreements(run, codes):
+    """Adjusted mutual information of Codes with clvq's of the same seed, and with their own start.
+
+    {"clvq": over the test words, None for clvq itself and where it was not run; "start": None for
+    a method whose training has no codes to start from}.
+    """
+    other = run.codes.get(("clvq", codes.seed))
+    with_clvq = None
+    if other is not None and codes.method != "clvq":
+        with_clvq = codebook_checks.agreement_on_test(
+            run.vectors, codes.assignment, other.assignment
+        )
+    return {"clvq": with_clvq, "start": codes.health.get("ami_start")}
 
 
 # ---- concepts to show ----------------------------------------------------------------------------
@@ -189,6 +208,8 @@ def table(result):
         numbers = codebook_numbers(method, str(result["seed"]))
         cells = [cell(number, width) for number, width in zip(numbers, COLUMNS.values())]
         lines.append(f"{name:<8}" + "".join(cells))
+    if at_chance(result["classifier"]):
+        parts.insert(0, chance_sentence(result["classifier"]))
     judge = result["judge"] if isinstance(result["judge"], str) else "in judge.json"
     end = f"language-model judges: {judge}\npeople: {result['people']}"
     return "\n\n".join([*parts, "\n".join(lines), end])
@@ -199,19 +220,45 @@ def codebook_numbers(method, seed):
     usage = method["health"][seed]["test"]
     stability = method["stability"]
     proxy = method["naive_bayes_proxy"][seed]
-    agreement = [proxy["agreement"][name] for name in ("own", "another", "random words")]
+    guessed = [proxy["agreement"][name] for name in ("own", "another", "random words")]
     return [
         usage["perplexity"],
         usage["active"],
         method["explained_by_codes"][seed],
         stability["mean"] if isinstance(stability, dict) else None,
-        *agreement,
+        *method["agreement"][seed].values(),
+        *guessed,
         proxy["majority"],
     ]
 
 
 def cell(number, width):
     return "-".rjust(width) if number is None else f"{number:{width}.3g}"
+
+
+def completeness(facts):
+    """Salience.facts in one line: points on the paths, and how far attributions add up."""
+    points = [int(n) for n in facts["nodes"]]
+    return (
+        f"salience  {min(points)} to {max(points)} points; attributions miss the logit by "
+        f"{facts['gap_mean']:.2%} on average and {facts['gap_max']:.2%} at most; {facts['above']} "
+        f"of {facts['texts']} texts miss it by more than {facts['tolerance']:.2%}"
+    )
+
+
+def at_chance(test):
+    """Whether the 95 % interval of a classifier's accuracy reaches down to chance."""
+    return test["ci95"][0] <= test["chance"]
+
+
+def chance_sentence(test):
+    """What it means for everything else that a classifier is at chance."""
+    low, high = test["ci95"]
+    return (
+        f"This classifier is at chance: accuracy {test['accuracy']:.3f} (95 %: {low:.3f} to "
+        f"{high:.3f}; chance {test['chance']:.3f}). It has nothing to lose, so no ablation below "
+        "shows that it relies on a concept."
+    )
 
 
 def people_table(scores):

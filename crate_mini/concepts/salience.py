@@ -6,6 +6,9 @@ target is the logit of the predicted class. Attributions then add up to the diff
 between both ends (completeness, Sundararajan et al. 2017), up to the error of the quadrature, which
 `gap` measures. The path does not start at 0: LayerNorm sees the same direction all along a path
 from 0, so that everything would happen in the first step.
+
+How many points a path needs differs from text to text, so the points of a text are doubled until
+its own gap is small.
 """
 
 from dataclasses import dataclass
@@ -16,7 +19,10 @@ import torch
 from crate_mini.concepts.classifier import batches
 from crate_mini.console import terminal
 
-NODES = 16  # of the Gauss-Legendre rule; take more where `gap` is large
+NODES = 16  # of the Gauss-Legendre rule, at first
+MOST_NODES = 256
+TOLERANCE = 0.02  # largest gap of a text, as a share of its difference
+FLOOR = 0.1  # of the mean |difference|: a smaller one counts as this much
 
 
 @dataclass
@@ -25,7 +31,7 @@ class Salience:
 
     position: number of the salient word in its text, -1 in a text without words. difference: of
     the logit of the predicted class between text and baseline. gap: sum of the attributions minus
-    that difference.
+    that difference. nodes: points on the path.
     """
 
     sentence: np.ndarray
@@ -33,17 +39,34 @@ class Salience:
     predicted: np.ndarray
     difference: np.ndarray
     gap: np.ndarray
+    nodes: np.ndarray
 
-    def facts(self, nodes):
-        """How complete the attributions are; gaps as shares of the mean |difference|."""
-        size = np.abs(self.difference).mean() or 1.0
+    def relative_gap(self):
+        """(n,) |gap| as a share of the text's own |difference|, of FLOOR of the mean at least.
+
+        Where the difference is near 0, its share would ask for more digits than float32 has.
+        """
+        size = np.abs(self.difference)
+        floor = FLOOR * size.mean() or 1.0
+        return np.abs(self.gap) / np.maximum(size, floor)
+
+    def facts(self, tolerance=TOLERANCE):
+        """How complete the attributions are: a JSON-able dict.
+
+        nodes: {points: texts that took them}. gap_mean, gap_max: of `relative_gap`. above: texts
+        whose gap stayed above the tolerance.
+        """
+        points, texts = np.unique(self.nodes, return_counts=True)
+        gap = self.relative_gap()
         return {
-            "texts": len(self.gap),
+            "texts": len(gap),
             "without_words": int((self.position < 0).sum()),
-            "nodes": nodes,
-            "mean_difference": float(size),
-            "gap_mean": float(np.abs(self.gap).mean() / size),
-            "gap_max": float(np.abs(self.gap).max() / size),
+            "nodes": dict(zip(map(str, points.tolist()), texts.tolist())),
+            "tolerance": tolerance,
+            "mean_difference": float(np.abs(self.difference).mean()),
+            "gap_mean": float(gap.mean()),
+            "gap_max": float(gap.max()),
+            "above": int((gap > tolerance).sum()),
         }
 
 
@@ -70,15 +93,32 @@ def attributions(model, ids, lengths, layer, nodes=NODES):
     return attribution, predicted[:, 0], difference
 
 
-def find_salient_words(model, text, rows, layer, nodes=NODES, size=32):
+def find_salient_words(
+    model, text, rows, layer, nodes=NODES, tolerance=TOLERANCE, most_nodes=MOST_NODES, size=32
+):
     """The Salience of the texts `rows` (n,) of TextWords.
 
-    A word counts as much as its token with the largest |attribution|. The authors take the largest
-    attribution and then its absolute value, which passes over words that speak against the class.
+    Every text gets `nodes` points; those whose `relative_gap` is above the tolerance get twice as
+    many, again and again, up to `most_nodes`. A word counts as much as its token with the largest
+    |attribution|. The authors take the largest attribution and then its absolute value, which
+    passes over words that speak against the class.
     """
+    found = with_nodes(model, text, rows, layer, nodes, size)
+    rest = np.flatnonzero(found.relative_gap() > tolerance)
+    while len(rest) and nodes < most_nodes:
+        nodes = min(2 * nodes, most_nodes)
+        better = with_nodes(model, text, found.sentence[rest], layer, nodes, size)
+        for name, values in vars(better).items():
+            getattr(found, name)[rest] = values
+        rest = np.flatnonzero(found.relative_gap() > tolerance)
+    return found
+
+
+def with_nodes(model, text, rows, layer, nodes, size):
+    """The Salience of the texts `rows` (n,), in their order, with the same points for all."""
     device = model.head.weight.device
     parts = []
-    for batch, T in terminal.track(list(batches(rows, text.lengths, size)), "salience"):
+    for batch, T in terminal.track(list(batches(rows, text.lengths, size)), f"salience {nodes}"):
         ids = text.ids[batch, :T].to(device)
         results = attributions(model, ids, text.lengths[batch], layer, nodes)
         by_token, predicted, difference = (t.cpu().numpy() for t in results)
@@ -86,5 +126,6 @@ def find_salient_words(model, text, rows, layer, nodes=NODES, size=32):
         score = np.where(word_of >= 0, np.abs(by_token), -1.0)
         position = word_of[np.arange(len(batch)), score.argmax(1)]
         gap = by_token.sum(1) - difference
-        parts.append((batch.numpy(), position, predicted, difference, gap))
+        points = np.full(len(batch), nodes)
+        parts.append((batch.numpy(), position, predicted, difference, gap, points))
     return Salience(*map(np.concatenate, zip(*parts)))

@@ -80,22 +80,29 @@ def split_words(pieces, encode):
 # ---- vectors -------------------------------------------------------------------------------------
 
 
-def extract(model, text, labelled, layers, least=5, most=20, tests=None, facts=None):
-    """Vectors of the words of TextWords in two layers of a Classifier.
+@dataclass
+class ChosenWords:
+    """N words of TextWords that get vectors, by the rule of `choose`.
+
+    places: (N, 3) text, last token, number in the text; sorted by text. word: (N,) index into
+    vocabulary, a list of str. least, most: of the rule.
+    """
+
+    places: np.ndarray
+    word: np.ndarray
+    vocabulary: list
+    least: int
+    most: int
+
+
+def choose(text, labelled, least=5, most=20, tests=None):
+    """The ChosenWords of TextWords; no model is needed.
 
     labelled: the Labelled that the texts come from. Of the train and stop texts, words that occur
     at least `least` times in training texts, and of each word its first `most` occurrences in
     either split; of the test texts every word (the rule of CLVQ-VAE's and LACOAT's code). tests:
-    rows of the test texts to use, all if None. facts: added to those of the Vectors. Raises
-    UserError for layers that do not exist, and when no word is frequent enough.
+    rows of the test texts to use, all if None. Raises UserError when no word is frequent enough.
     """
-    lower, upper = layers
-    last = len(model.lm.blocks)
-    if not 0 <= lower <= upper <= last:
-        raise UserError(
-            f"layers {lower},{upper} do not exist; give two of 0 to {last}, the first not above "
-            "the second, such as --layers 1,3."
-        )
     wanted = labelled.split != SPLITS["test"]
     wanted[labelled.split == SPLITS["test"] if tests is None else tests] = True
     places, spelled = find_words(text, np.flatnonzero(wanted))
@@ -106,21 +113,39 @@ def extract(model, text, labelled, layers, least=5, most=20, tests=None, facts=N
         raise UserError(
             f"no word occurs {least} times in the training texts; give more texts, or --least 1."
         )
-    places, word = places[keep], word[keep]
-    lower_states, upper_states = gather(model, text, places, layers)
-    about = {"layers": [lower, upper], "least": least, "most": most, "labelled": labelled.facts}
+    return ChosenWords(places[keep], word[keep], vocabulary.tolist(), least, most)
+
+
+def extract(model, text, labelled, layers, words, facts=None):
+    """Vectors of ChosenWords in two layers of a Classifier.
+
+    facts: added to those of the Vectors. Raises UserError for layers that do not exist.
+    """
+    check_layers(layers, len(model.lm.blocks))
+    lower_states, upper_states = gather(model, text, words.places, layers)
+    about = {"layers": list(layers), "least": words.least, "most": words.most}
     return Vectors(
         lower_states,
         upper_states,
-        sentence=places[:, 0],
-        word=word,
-        position=places[:, 2],
+        sentence=words.places[:, 0],
+        word=words.word,
+        position=words.places[:, 2],
         label=labelled.label,
         split=labelled.split,
-        vocabulary=vocabulary.tolist(),
+        vocabulary=words.vocabulary,
         classes=labelled.classes,
-        facts={**about, **(facts or {})},
+        facts={**about, "labelled": labelled.facts, **(facts or {})},
     )
+
+
+def check_layers(layers, last):
+    """Raise UserError unless both layers exist in a model of `last` blocks, the lower one first."""
+    lower, upper = layers
+    if not 0 <= lower <= upper <= last:
+        raise UserError(
+            f"layers {lower},{upper} do not exist; give two of 0 to {last}, the first not above "
+            f"the second, such as --layers {max(0, last - 2)},{last}."
+        )
 
 
 def find_words(text, rows):

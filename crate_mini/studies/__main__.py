@@ -8,6 +8,7 @@
     neurons     what do neurons know beyond the token, and how predictable are they?
     judges      a language model explains those neurons and simulates them
     concepts    do classifiers rely on the concepts found in them?
+    codes       do the codes of a CLVQ-VAE leave the clusters that they start from?
     steering    dose and response of steering the models of `models`
     bench       kernels against eager and compiled PyTorch
     gpu         everything that needs a GPU: tests, kernels, training steps
@@ -29,6 +30,7 @@ COMMANDS = {
     "neurons": "crate_mini.studies.neurons",
     "judges": "crate_mini.studies.judges",
     "concepts": "crate_mini.studies.concepts",
+    "codes": "crate_mini.studies.codes",
     "steering": "crate_mini.studies.steering",
     "bench": "crate_mini.studies.bench",
     "gpu": "crate_mini.studies.gpu",

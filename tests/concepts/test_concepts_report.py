@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from crate_mini import UserError
 from crate_mini.concepts import page, report, survey
+from crate_mini.concepts.codebook_checks import adjusted_mutual_information
 from crate_mini.concepts.pipeline import Pipeline
 from crate_mini.concepts.types import Codes
 from crate_mini.console import results
@@ -51,6 +52,41 @@ def test_the_page_lets_nothing_of_the_corpus_through(folder):
 
 def test_the_figure_is_there(folder):
     assert (folder / "concepts.png").stat().st_size > 5000
+
+
+@pytest.fixture
+def result(folder):
+    return results.read_json(folder / "concepts.json")
+
+
+@pytest.mark.parametrize("low, times", [(0.43, 1), (0.5, 1), (0.51, 0)])
+def test_a_classifier_at_chance_is_said_once_at_the_top(result, low, times):
+    classifier = {**result["classifier"], "accuracy": 0.55, "ci95": [low, 0.6], "chance": 0.5}
+    result = {**result, "classifier": classifier}
+    content = page.page(result, "title").decode()
+    table = report.table(result)
+    assert content.count("This classifier is at chance: accuracy 0.550") == times
+    assert table.count("This classifier is at chance: accuracy 0.550") == times
+    if times:
+        assert content.index("is at chance:") < content.index("<dl>") < content.index("<h2>")
+        assert table.startswith("This classifier is at chance")
+
+
+def test_agreement_with_clvq_and_with_the_start_is_printed(finished, result, folder):
+    codes = {name: finished.codes[name, 0] for name in ("clvq", "kmeans")}
+    test = finished.vectors.rows("test")
+    expected = adjusted_mutual_information(*(c.assignment[test] for c in codes.values()))
+    kmeans, clvq = (result["methods"][name]["agreement"]["0"] for name in ("kmeans", "clvq"))
+    assert kmeans == {"clvq": pytest.approx(expected), "start": None}
+    assert clvq == {"clvq": None, "start": pytest.approx(codes["clvq"].health["ami_start"])}
+    content = (folder / "concepts.html").read_text(encoding="utf-8")
+    assert f"Agreement with the codes of clvq: {expected:.2f}" in content
+    assert f"from which training started: {clvq['start']:.2f}" in content
+    lines = report.table(result).splitlines()
+    head = next(line for line in lines if line.startswith("method"))
+    row = next(line for line in lines if line.startswith("kmeans"))
+    end = head.index("as clvq") + len("as clvq")
+    assert row[:end].endswith(f"{expected:.3g}")
 
 
 def numbers(method):

@@ -9,8 +9,9 @@ import torch
 from planted_vectors import planted
 
 from crate_mini import UserError
-from crate_mini.concepts import codebook_checks
+from crate_mini.concepts import clvqvae, codebook_checks
 from crate_mini.concepts.codebook_checks import adjusted_mutual_information
+from crate_mini.concepts.kmeans import nearest, spherical
 from crate_mini.concepts.methods import METHODS, discover
 
 TINY = {"layers": 1, "heads": 2, "epochs": 6, "batch": 8}
@@ -36,6 +37,30 @@ def test_two_planted_concepts_are_found_again_and_again(name):
     assert torch.equal(state, torch.get_rng_state())
     for split in ("train", "stop", "test"):
         assert codes.health[split]["active"] == 2 and 1.8 < codes.health[split]["perplexity"] <= 2
+
+
+def test_an_sae_with_the_budget_of_one_code_finds_as_many_concepts_as_kmeans():
+    v = planted(300, d=48, n_concepts=32)
+    budgets = {"kmeans": {}, "sae": {"steps": 1000}, "sae, 8": {"steps": 1000, "active": 8}}
+    found = {}
+    for name, switches in budgets.items():
+        codes = discover(name.split(",")[0], v, 32, **switches)
+        found[name] = adjusted_mutual_information(codes.assignment, v.word)
+    assert found["kmeans"] > 0.93 and found["sae"] > found["kmeans"] - 0.04
+    assert found["sae, 8"] < found["kmeans"] - 0.06  # features that share a word split its concept
+
+
+@pytest.mark.parametrize("name", ["clvq", "vq"])
+def test_codes_are_compared_with_the_clusters_that_they_start_from(name):
+    v = planted(150, n_concepts=6, noise=0.8)
+    codes = discover(name, v, 6, 1, **{**TINY, "lr": 0.02})
+    scale = clvqvae.scales(v, "lower")[0]
+    x = torch.from_numpy(v.lower) / scale
+    start, _ = nearest(x, spherical(x[torch.from_numpy(v.rows("train"))], 6, 1))
+    test = v.rows("test")
+    expected = adjusted_mutual_information(codes.assignment[test], start.numpy()[test])
+    assert codes.health["ami_start"] == pytest.approx(expected) and expected < 1
+    assert "ami_start" not in discover("kmeans", v, 6, 1).health
 
 
 @pytest.mark.parametrize("name", ["clvq", "vq", "kmeans", "ward"])  # an SAE's bias may hold one
@@ -102,6 +127,7 @@ def test_switches_reach_the_sae():
         ("vq", 2, {"direction": "up"}, "choose code or members"),
         ("sae", 2, {"direction": "up"}, "choose decoder or encoder"),
         ("sae", 2, {"active": 0}, "at least 1"),
+        ("sae", 2, {"active": 3}, "active 3 is more than the 2 features"),
     ],
 )
 def test_bad_input_is_one_sentence(name, k, switches, message):

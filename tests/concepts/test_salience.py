@@ -52,4 +52,55 @@ def test_the_salient_word_is_the_one_that_is_read():
     assert words.position.tolist() == [1, -1, 3]
     assert words.predicted[0] == 0
     assert words.difference[0] == pytest.approx(2.0)
-    assert words.facts(16)["gap_max"] < 1e-5
+    assert words.facts()["gap_max"] < 1e-5
+
+
+def many_texts(tokenizer):
+    """TextWords of texts of different lengths."""
+    texts = [*TEXTS, *(" ".join(TEXTS[2].split()[:n]) for n in range(1, 12))]
+    return word_vectors.read(tokenizer, texts, 40, "start")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_whose_attributions_do_not_add_up_get_more_points(kind):
+    """And only these: every text stays at the first number of points that is enough for it."""
+    lm = random_classifier(kind)
+    text = many_texts(load_tokenizer(SPEC))
+    rows = np.arange(len(text.words))
+    found = salience.find_salient_words(lm, text, rows, 1, nodes=1, tolerance=0.01, most_nodes=64)
+    assert found.sentence.tolist() == rows.tolist()
+    size = np.abs(found.difference)
+    allowed = 0.01 * np.maximum(size, salience.FLOOR * size.mean())
+    assert len(set(found.nodes)) > 1
+    for row, nodes in zip(rows, found.nodes):
+        gaps = []
+        for points in (nodes // 2, nodes):
+            if points:
+                by_token, _, difference = salience.attributions(
+                    lm, text.ids[row : row + 1], text.lengths[row : row + 1], 1, points
+                )
+                gaps.append(abs(float(by_token.sum() - difference)))
+        assert gaps[-1] == pytest.approx(abs(found.gap[row]), abs=1e-9)
+        assert gaps[-1] <= allowed[row] or nodes == 64
+        assert len(gaps) == 1 or gaps[0] > allowed[row]
+    facts = found.facts(0.01)
+    assert sum(facts["nodes"].values()) == len(rows)
+    assert facts["above"] == (np.abs(found.gap) > allowed).sum()
+    assert facts["gap_max"] == pytest.approx(0.01 * (np.abs(found.gap) / allowed).max())
+
+
+def test_points_have_an_upper_bound():
+    text = many_texts(load_tokenizer(SPEC))
+    rows = np.arange(4)
+    lm = random_classifier("crate")
+    found = salience.find_salient_words(lm, text, rows, 1, nodes=3, tolerance=1e-15, most_nodes=10)
+    assert found.nodes.tolist() == [10] * 4 and found.facts(1e-15)["above"] == 4
+
+
+def test_a_difference_near_zero_does_not_ask_for_ever_more_points():
+    one = np.ones(4)
+    difference = np.array([1.0, -1.0, 2.0, 0.0])
+    found = salience.Salience(one, one, one, difference, np.array([0.1, 0.1, 0.1, 0.001]), one)
+    assert found.relative_gap() == pytest.approx([0.1, 0.1, 0.05, 0.01])
+    nothing = salience.Salience(one, one, one, 0 * one, 0 * one, one)
+    assert nothing.relative_gap().tolist() == [0.0] * 4

@@ -60,7 +60,8 @@ def model(request):
 def test_vectors_hold_the_states(model, tokenizer):
     texts = labelled()
     text = word_vectors.read(tokenizer, texts.texts, 40, "start")
-    v = word_vectors.extract(model, text, texts, (1, 3), least=2, most=5)
+    words = word_vectors.choose(text, texts, least=2, most=5)
+    v = word_vectors.extract(model, text, texts, (1, 3), words)
     states = model.states(text.ids)
     for i in range(0, len(v.word), 37):
         s = v.sentence[i]
@@ -73,7 +74,8 @@ def test_vectors_hold_the_states(model, tokenizer):
 def test_words_follow_the_frequency_filter(model, tokenizer):
     texts = labelled()
     text = word_vectors.read(tokenizer, texts.texts, 40, "start")
-    v = word_vectors.extract(model, text, texts, (1, 3), least=2, most=5)
+    words = word_vectors.choose(text, texts, least=2, most=5)
+    v = word_vectors.extract(model, text, texts, (1, 3), words)
     spelled = np.array(v.vocabulary)[v.word]
     for split in ("train", "stop"):
         words, counts = np.unique(spelled[v.rows(split)], return_counts=True)
@@ -81,7 +83,8 @@ def test_words_follow_the_frequency_filter(model, tokenizer):
     for s in np.flatnonzero(texts.split == SPLITS["test"]):  # every word of every test text
         assert spelled[v.sentence == s].tolist() == text.words[s]
     some = np.flatnonzero(texts.split == SPLITS["test"])[[0, 2, 5]]
-    few = word_vectors.extract(model, text, texts, (1, 3), least=2, most=5, tests=some)
+    fewer = word_vectors.choose(text, texts, least=2, most=5, tests=some)
+    few = word_vectors.extract(model, text, texts, (1, 3), fewer)
     assert set(few.sentence[few.rows("test")]) == set(some)
 
 
@@ -89,6 +92,6 @@ def test_layers_and_words_that_do_not_exist_are_one_sentence(model, tokenizer):
     texts = labelled()
     text = word_vectors.read(tokenizer, texts.texts, 40, "start")
     with pytest.raises(UserError, match="layers 2,1 do not exist"):
-        word_vectors.extract(model, text, texts, (2, 1))
+        word_vectors.extract(model, text, texts, (2, 1), word_vectors.choose(text, texts))
     with pytest.raises(UserError, match="no word occurs 99 times"):
-        word_vectors.extract(model, text, texts, (1, 3), least=99)
+        word_vectors.choose(text, texts, least=99)

@@ -65,7 +65,7 @@ def folder():
     vectors = planted()
     vectors.save(root / "vectors.npz")
     discover("kmeans", vectors, 2).save(root / "codes-kmeans-0.npz")
-    found = salience.Salience(np.arange(4), np.arange(4), np.ones(4), np.ones(4), np.ones(4))
+    found = salience.Salience(*[np.arange(4)] * 3, *[np.ones(4)] * 3)
     with atomic_write(root / "salience.npz") as file:
         np.savez(file, made="stamp", **vars(found))
     results.write_json(root / "faithfulness.json", {"made": "stamp", "seeds": {"0": [0.5, 1]}})
