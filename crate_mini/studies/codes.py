@@ -38,8 +38,8 @@ PAPER = {
 }
 RECIPES = {  # changes to clvqvae.Settings, and the codes at the start
     "paper, T by width": (PAPER, "clusters"),
-    "ours": ({}, "clusters"),
     "paper, random start": (PAPER, "words"),
+    "ours": ({}, "clusters"),
     "paper, T = 1": (PAPER, "clusters"),
 }
 BY_WIDTH = ("paper, T by width", "paper, random start")
