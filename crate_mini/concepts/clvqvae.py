@@ -389,7 +389,7 @@ def make_optimizer(model):
     others = [p for p in model.parameters() if p.ndim <= 1]
     decay = model.settings.weight_decay
     groups = [{"params": matrices, "weight_decay": decay}, {"params": others}]
-    return torch.optim.Adam(groups, model.settings.lr)
+    return torch.optim.Adam(groups, model.settings.lr, fused=True)  # a third of the step's time
 
 
 def train_epoch(model, words, optimizer, generator, shuffle):

@@ -24,6 +24,7 @@ from crate_mini.training.device import machine
 
 WORDS_PER_CODE = 200  # training words, as in the paper
 PAPER_WIDTH = 768  # of BERT and RoBERTa
+PER_STEP = 1.9  # words that a step shows to each code: 128 sentences of 5.9 words, 400 codes
 PAPER = {
     "unit": "raw",
     "temperature": 1.0,
@@ -34,12 +35,11 @@ PAPER = {
     "heads": 8,
     "ffn": 8 / 3,  # 2,048 at the paper's width
     "lr": 5e-3,
-    "batch": 128,
 }
 RECIPES = {  # changes to clvqvae.Settings, and the codes at the start
     "paper, T by width": (PAPER, "clusters"),
-    "paper, random start": (PAPER, "words"),
     "ours": ({}, "clusters"),
+    "paper, random start": (PAPER, "words"),
     "paper, T = 1": (PAPER, "clusters"),
 }
 BY_WIDTH = ("paper, T by width", "paper, random start")
@@ -116,16 +116,21 @@ def shortened(vectors, n_words):
 def recipe(name, vectors, k, settings):
     """(clvqvae.Settings, codes at the start or None for clusters) of one of RECIPES.
 
-    T by width: D grows with the width, and so T = 1 at the paper's width is T = d / 768 here.
+    Codes follow words by a moving average of about 100 steps, so every recipe keeps the paper's words
+    per code and step, not its texts. T by width: D grows with the width, and so T = 1 at the
+    paper's width is T = d / 768 here.
     """
     changes, start = RECIPES[name]
     changes = {**changes, "codes": k, "epochs": settings.epochs, "patience": settings.epochs}
     d = vectors.lower.shape[1]
+    train = vectors.rows("train")
+    texts = len(np.unique(vectors.sentence[train]))
+    changes["batch"] = max(1, round(PER_STEP * k * texts / train.sum()))
     if name in BY_WIDTH:
         changes["temperature"] = d / PAPER_WIDTH
     if start == "clusters":
         return clvqvae.Settings(**changes), None
-    words = vectors.lower[vectors.rows("train")]
+    words = vectors.lower[train]
     drawn = np.random.default_rng(settings.seed).choice(len(words), k, replace=False)
     return clvqvae.Settings(**changes), words[drawn]
 

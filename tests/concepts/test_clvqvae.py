@@ -240,8 +240,8 @@ def test_weight_decay_applies_to_matrices(monkeypatch):
     optimizers = []
     Adam = torch.optim.Adam
 
-    def make(groups, lr):
-        optimizers.append(Adam(groups, lr))
+    def make(groups, lr, fused):
+        optimizers.append(Adam(groups, lr, fused=fused))
         return optimizers[-1]
 
     monkeypatch.setattr(torch.optim, "Adam", make)

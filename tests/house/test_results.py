@@ -105,3 +105,37 @@ def test_what_concepts_are_worth():
     cases = re.search(r"in (\d+ of \d+) cases", sentence)[1]
     assert f"accuracy by {falls.replace(' to ', ' to ')}" in README
     assert f"in only {cases} cases" in README
+
+
+def digits(values):
+    """Numbers of a list in prose: two digits, at most three places."""
+    words = [f"{value:.2f}" if value >= 0.1 else f"{value:.3f}" for value in values]
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def test_each_cost_of_an_autoencoder_is_named():
+    """KL and loss are two quantities, and each number stands behind its name."""
+    inserted = [row for row in twin()["inserted"] if row["kind"] == "feature"]
+    kl = f"a KL of {digits([row['kl'] for row in inserted])} nats by layer"
+    assert kl in README and kl in WORDS
+    assert f"{kl}, and the loss by {digits([row['loss'] for row in inserted])}" in WORDS
+
+
+def twin():
+    return result("steering")["models"]["gpt2"]
+
+
+def test_a_random_direction_does_as_much_in_all_models_but_the_twin():
+    models = result("steering")["models"]
+    own = {name: model["contrasts"]["neuron - random"]["own"] for name, model in models.items()}
+    worse = [name for name, contrast in own.items() if contrast["ci95"][0] > 0]
+    assert worse == ["gpt2"]
+    for text in (README, WORDS):
+        assert f"just as much, in the twin {own['gpt2']['mean']:.2f} nats less" in text
+
+
+def test_features_that_never_reach_the_kl_are_counted():
+    steered = twin()["summary"]["feature"]
+    n = steered["at_kl"]["own"]["n"]
+    of = max(dose["kl"]["n"] for dose in steered["doses"].values())
+    assert f"Of {of} autoencoder features {n} reach that KL and {of - n} never do" in WORDS

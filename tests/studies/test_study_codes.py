@@ -44,7 +44,9 @@ def test_it_follows_the_codes_of_every_recipe(tmp_path, monkeypatch, capsys):
         assert [len(run["epochs"]), run["untrained"]["moved"]] == [3, 0.0]
         assert all(-0.2 < epoch["ami_start"] <= 1 for epoch in run["epochs"])
     temperatures = [run["settings"]["T"] for run in content["runs"].values()]
-    assert temperatures[0] == temperatures[1] == 16 / 768 and temperatures[3] == 1.0
+    assert temperatures[0] == temperatures[2] == 16 / 768 and temperatures[3] == 1.0
+    batches = [run["settings"]["batch"] for run in content["runs"].values()]
+    assert batches == [3, 3, 3, 3]  # 1.9 words for each of 5 codes, of 3 words a text
     first = content["runs"]["paper, T by width"]
     row = f"| paper, T by width | {first['untrained']['ami_start']:.2f} |"
     assert row in study.table(content) and study.table(content) in capsys.readouterr().out
