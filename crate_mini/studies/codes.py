@@ -78,7 +78,7 @@ def run(settings):
     k = settings.k or max(2, n_words["train"] // WORDS_PER_CODE)
     study = {
         "schema": 1,
-        "command": results.command("-m crate_mini.studies codes"),
+        "command": results.command("-m", "crate_mini.studies"),
         "commit": results.commit(),
         "machine": machine(torch.device("cpu")),
         "seed": settings.seed,
@@ -116,9 +116,9 @@ def shortened(vectors, n_words):
 def recipe(name, vectors, k, settings):
     """(clvqvae.Settings, codes at the start or None for clusters) of one of RECIPES.
 
-    Codes follow words by a moving average of about 100 steps, so every recipe keeps the paper's words
-    per code and step, not its texts. T by width: D grows with the width, and so T = 1 at the
-    paper's width is T = d / 768 here.
+    Codes follow words by a moving average of about 100 steps, so every recipe keeps the words per
+    code and step of the paper, not its texts per step. T by width: D grows with the width, and so
+    T = 1 at the paper's width is T = d / 768 here.
     """
     changes, start = RECIPES[name]
     changes = {**changes, "codes": k, "epochs": settings.epochs, "patience": settings.epochs}

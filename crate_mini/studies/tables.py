@@ -15,7 +15,7 @@ from crate_mini.console.terminal import Command
 from crate_mini.neurons.summary import STATUS
 from crate_mini.plots.markdown import markdown
 from crate_mini.steering.tables import cell, name, readme
-from crate_mini.studies import models_report, theory
+from crate_mini.studies import codes, models_report, theory
 
 NAMES = {"crate": "CRATE (paper)", "crate+": "crate+", "gpt2": "GPT-2 twin"}
 
@@ -210,6 +210,7 @@ TABLES = {
     "neurons": neurons,
     "steering": readme,
     "concepts": concepts,
+    "codes": codes.table,
 }
 FINDINGS = {"models": models_report.losses, "neurons": predictability, "steering": gains}
 

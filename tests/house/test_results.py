@@ -18,7 +18,8 @@ def result(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["models", "theory", "speed", "bench", "versions", "neurons", "steering", "concepts"]
+    "name",
+    ["models", "theory", "speed", "bench", "versions", "neurons", "steering", "concepts", "codes"],
 )
 def test_tables_are_those_of_the_files(name):
     table = tables.TABLES[name](result(name))
@@ -28,7 +29,18 @@ def test_tables_are_those_of_the_files(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["theory", "deps", "speed", "bench", "versions", "neurons", "steering", "concepts", "words"],
+    [
+        "theory",
+        "deps",
+        "speed",
+        "bench",
+        "versions",
+        "neurons",
+        "steering",
+        "concepts",
+        "codes",
+        "words",
+    ],
 )
 def test_the_report_names_the_commit_of_each_table(name):
     assert f"commit {result(name)['machine']['commit'][:12]}" in WORDS
@@ -139,3 +151,12 @@ def test_features_that_never_reach_the_kl_are_counted():
     n = steered["at_kl"]["own"]["n"]
     of = max(dose["kl"]["n"] for dose in steered["doses"].values())
     assert f"Of {of} autoencoder features {n} reach that KL and {of - n} never do" in WORDS
+
+
+def test_how_far_codes_move():
+    runs = result("codes")["runs"]
+    ends = [runs[name]["epochs"][-1] for name in ("ours", "paper, T by width")]
+    ours, paper = (f"{end['ami_start']:.2f}" for end in ends)
+    assert f"falls to {ours} in 50 epochs with our settings, and to {paper} with" in README
+    assert f"falls to {ours} with our settings and to {paper} with the authors'" in WORDS
+    assert ends[1]["explained"] <= 0 < ends[0]["explained"]

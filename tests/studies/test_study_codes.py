@@ -39,6 +39,7 @@ def test_it_follows_the_codes_of_every_recipe(tmp_path, monkeypatch, capsys):
     terminal.dispatch("-m crate_mini.studies", "", COMMANDS)
     content = results.read_json(tmp_path / "results" / "codes.json")
     assert list(content["runs"]) == list(study.RECIPES)
+    assert content["command"].startswith("python -m crate_mini.studies codes ")
     assert content["k"] == 5 and content["words"]["train"] == 201  # the last text stays whole
     for run in content["runs"].values():
         assert [len(run["epochs"]), run["untrained"]["moved"]] == [3, 0.0]
