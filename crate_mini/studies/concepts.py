@@ -56,6 +56,7 @@ KEPT_OF_METHOD = (
     "health",
     "explained_by_codes",
     "stability",
+    "agreement",
     "naive_bayes_proxy",
     "with_members",
     "wordless",
@@ -269,7 +270,14 @@ def cell(outcomes):
 def codebooks(result):
     """How codebooks are used, what they explain, how stable they are, what their words predict."""
     head = ["texts, model", "method", "perplexity of K", "largest", "explained", "stability (AMI)"]
-    head += ["proxy: own", "another", "random words", "majority"]
+    head += [
+        "as clvq (AMI)",
+        "as its start (AMI)",
+        "proxy: own",
+        "another",
+        "random words",
+        "majority",
+    ]
     rows = []
     for run in result["runs"]:
         texts = f"{run['texts']}, {NAMES[run['model']]}"
@@ -293,9 +301,18 @@ def codebook_numbers(method, usage):
         statistics.mean(test["largest"] for test in usage),
         statistics.mean(explained) if explained else None,
         stability["mean"] if isinstance(stability, dict) else None,
+        mean_agreement(method, "clvq"),
+        mean_agreement(method, "start"),
         *agreement,
         proxy[0]["majority"],
     ]
+
+
+def mean_agreement(method, other):
+    """Mean over seeds of a method's agreement; None without any, as in results made before it."""
+    values = [seed[other] for seed in method.get("agreement", {}).values()]
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
 
 
 COMMAND = Command(Settings, run, checkpoint=False, positional=("reviews", "ranks", "topics"))

@@ -76,6 +76,11 @@ def test_it_keeps_every_control_and_counts_what_survives(
     drop = 100 * np.mean([outcome["relative_drop"] for outcome in own])
     assert f"clvq, probe, mean: accuracy falls by {drop:.1f} %" in text
     assert "language-model judges: not run" in text
+    agreement = [seed["clvq"] for seed in concepts["methods"]["kmeans"]["agreement"].values()]
+    line = next(
+        line for line in text.splitlines() if line.startswith("| reviews, CRATE (paper) | k")
+    )
+    assert f"| {np.mean(agreement):.3f} | - |" in line
 
 
 def test_its_tables_can_be_printed_again(checkout, commands, monkeypatch, capsys):
