@@ -14,9 +14,14 @@ PRODUCTS, MEMORY = 0.7, 0.75  # shares of peak and bandwidth that large kernels 
 # Bytes per token and layer, for each unit of d, that norms, thresholds, residuals and the optimizer
 # move in a compiled step of 16 x 1024 tokens.
 ELEMENTWISE = 188
-# Bytes that the head moves per logit: in bf16 and float32, forward and gradient. This is for the
-# head as one op; where torch.compile fuses what lies between its products, about half.
-LOGIT = 26
+# Bytes that the head moves per logit, in bf16, forward and gradient: the logits are written, read
+# three times for their softmax, which is written and read in float32, the gradient takes their
+# place and is read by two products, and the sum of dW is updated (12 d bytes per 2,560 rows, at
+# d = 768). This is for the head as one op;
+# where torch.compile fuses what lies between its products, about half.
+LOGIT = 2 + 3 * 2 + 4 + 4 + 2 + 2 * 2 + 4
+# The same if maximum, exponential and sum worked on the logits in place, each a pass in bf16.
+LOGIT_IN_PLACE = 2 + 2 + (2 + 2) + (2 + 2) + 2 + 2 * 2 + 4
 OVERHEAD = 3e-3  # seconds of a step: launches, clipping, Adam
 
 

@@ -118,6 +118,21 @@ def test_the_shipped_tensor_core_kernels_spill_nothing_and_store_16_bytes():
         assert 0 < row["registers"] <= 65536 / (2 * 256), row  # so that two blocks of 256 fit
 
 
+def test_the_report_on_spills_is_that_of_all_architectures_we_build():
+    """In results/sass.json, and in the line that sums it up."""
+    file = json.loads((results.ROOT / "results" / "sass.json").read_text())
+    rows = file["stages"]["code"]["rows"]
+    [default] = re.findall('^ARCHS = "(.*)"', (results.ROOT / "setup.py").read_text(), re.M)
+    archs = [f"sm_{arch}" for arch in default.split()]
+    assert {row["arch"] for row in rows} == set(archs)
+    for row in rows:
+        assert row["stack"] == row["local"] == 0 and not {"LDL", "STL"} & set(row), row
+    report = " ".join((results.ROOT / "results" / "README.md").read_text().split())
+    named = f"{', '.join(archs[:-1])} and {archs[-1]}"
+    assert f"The CUDA files compile for {named}: no kernel spills" in report
+    assert f"`sass.json`, commit {file['machine']['commit']}" in report
+
+
 def test_without_an_extension_there_is_no_code_to_count(monkeypatch):
     monkeypatch.setattr(fused, "_C", None)
     with pytest.raises(UserError, match="no compiled extension to look into"):
@@ -144,6 +159,19 @@ def test_what_a_card_should_reach_is_written_down_before_it_runs(name, low, high
     assert rows["B 16x1024"]["tokens_per_s"]["crate"] < rates["crate"]
     wide, narrow = (rows[f"ista 65536x{d} both"]["compile_over_fused"] for d in (768, 128))
     assert max(wide) < 1 <= min(narrow)
+
+
+def test_the_readme_weighs_the_heads_bytes_against_those_in_place():
+    """bf16 logits less their maximum are rounded again, by less than a step of bf16 each."""
+    text = " ".join((results.ROOT / "README.md").read_text().split())
+    assert f"moves {expected.LOGIT} bytes per logit" in text
+    assert f"in bf16, would move {expected.LOGIT_IN_PLACE}, but round every logit twice" in text
+    logits = torch.randn(4, 99, generator=torch.Generator().manual_seed(0)).mul(5).bfloat16()
+    assert torch.logsumexp(logits, -1).dtype == torch.bfloat16, "PyTorch sums in float32 now"
+    in_place = logits - logits.amax(-1, keepdim=True)
+    exact = logits.double() - logits.double().amax(-1, keepdim=True)
+    assert not torch.equal(in_place.double(), exact)
+    assert (in_place.double() - exact).abs().max() < 2**-8 * exact.abs().max()
 
 
 def test_the_readme_has_what_is_expected():
