@@ -28,7 +28,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # Dtype o
 CUDA_VERSION = 0  # of the CUDA kernels: 0 the best, 1 to 3 from naive to fast, for the benchmark
 SHAPES = {  # shape: the tensors that have it; "..." are the leading dimensions, N their product
     "... d": "x z gy q k v y g",
-    "... h": "a ga stats",
+    "... h": "a ga stats values",
     "... K p": "gu",
     "d h": "D decoder",
     "h d": "atoms decoder_atoms",
@@ -40,11 +40,12 @@ SHAPES = {  # shape: the tensors that have it; "..." are the leading dimensions,
     "steps-1 N d": "residuals",
 }
 SHAPE_OF = {name: shape for shape, names in SHAPES.items() for name in names.split()}
-OPTIONAL = ("decoder", "lam", "lams", "bias", "gy", "ga", "k", "v")  # tensors that may be None
+OPTIONAL = {"decoder", "lam", "lams", "bias", "gy", "ga", "k", "v", "values"}  # may be None
 WIDE = ("lam", "weight", "bias", "stats")  # tensors in the dtype of sums
 NUMBERS = {  # type: the arguments that have it
     "float": "eta lam eps",
     "int": "steps n_head",
+    "SymInt": "n_kept",
     "bool": "keep needs_grad kernel",
     "ScalarType": "dtype",
 }
@@ -188,6 +189,18 @@ def check_attention(op, q, k, v, kernels=True, **others):
     return DTYPE_CODES.get(dtype), *q.shape
 
 
+def check_top_k(a, k, kernels=True, **others):
+    """Check a (..., h), k and other tensors; returns (dtype, N, h, k)."""
+    tensors = dict(a=a, **others)
+    check_kinds("top_k", tensors, getattr(a, "dtype", None), kernels)
+    if torch.compiler.is_compiling():
+        return ()
+    if type(k) is not int or not 1 <= k <= a.shape[-1]:
+        raise misfit("top_k", f"k={k} must lie in 1 to h, the codes of a token")
+    check_shapes("top_k", tensors, {"h": a.shape[-1]}, kernels)
+    return DTYPE_CODES.get(a.dtype), count_rows(a), a.shape[-1], k
+
+
 # ---- calling C -----------------------------------------------------------------------------------
 
 
@@ -233,12 +246,13 @@ def empty_gradients(*arguments):
 
 
 def save(ctx, inputs, output):
-    """Keep the four tensors that an op begins with, its results but the first, and its numbers."""
+    """Keep the tensors that an op begins with, its results but the first, and its numbers."""
     single = isinstance(output, torch.Tensor)
     # Of several results, such as y and a, an absent gradient is None, not a matrix of zeros.
     ctx.set_materialize_grads(single)
-    ctx.save_for_backward(*inputs[:4], *(() if single else output[1:]))
-    ctx.numbers = inputs[4:]
+    tensors = [t for t in inputs if t is None or isinstance(t, torch.Tensor)]
+    ctx.save_for_backward(*tensors, *(() if single else output[1:]))
+    ctx.numbers = inputs[len(tensors) :]
 
 
 def if_given(gradients, inputs):
@@ -332,6 +346,21 @@ def attention_gradient(ctx, g, _):
     return tuple(if_given(op(*saved, g), saved))
 
 
+def top_k(a, values, n_kept):
+    """values (..., h), or a if None, where a (..., h) is among the n_kept largest of its row, or 0.
+
+    Of equal codes the first are kept.
+    """
+    scalars = check_top_k(a, n_kept, values=values)
+    return launch("top_k", scalars, (a, values), (a.new_empty(a.shape),))[0]
+
+
+def top_k_gradient(ctx, g):
+    (a, values), [n_kept] = ctx.saved_tensors, ctx.numbers
+    g = torch.ops.crate_kernels.top_k(a, g, n_kept)
+    return (g, None, None) if values is None else (None, g, None)
+
+
 # ---- registration --------------------------------------------------------------------------------
 
 
@@ -357,5 +386,6 @@ register(ista_backward, empty_gradients, 4)
 register(ista_decode, ista_decode, 2)
 register(mssa_project, mssa_project, 1, mssa_gradient)
 register(mssa_project_backward, empty_gradients, 4)
+register(top_k, top_k, 1, top_k_gradient)
 register(attention_backward, attention_backward, 3)
 register(attention, attention, 2, attention_gradient, save_all)

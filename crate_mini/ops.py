@@ -30,6 +30,7 @@ FASTER = {
 }
 ON_CUDA = ("ista", "ista_decode", "mssa_project")  # the ops that have CUDA kernels
 HEAD_ROWS = 16  # W is packed in every call: fewer rows gain nothing
+TOP_K_ROWS = 16  # torch.topk takes 5 us a row of 512 codes, a call of ours 30 us at least
 DECODE_ROWS = 4  # without gradient, up to this many rows gain from skipping codes that are zero
 
 
@@ -57,7 +58,7 @@ def _choose(mode):
         return mode, "reference", f"plain PyTorch, faster than our kernels on {isa} processors"
     dtypes = " and ".join(str(dtype).removeprefix("torch.") for dtype in FASTER[isa])
     elsewhere = "the MSSA projection, few rows, other types or widths"
-    kinds = f"ISTA, attention and the head in {dtypes}"
+    kinds = f"ISTA, top-k, attention and the head in {dtypes}"
     reason = f"{kernels}, for {kinds}; PyTorch where it is faster: {elsewhere}"
     return mode, "fused", reason
 
@@ -114,6 +115,8 @@ def _runs_fused(op, t, dtype):
 def _is_faster(op, t, dtype):
     """What `auto` knows from the table of `python -m crate_mini.studies bench`."""
     rows, d = fused.count_rows(t), t.shape[-1] if t.dim() else 0
+    if op == "top_k":
+        return dtype in fused.DTYPE_CODES and rows >= TOP_K_ROWS
     if d > _faster.get(dtype, -1):
         return False
     if op == "attention":
@@ -215,11 +218,11 @@ def ista_codes(x, D, eta, lam, steps, debias=False):
 
 
 def top_k(a, k):
-    """a (..., h) with all but the k largest codes of each token 0; in PyTorch."""
-    fused.check_kinds("top_k", dict(a=a))
-    if type(k) is not int or not 1 <= k <= a.shape[-1]:
-        raise fused.misfit("top_k", f"k={k} must lie in 1 to h, the codes of a token")
-    return reference.top_k(a, k)
+    """a (..., h) with all but the k largest codes of each token 0."""
+    fused.check_top_k(a, k, kernels=False)
+    if not _runs_fused("top_k", a, a.dtype):
+        return reference.top_k(a, k)
+    return torch.ops.crate_kernels.top_k(a, None, k)
 
 
 _transposes = WeakTensorKeyDictionary()  # weight -> (its state, it in a dtype, that transposed)

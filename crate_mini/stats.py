@@ -19,59 +19,25 @@ def columns(x):
     return x[:, None] if x.ndim == 1 else x
 
 
-class Pearson:
-    """Pearson r of each pair of columns, in one pass (Chan, Golub & LeVeque 1979)."""
-
-    def __init__(self, width):
-        self.n = 0
-        self.mean = np.zeros((2, width))  # of x and of y
-        self.sums = np.zeros((3, width))  # of centred x^2, y^2 and x y
-        self.low = np.full((2, width), np.inf)
-        self.high = np.full((2, width), -np.inf)
-
-    def add(self, x, y):
-        """Add n more values of each column; x, y (n, width). Returns self."""
-        both = np.stack([columns(x), columns(y)])
-        n = both.shape[1]
-        if n == 0:
-            return self
-        self.low = np.minimum(self.low, both.min(1))
-        self.high = np.maximum(self.high, both.max(1))
-        with np.errstate(all="ignore"):  # low and high keep any NaN or infinity
-            mean = both.mean(1)
-            a, b = both - mean[:, None]
-            shift = mean - self.mean
-            u, v = shift
-            total = self.n + n
-            inside = np.stack([(a * a).sum(0), (b * b).sum(0), (a * b).sum(0)])
-            between = self.n * n / total * np.stack([u * u, v * v, u * v])
-            self.sums += inside + between
-            self.mean = self.mean + shift * n / total
-        self.n = total
-        return self
-
-    def result(self):
-        """(r, reasons) of each column."""
-        xx, yy, xy = self.sums
-        with np.errstate(all="ignore"):
-            r = np.clip(xy / np.sqrt(xx) / np.sqrt(yy), -1, 1)
-            largest = np.maximum(abs(self.low), abs(self.high))
-            constant = self.high - self.low <= CONSTANT * largest
-        finite = np.isfinite(self.low) & np.isfinite(self.high)
-        reasons = np.full(len(r), "", object)
-        reasons[~np.isfinite(r)] = "too close to constant for double precision"
-        for side, name in ((1, "simulated"), (0, "true")):  # the true side overrides
-            reasons[constant[side]] = f"{name} activations are constant"
-            reasons[~finite[side]] = f"{name} activations are not finite"
-        if self.n < 2:
-            reasons[:] = "fewer than two tokens"
-        return np.where(reasons == "", r, np.nan), reasons
-
-
 def pearson(x, y):
-    """(r, reasons) of each pair of columns."""
-    x, y = columns(x), columns(y)
-    return Pearson(x.shape[1]).add(x, y).result()
+    """(r, reasons): Pearson r of each pair of columns."""
+    both = np.stack([columns(x), columns(y)])
+    n, width = both.shape[1:]
+    if n < 2:
+        return np.full(width, np.nan), np.full(width, "fewer than two tokens", object)
+    low, high = both.min(1), both.max(1)  # they keep any NaN or infinity
+    with np.errstate(all="ignore"):
+        a, b = both - both.mean(1)[:, None]
+        r = (a * b).sum(0) / np.sqrt((a * a).sum(0)) / np.sqrt((b * b).sum(0))
+        constant = high - low <= CONSTANT * np.maximum(abs(low), abs(high))
+    r = np.clip(r, -1, 1)
+    finite = np.isfinite(low) & np.isfinite(high)
+    reasons = np.full(width, "", object)
+    reasons[~np.isfinite(r)] = "too close to constant for double precision"
+    for side, name in ((1, "simulated"), (0, "true")):  # the true side overrides
+        reasons[constant[side]] = f"{name} activations are constant"
+        reasons[~finite[side]] = f"{name} activations are not finite"
+    return np.where(reasons == "", r, np.nan), reasons
 
 
 def bootstrap_interval(groups, draws=1000, seed=0, weights=None):

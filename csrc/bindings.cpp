@@ -62,6 +62,7 @@ PYBIND11_MODULE(_C, m) {
   KERNEL(attention_forward_cpu);
   KERNEL(attention_backward_cpu);
   KERNEL(head_cpu);
+  KERNEL(top_k_cpu);
 #ifdef CRATE_CUDA
 #define WITH_WORKSPACE(name) \
   KERNEL(name##_cuda);       \

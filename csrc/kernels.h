@@ -104,6 +104,14 @@ void attention_backward_cpu(int dtype, int64_t B, int64_t T, int64_t K, int64_t 
 void head_cpu(int dtype, int64_t N, int64_t V, int64_t d, const void* x, const void* W,
               const void* targets, void* loss, void* gx, void* gW, int threads);
 
+// ---- top-k on the CPU ----
+
+// The k largest codes of each row of a (N, h) keep their value, the others become 0; 1 <= k <= h.
+// Of equal codes the first stay; a NaN is larger than any number. values (N, h): what is kept
+// instead, for the gradient, or null: a itself. out (N, h).
+void top_k_cpu(int dtype, int64_t N, int64_t h, int64_t k, const void* a, const void* values,
+               void* out, int threads);
+
 // ---- instruction sets of the CPU kernels, slow to fast; see product_cpu.cpp ----
 
 const char* isa_names();         // those this machine can run, separated by spaces, fastest last

@@ -119,6 +119,10 @@ template <class T> struct Isa {
   void (*exponentials)(int64_t M, int64_t n, const Acc<T>* S, Acc<T>* top, Acc<T>* sum,
                        Acc<T>* factor, T* E);
 
+  // out[j] = values[j] where a[j] is one of the k largest of n, the first ones of equals, else 0;
+  // room for n numbers.
+  void (*keep_largest)(int64_t n, int64_t k, const T* a, const T* values, T* out, int64_t* room);
+
   Left<T> plain(const T* A, int64_t columns) const { return {A, columns, group, rows * columns}; }
   Left<T> transposed(const T* strips, int64_t K) const {
     return {strips, group, rows * group, rows * round_up(K)};
@@ -139,7 +143,8 @@ template <class T> const Isa<T>& isa();  // the table in use, see use_isa in ker
 enum Slot {
   FORTH, BACK, DECODER_FORTH, DECODER_BACK, SHIFT, STEPS, RESIDUALS, LEFT, PARTIAL, PANELS,
   DECODER_LEFT, DECODER_PARTIAL, DECODER_PANELS, ROWS_OUT, SUMS, PADDED, QUERY_COLUMNS, KEY_COLUMNS,
-  GRADIENT_COLUMNS, QUERY_ROWS, KEY_ROWS, GRADIENT_ROWS, SCORES, WEIGHTS, GSCORES, GWEIGHTS, SLOTS
+  GRADIENT_COLUMNS, QUERY_ROWS, KEY_ROWS, GRADIENT_ROWS, SCORES, WEIGHTS, GSCORES, GWEIGHTS, KEYS,
+  SLOTS
 };
 
 inline char* scratch_bytes(Slot slot, size_t size) {

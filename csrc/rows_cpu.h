@@ -1,5 +1,5 @@
 // Included by product_cpu.cpp after vector_cpu.h, once per instruction set: work on rows other than
-// the product (LayerNorm forward and backward, decoding), and the table of all functions.
+// the product (LayerNorm forward and backward, decoding, top-k), and the table of all functions.
 #include "softmax_cpu.h"
 
 namespace crate_mini {
@@ -108,10 +108,59 @@ void combine(int64_t K, const Acc<T>* A, const T* rows, int64_t stride, int64_t 
     for (int64_t l = j; l < n && A[i] != 0; l++) sums[l] += A[i] * lift(rows[i * stride + l]);
 }
 
+// ---- the k largest of a row ----
+
+// An integer for every float, in the same order: -0 is 0, and a NaN exceeds all others.
+inline int32_t key(float v) {
+  int32_t bits;
+  v += 0.f;
+  memcpy(&bits, &v, 4);
+  int32_t ordered = bits < 0 ? bits ^ 0x7fffffff : bits;
+  return v != v ? 0x7fff0000 : ordered;
+}
+inline int64_t key(double v) {
+  int64_t bits;
+  v += 0.;
+  memcpy(&bits, &v, 8);
+  int64_t ordered = bits < 0 ? bits ^ 0x7fffffffffffffff : bits;
+  return v != v ? 0x7fff000000000000 : ordered;
+}
+inline int32_t key(bf16 v) { return key(lift(v)) >> 16; }
+
+template <class T> inline void keep_if(bool kept, T value, T& out) { out = kept ? value : 0; }
+inline void keep_if(bool kept, bf16 value, bf16& out) { out.bits = kept ? value.bits : 0; }
+
+template <class K> inline K how_many_reach(K edge, int64_t n, const K* keys) {
+  K count = 0;
+  for (int64_t j = 0; j < n; j++) count += keys[j] >= edge;
+  return count;
+}
+
+// See Isa. `edge` grows bit by bit to the largest number that at least k keys reach.
+template <class T>
+void keep_largest(int64_t n, int64_t k, const T* a, const T* values, T* out, int64_t* room) {
+  using K = decltype(key(T{}));
+  K* keys = reinterpret_cast<K*>(room);
+  for (int64_t j = 0; j < n; j++) keys[j] = key(a[j]);
+  K bit = K(1) << (8 * sizeof(T) - 2), edge = 0, reach = how_many_reach(edge, n, keys);
+  if (reach < k) edge = -2 * bit, reach = K(n);
+  for (; bit && reach != k; bit >>= 1) {
+    K count = how_many_reach(K(edge + bit), n, keys);
+    if (count >= k) edge += bit, reach = count;
+  }
+  int64_t end = n;  // before it codes equal to the edge are kept
+  if (reach > k) {
+    int64_t fit = k - how_many_reach(K(edge + 1), n, keys);
+    for (end = 0; fit > 0; end++) fit -= keys[end] == edge;
+  }
+  for (int64_t j = 0; j < end; j++) keep_if(keys[j] >= edge, values[j], out[j]);
+  for (int64_t j = end; j < n; j++) keep_if(keys[j] > edge, values[j], out[j]);
+}
+
 template <class T> constexpr Isa<T> table() {
   return {ROWS, 2 * W<T>, GROUP<T>, sizeof(Packed<T>), pack<T>, product<T>, interleave<T>,
           norm<T>, norm_backward<T>, combine<T>, softmax<T>, softmax_backward<T>, row_dots<T>,
-          round_rows<T>, exponentials<T>};
+          round_rows<T>, exponentials<T>, keep_largest<T>};
 }
 
 }  // namespace ISA

@@ -171,6 +171,12 @@ class Kernels:
         self.run("attention_backward", scalars, [*inputs, stats], gradients)
         return tensors(gradients)
 
+    def top_k(self, a, values, k):
+        """values (N, h), or a if None, where a (N, h) is among the k largest of its row, or 0."""
+        out = self.out(*a.shape, dtype=a.dtype)
+        self.run("top_k", (DTYPE_CODES[a.dtype], *a.shape, k), (a, values), (out,))
+        return out.tensor
+
     def head(self, x, W, targets, gradients=True):
         """(loss, gx, gW); gx and gW are None without gradients."""
         acc = acc_dtype(x.dtype)

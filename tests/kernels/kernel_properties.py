@@ -322,3 +322,41 @@ def head(kernels, p, **settings):
 def head_of_many_rows(kernels, p, **settings):
     """Chunks of 768 rows add up in gW."""
     check_head(kernels, p, **settings)
+
+
+# ---- top-k ---------------------------------------------------------------------------------------
+
+
+def rows_to_choose_from(kind, N, h, dtype, generator):
+    """(N, h) numbers: any; "codes", half of them 0; "equal" ones, also -0; or "odd" ones."""
+    a = torch.randn(N, h, generator=generator, dtype=torch.float64)
+    if kind == "codes":
+        a = a.relu()
+    if kind == "equal":
+        a = a.round()
+    if kind == "odd":
+        odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0], dtype=a.dtype)
+        a = torch.where(a > 0.5, a, odd[torch.randint(4, (N, h), generator=generator)])
+    return a.to(dtype)
+
+
+@given(
+    dtype=st.sampled_from(list(DTYPE_CODES)),
+    N=st.sampled_from([0, 1, 2, 7, 13]),
+    h=st.sampled_from([*WIDTHS, 512, 1031]),
+    share=st.sampled_from([0.0, 0.03, 0.3, 0.7, 1.0]),
+    kind=st.sampled_from(["any", "codes", "equal", "odd"]),
+    of_others=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def top_k(kernels, dtype, N, h, share, kind, of_others, seed):
+    """To the bit what a stable sort leaves: of equal codes the first, and NaN before all others."""
+    generator = torch.Generator().manual_seed(seed)
+    a = rows_to_choose_from(kind, N, h, dtype, generator)
+    values = torch.randn(N, h, generator=generator).to(dtype) if of_others else a
+    k = 1 + int(share * (h - 1))
+    kept = a.double().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    expected = torch.zeros_like(a).scatter(1, kept, values.gather(1, kept))
+    for kernels.threads in (1, 2):
+        result = kernels.top_k(a, values if of_others else None, k)
+        assert equal(result.view(torch.uint8), expected.view(torch.uint8))

@@ -276,6 +276,27 @@ CPU_FAULTS = {
         "ista_of_a_wide_stream",
         "baseline",
     ),
+    "all of equal codes stay": Fault(
+        "rows_cpu.h",
+        "if (reach > k) {",
+        "if (reach > k && !PLANTED) {",
+        "top_k",
+        "baseline",
+    ),
+    "a negative zero is less than zero": Fault(
+        "rows_cpu.h",
+        "v += 0.f;",
+        "v += PLANTED ? -0.f : 0.f;",
+        "top_k",
+        "avx2",
+    ),
+    "a NaN is no more than a zero": Fault(
+        "rows_cpu.h",
+        "return v != v ? 0x7fff0000",
+        "return v != v ? PLANTED ? 0 : 0x7fff0000",
+        "top_k",
+        "avx512",
+    ),
     "the naive step forgets the earlier codes": Fault(
         "ista_naive.cpp",
         "float v = (before ? before[j] : 0)",

@@ -94,6 +94,10 @@ def test_attention_over_a_long_context(fast_kernels, dtype):
     attention_properties.check_a_long_context(fast_kernels, dtype)
 
 
+def test_top_k(fast_kernels):
+    kernel_properties.top_k(fast_kernels)
+
+
 def test_head(fast_kernels):
     kernel_properties.head(fast_kernels)
 

@@ -92,6 +92,30 @@ def test_gradcheck_attention(kinds):
     assert torch.autograd.gradcheck(f, leaves)
 
 
+@pytest.mark.parametrize("k", [1, 4, 9])
+def test_gradcheck_top_k_and_its_gradient(k):
+    a = torch.randn(3, 2, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a = a.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a: ops.top_k(a, k), a)
+    assert torch.autograd.gradgradcheck(lambda a: ops.top_k(a, k), a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_top_k_reaches_the_codes_that_pytorch_keeps(dtype):
+    """Among distinct codes and, where fewer than k are not 0, wherever a gradient matters."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.stack([torch.randperm(99, generator=generator) for _ in range(40)]).to(dtype)
+    codes = (codes - 60).relu()  # 38 distinct ones in each row
+    g = torch.randn(codes.shape, generator=generator).to(dtype)
+    for k in (1, 16, 38, 60):
+        gradients = []
+        for module in (ops, reference):
+            a = codes.clone().requires_grad_()
+            module.top_k(a, k).backward(g)
+            gradients.append(torch.where(codes > 0, a.grad, 0))
+        assert torch.equal(*gradients)
+
+
 @pytest.mark.fuzz
 @given(
     seed=st.integers(0, 2**31),

@@ -19,7 +19,7 @@ from crate_mini import UserError, loss, ops, reference
 from crate_mini import fused as compiled_ops
 from crate_mini.model import Block, Config
 
-ROW_OPS = ["mssa_project", "ista", "ista, one step", "ista, tied", "ista_decode"]
+ROW_OPS = ["mssa_project", "ista", "ista, one step", "ista, tied", "ista_decode", "top_k"]
 NAMES = [*ROW_OPS, "attention"]
 
 
@@ -63,6 +63,8 @@ def call(name, t, module=ops):
         q = t["z"].unflatten(-1, (2, -1)).transpose(1, 2)
         more = [q.shape[-1] ** -0.5] if module is reference else []
         return [module.attention(q, q.flip(-2), q, *more).transpose(1, 2)]
+    if name == "top_k":
+        return [module.top_k(t["x"], 3)]
     if name == "ista, one step":
         lams = t["lams"]
         if module is reference:  # which adds it to codes of the dtype that is computed in
@@ -178,6 +180,8 @@ def registered():
             for others in ((None, None), (k, None), (k, v), (None, v)):
                 yield o.attention, (q, *others)
             yield o.attention, (q, q.transpose(2, 3).contiguous().transpose(2, 3), v)
+            yield o.top_k, (x, None, 3)
+            yield o.top_k, (x.detach(), transposed(2 * x), 3)
             yield o.ista, (x, D, None, None, 0.3, 0.1, 2, True)
             yield o.ista, (x, D, None, None, 0.3, 0.1, 1, True)
             yield o.ista, (x, D, decoder, None, 0.3, 0.1, 2, True)
@@ -317,6 +321,19 @@ def test_auto_takes_the_attention_kernels_where_they_are_faster(shape, dtypes, m
                 fast.append(str(dtype).removeprefix("torch."))
             assert not ops._runs_fused("attention", q.to("meta"), dtype)
     assert fast == dtypes
+
+
+def test_auto_takes_the_top_k_kernel_in_its_types_for_more_than_few_rows():
+    with ops.use_backend("auto"):
+        if ops.backend()[0] != "fused":
+            pytest.skip("no kernels are faster on this processor")
+        taken = [
+            (rows, dtype)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+            for rows in (1, 15, 16, 4096)
+            if ops._runs_fused("top_k", torch.empty(rows, 512, dtype=dtype), dtype)
+        ]
+    assert taken == [(n, t) for t in (torch.float32, torch.bfloat16) for n in (16, 4096)]
 
 
 @pytest.mark.parametrize("mode", ["auto", "fused", "reference"])
@@ -507,6 +524,7 @@ def right_calls_of_models():
         (ista_decode, (x, D, 0.1, 0.1, 2, decoder)),
         (ops.mssa_project, (z, weight, bias, U, 2)),
         (ops.attention, (heads, heads + 1, heads)),
+        (ops.top_k, (x, 3)),
         (loss.cross_entropy, (x, W, ids)),
         (ops.ista_codes, (x, D, 0.1, 0.1, 2)),
         (ops.ista_codes, (x, D, 0.1, lams, 1, True)),

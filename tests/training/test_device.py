@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from crate_mini import UserError, model
+from crate_mini import UserError, model, ops
 from crate_mini.training import device
 
 CUDA = torch.device("cuda:1")
@@ -71,6 +71,26 @@ def test_the_memory_of_the_head_counts(monkeypatch):
 def test_peaks_are_not_guessed():
     assert device.peak_flops(torch.device("mps"), torch.float32)[0] is None
     assert device.peak_flops(torch.device("cpu"), torch.float32)[0] > 1e8
+
+
+@pytest.mark.parametrize(
+    "faster", ["PyTorch's 1024-cubed product", "two ISTA steps by our kernels"]
+)
+def test_the_peak_of_a_processor_is_the_faster_of_two_measured_products(faster, monkeypatch):
+    rates = (3.0, 2.0) if "product" in faster else (2.0, 3.0)
+    for name, rate in zip(("product_rate", "kernel_rate"), rates):
+        monkeypatch.setattr(device, name, lambda dtype, rate=rate: rate)
+    peak, reason = device.peak_flops(torch.device("cpu"), torch.bfloat16)
+    assert (peak, reason) == (3.0, f"measured, {faster}")
+
+
+def test_the_rate_of_our_kernels_counts_all_their_products(extension, monkeypatch):
+    """In seconds of a clock that advances by one with each look at it."""
+    monkeypatch.setattr(device.time, "perf_counter", iter(range(99)).__next__)
+    with ops.use_backend("fused"):
+        assert device.kernel_rate(torch.float32, 8, 4, 16) == 8 * 8 * 4 * 16
+    with ops.use_backend("reference"):
+        assert device.kernel_rate(torch.float32, 8, 4, 16) == 0
 
 
 @pytest.mark.parametrize(

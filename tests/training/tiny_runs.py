@@ -33,6 +33,7 @@ TINY = dict(
     eval_every=4,
 )
 measured_once = functools.cache(device.product_rate)
+kernels_measured_once = functools.cache(device.kernel_rate)
 
 
 # ---- fixtures ------------------------------------------------------------------------------------
@@ -53,6 +54,7 @@ def own_place(request, tmp_path_factory, monkeypatch):
     With one thread, equal runs are equal to the bit. The CPU's peak is measured once for all runs.
     """
     monkeypatch.setattr(device, "product_rate", measured_once)
+    monkeypatch.setattr(device, "kernel_rate", kernels_measured_once)
     if "figures" not in request.fixturenames:
         monkeypatch.setattr(loss_curve, "loss_curve", lambda log, title: log.with_name("loss.png"))
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
