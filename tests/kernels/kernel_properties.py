@@ -333,7 +333,7 @@ def rows_to_choose_from(kind, N, h, dtype, generator):
     if kind == "codes":
         a = a.relu()
     if kind == "equal":
-        a = a.round()
+        a = (a / 3).round()
     if kind == "odd":
         odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0], dtype=a.dtype)
         a = torch.where(a > 0.5, a, odd[torch.randint(4, (N, h), generator=generator)])
