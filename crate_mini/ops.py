@@ -30,7 +30,6 @@ FASTER = {
 }
 ON_CUDA = ("ista", "ista_decode", "mssa_project")  # the ops that have CUDA kernels
 HEAD_ROWS = 16  # W is packed in every call: fewer rows gain nothing
-TOP_K_ROWS = 16  # torch.topk takes 5 us a row of 512 codes, a call of ours 30 us at least
 DECODE_ROWS = 4  # without gradient, up to this many rows gain from skipping codes that are zero
 
 
@@ -57,7 +56,7 @@ def _choose(mode):
     if isa not in FASTER:
         return mode, "reference", f"plain PyTorch, faster than our kernels on {isa} processors"
     dtypes = " and ".join(str(dtype).removeprefix("torch.") for dtype in FASTER[isa])
-    elsewhere = "the MSSA projection, few rows, other types or widths"
+    elsewhere = "few rows, other types or widths, the MSSA projection in bfloat16"
     kinds = f"ISTA, top-k, attention and the head in {dtypes}"
     reason = f"{kernels}, for {kinds}; PyTorch where it is faster: {elsewhere}"
     return mode, "fused", reason
@@ -116,7 +115,7 @@ def _is_faster(op, t, dtype):
     """What `auto` knows from the table of `python -m crate_mini.studies bench`."""
     rows, d = fused.count_rows(t), t.shape[-1] if t.dim() else 0
     if op == "top_k":
-        return dtype in fused.DTYPE_CODES and rows >= TOP_K_ROWS
+        return dtype in fused.DTYPE_CODES and rows >= 16
     if d > _faster.get(dtype, -1):
         return False
     if op == "attention":
@@ -125,8 +124,9 @@ def _is_faster(op, t, dtype):
         return rows <= DECODE_ROWS and (dtype == torch.bfloat16 or d >= 256)
     if op == "head":
         return rows >= HEAD_ROWS
-    # Packing D costs as much as the products of some rows. mssa_project: 0.7 to 1.05 times as fast.
-    return op == "ista" and 3 * rows >= 2 * d
+    if op == "mssa_project":  # 0.4 to 1.1 times as fast elsewhere
+        return dtype == torch.float32 and d >= 128 and rows * d >= 2**18
+    return 3 * rows >= 2 * d  # packing D costs as much as the products of some rows
 
 
 # ---- arguments -----------------------------------------------------------------------------------

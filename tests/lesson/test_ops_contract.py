@@ -336,6 +336,18 @@ def test_auto_takes_the_top_k_kernel_in_its_types_for_more_than_few_rows():
     assert taken == [(n, t) for t in (torch.float32, torch.bfloat16) for n in (16, 4096)]
 
 
+def test_auto_takes_the_projection_where_it_is_faster(monkeypatch):
+    monkeypatch.setattr(ops, "_faster", ops.FASTER["avx512_bf16"])
+    taken = {}
+    with ops.use_backend("auto"):
+        for dtype in (torch.float32, torch.bfloat16):
+            shapes = [(2048, 128), (512, 768), (1024, 128), (4096, 64), (16, 768)]
+            z = [torch.empty(shape, dtype=dtype) for shape in shapes]
+            taken[dtype] = [ops._runs_fused("mssa_project", t, dtype) for t in z]
+    assert not any(taken[torch.bfloat16])
+    assert taken[torch.float32] == [True, True, False, False, False]
+
+
 @pytest.mark.parametrize("mode", ["auto", "fused", "reference"])
 @pytest.mark.parametrize("built", [True, False])
 @pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
