@@ -342,12 +342,14 @@ class Trainer:
         if not self.processes.is_first:
             return
         from crate_mini.training.loss_curve import loss_curve  # needed only here
+        from crate_mini.training.trigram import trigram_loss
 
         title = f"{s.init or s.model} {s.preset} on {s.data}"
         sample = self.sample(120)
         figure = None
         try:
-            figure = loss_curve(Path(s.out, "log.csv"), title)
+            trigram = trigram_loss(self.corpus, self.tokenizer.vocab_size)
+            figure = loss_curve(Path(s.out, "log.csv"), title, trigram)
         except UserError as error:
             self.say(f"note      loss.png is not drawn: {error}")
         self.say(run_log.conclusion(self, scores, sample, figure))

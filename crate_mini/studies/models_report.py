@@ -15,6 +15,7 @@ NAMES = {
     "gpt2": "GPT-2 twin",
     "gpt2-shift": "twin with key shift",
 }
+TRIGRAM = "trigram of the same tokens (Kneser-Ney)"  # its name in models.json
 LOG_HEAD = """# Log of the study of the model
 
 Every model that was tried, with the loss expected before the run (committed in
@@ -33,7 +34,7 @@ def write(content, folder):
         if runs:
             curves[title] = [run["curve"] for run in runs]
     if curves:
-        validation_curves(curves, folder / "models.png")
+        validation_curves(curves, folder / "models.png", trigram(content))
     with atomic_write(folder / "log.md") as file:
         file.write(log(content).encode())
 
@@ -41,6 +42,18 @@ def write(content, folder):
 def runs_of(content, name, text="pydocs"):
     """The runs of a row on a text, one for each seed."""
     return [r for r in content["runs"] if (r["name"], r["text"]) == (name, text)]
+
+
+def trigram(content):
+    """The loss of the trigram on pydocs in nats per token, or None.
+
+    models.json has it in bits per byte; a run on the same text has its loss in both units.
+    """
+    bits = content.get("baselines_bits_per_byte", {}).get(TRIGRAM)
+    runs = [run for run in content["runs"] if run["text"] == "pydocs"]
+    if bits is None or not runs:
+        return None
+    return bits * runs[0]["val_loss"] / runs[0]["bits_per_byte"]
 
 
 def mean(runs, key):

@@ -1,11 +1,12 @@
 """Figures of the loss, drawn from log.csv alone: they can be redrawn without the model."""
 
 import csv
+import itertools
 import statistics
 from pathlib import Path
 
 from crate_mini import UserError
-from crate_mini.plots.figure import AMBER, BLUE, GREEN, GREY, LIGHT, RED, grid, write
+from crate_mini.plots.figure import BLUE, GREY, LIGHT, RED, SERIES, grid, label_ends, write
 
 
 def read_log(path):
@@ -30,19 +31,33 @@ def read_log(path):
     return training, validation
 
 
-def loss_curve(path, title):
-    """Draw loss.png next to the log.csv at `path`; returns the path of the figure."""
+def loss_curve(path, title, trigram=None):
+    """Draw loss.png next to the log.csv at `path`; returns the path of the figure.
+
+    trigram: loss of trigram.trigram_loss, drawn as a line to beat.
+    """
     training, validation = read_log(path)
     tokens, losses = zip(*training)
     figure, axes = _panel(title)
-    axes.plot(tokens, losses, color=LIGHT, linewidth=0.8, label="training, single steps")
-    label = "training, mean over 5 % of the run"
-    axes.plot(tokens, smooth(losses), color=BLUE, linewidth=1.6, label=label)
+    axes.plot(tokens, losses, color=LIGHT, linewidth=0.8)
+    means = smooth(losses)
+    axes.plot(tokens, means, color=BLUE, linewidth=1.6)
+    text = f"{means[-1]:.2f} training,\nmean over 5 % of the run"
+    ends = [(means[-1], text, BLUE)]
     if validation:
-        label = f"validation, last {validation[-1][1]:.3f}"
-        axes.plot(*zip(*validation), "o-", color=RED, markersize=4, label=label)
-    axes.legend(frameon=False)
+        axes.plot(*zip(*validation), "o-", color=RED, markersize=4)
+        last = validation[-1][1]
+        ends.append((last, f"{last:.2f} validation", RED))
+    if trigram is not None:
+        ends.append(_to_beat(axes, trigram))
+    label_ends(axes, ends)
     return write(figure, Path(path).with_name("loss.png"))
+
+
+def _to_beat(axes, trigram):
+    """A dashed line at the trigram's loss; what label_ends needs to name it."""
+    axes.axhline(trigram, color=GREY, linestyle="--", linewidth=1)
+    return trigram, f"{trigram:.2f} trigram, same tokens", GREY
 
 
 def smooth(losses):
@@ -55,28 +70,30 @@ def smooth(losses):
     return means
 
 
-def validation_curves(curves, target):
+def validation_curves(curves, target, trigram=None):
     """Draw validation curves of several models, one line per seed; returns the path.
 
-    curves: {name: [[(tokens, loss), ...] for each seed]}. The mean loss at the end stands next to
-    each name.
+    curves: {name: [[(tokens, loss), ...] for each seed]}. trigram as in loss_curve.
     """
-    figure, axes = _panel("validation loss, one line per seed")
+    figure, axes = _panel("validation loss, one line per seed; at the right their mean")
     style = dict(markersize=3, linewidth=1.2, alpha=0.8)
-    for (name, seeds), color in zip(curves.items(), (BLUE, GREEN, AMBER, RED, GREY)):
-        last = statistics.mean(curve[-1][1] for curve in seeds)
-        for i, curve in enumerate(seeds):
-            label = f"{name}: {last:.2f}" if i == 0 else None
+    ends = []
+    for (name, seeds), color in zip(curves.items(), itertools.cycle(SERIES)):
+        for curve in seeds:
             millions = [tokens / 1e6 for tokens, _ in curve]
             losses = [loss for _, loss in curve]
-            axes.plot(millions, losses, "o-", color=color, label=label, **style)
-    axes.legend(frameon=False)
+            axes.plot(millions, losses, "o-", color=color, **style)
+        last = statistics.mean(curve[-1][1] for curve in seeds)
+        ends.append((last, f"{last:.2f} {name}", color))
+    if trigram is not None:
+        ends.append(_to_beat(axes, trigram))
+    label_ends(axes, ends)
     return write(figure, target)
 
 
 def _panel(title):
     """(figure, axes) of one panel with the axes of a loss curve."""
-    figure, (axes,) = grid(1, 1, (6.4, 4))
+    figure, (axes,) = grid(1, 1, (7.4, 4.2))
     axes.set_title(title)
     axes.set(xlabel="million tokens", ylabel="loss (nats per token)")
     return figure, axes

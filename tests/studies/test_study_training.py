@@ -11,7 +11,8 @@ import pytest
 
 from crate_mini import UserError
 from crate_mini.console import results
-from crate_mini.studies import baselines, runner, tables, training
+from crate_mini.studies import runner, tables, training
+from crate_mini.training import trigram
 
 
 def naive_trigram_bits(train, held, V, D):
@@ -47,7 +48,7 @@ def test_the_trigram_model_equals_its_definition():
     draw = random.Random(0)
     train = [draw.choice([1, 1, 2, 3, 5]) for _ in range(400)]
     held = [draw.randrange(7) for _ in range(60)]
-    bits = baselines.trigram_bits(np.array(train), np.array(held), 7)
+    bits = trigram.trigram_bits(np.array(train), np.array(held), 7)
     assert bits == pytest.approx(naive_trigram_bits(train, held, 7, 0.75), rel=1e-9)
 
 
@@ -56,10 +57,31 @@ def test_the_trigram_model_is_a_distribution():
     train = np.array([draw.choice([1, 1, 2, 3, 5]) for _ in range(400)])
 
     def probability(*ids):
-        return 2 ** (-baselines.trigram_bits(train, np.array(ids), 7) * len(ids))
+        return 2 ** (-trigram.trigram_bits(train, np.array(ids), 7) * len(ids))
 
     after = [probability(1, 2, w) for w in range(7)]
     assert sum(after) == pytest.approx(probability(1, 2), rel=1e-9)
+
+
+class MadeUpCorpus:
+    """As much of a corpus as the trigram asks for."""
+
+    def __init__(self, train, val):
+        ids = {"train": np.array(train, np.int64), "val": np.array(val, np.int64)}
+        self.n_tokens = {split: len(row) for split, row in ids.items()}
+        self.streams = {split: mock.Mock() for split in ids}
+        for split, row in ids.items():
+            self.streams[split].read = lambda start, count, row=row: row[start : start + count]
+
+
+def test_the_line_to_beat_is_in_nats_and_left_out_of_what_is_too_large(monkeypatch):
+    corpus = MadeUpCorpus([1, 2, 3, 1, 2, 3, 1, 2], [1, 2, 3])
+    bits = naive_trigram_bits([1, 2, 3, 1, 2, 3, 1, 2], [1, 2, 3], 4, 0.75)
+    assert trigram.trigram_loss(corpus, 4) == pytest.approx(bits * math.log(2))
+    assert trigram.trigram_loss(MadeUpCorpus([1, 2], [1]), 4) is None
+    assert trigram.trigram_loss(MadeUpCorpus([1, 2, 3], []), 4) is None
+    monkeypatch.setattr(trigram, "MOST", 7)
+    assert trigram.trigram_loss(corpus, 4) is None
 
 
 # ---- runs ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import pytest
 from refusals import refused
 
+from crate_mini.training import loss_curve as loss_curve_module
 from crate_mini.training.loss_curve import loss_curve, read_log, smooth, validation_curves
 
 LOG = "step,tokens,loss,val_loss\n1,1000000,5.0,\n2,2000000,4.0,4.5\n3,3000000,3.0,\n"
@@ -17,6 +18,35 @@ def test_a_log_gives_two_curves(tmp_path):
     target = tmp_path / "curves.png"
     curves = {"CRATE": [[(1e6, 5.0), (2e6, 4.0)], [(1e6, 5.0), (2e6, 4.2)]]}
     assert validation_curves(curves, target) == target and target.exists()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures as objects instead of files."""
+    monkeypatch.setattr(loss_curve_module, "write", lambda figure, target: figure)
+
+
+def test_the_curves_of_a_run_are_named_at_their_ends(tmp_path, drawn):
+    path = tmp_path / "log.csv"
+    path.write_text(LOG)
+    (axes,) = loss_curve(path, "title", trigram=3.75).axes
+    assert [text.get_text() for text in axes.texts] == [
+        "3.00 training,\nmean over 5 % of the run",
+        "3.75 trigram, same tokens",
+        "4.50 validation",
+    ]
+    assert list(axes.lines[-1].get_ydata()) == [3.75, 3.75] and axes.get_legend() is None
+    (axes,) = loss_curve(path, "title").axes
+    assert len(axes.lines) == 3 and len(axes.texts) == 2
+
+
+def test_validation_curves_are_named_with_the_mean_of_their_seeds(drawn):
+    curves = {"CRATE": [[(1e6, 5.0), (2e6, 4.0)], [(1e6, 5.0), (2e6, 4.2)]], "twin": [[(2e6, 4.1)]]}
+    (axes,) = validation_curves(curves, None, 4.5).axes
+    texts = [text.get_text() for text in axes.texts]
+    assert sorted(texts) == ["4.10 CRATE", "4.10 twin", "4.50 trigram, same tokens"]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not boxes[0].overlaps(boxes[1])
 
 
 def test_smoothing_keeps_short_runs_and_averages_long_ones():
