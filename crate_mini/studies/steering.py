@@ -38,6 +38,7 @@ class Settings:
     """
 
     seeds: tuple[int, ...] = setting((1337, 1338, 1339), "seeds of the models to steer")
+    report: bool = setting(False, "steer nothing, only draw steering.png and the tables again")
 
 
 def run(settings):
@@ -45,6 +46,10 @@ def run(settings):
 
     Raises UserError for a model that is missing, and when a part fails.
     """
+    path = results.ROOT / "results" / "steering.json"
+    if settings.report:
+        draw(results.read_json(path), path)
+        return
     grid = list(itertools.product(settings.seeds, NAMES))
     checkpoints = {(kind, seed): trained_model(kind, seed) / "last" for seed, kind in grid}
     for checkpoint in checkpoints.values():
@@ -75,8 +80,12 @@ def run(settings):
         "models": models,
         "sae": saes,
     }
-    path = results.write_json(results.ROOT / "results" / "steering.json", study)
-    figure(list(models.values()), path.with_suffix(".png"))
+    draw(study, results.write_json(path, study))
+
+
+def draw(study, path):
+    """Draw steering.png next to steering.json and print the tables."""
+    figure(list(study["models"].values()), path.with_suffix(".png"))
     print(f"\n{readme(study)}")
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from unittest import mock
 
 import pytest
+from figure_texts import clashes
 from tiny_checkpoints import save_checkpoint
 
 from crate_mini import UserError, model
@@ -158,6 +159,19 @@ def test_what_is_missing_is_one_sentence(place, monkeypatch):
         run_study(monkeypatch, "all")
 
 
+def test_the_figure_and_tables_can_be_drawn_again_from_the_file_alone(place, monkeypatch, capsys):
+    (place / "results").mkdir(exist_ok=True)
+    content = {"seeds": [1], "models": {"crate": made_up("crate", 1)}, "sae": []}
+    results.write_json(place / "results" / "steering.json", content)
+    drawn = mock.Mock()
+    monkeypatch.setattr(study, "figure", drawn)
+    monkeypatch.setattr(study, "readme", lambda content: f"tables of {list(content['models'])}")
+    study.run(study.Settings(report=True))
+    (models, target), _ = drawn.call_args
+    assert target == place / "results" / "steering.png" and len(models) == 1
+    assert "tables of ['crate']" in capsys.readouterr().out
+
+
 def test_a_part_that_fails_is_one_sentence_and_not_kept(place, parts, monkeypatch):
     def fail(words, log):
         raise UserError("ended with code 3")
@@ -185,12 +199,24 @@ def test_lines_of_the_figure_lie_where_their_values_do(kind, tmp_path, monkeypat
         slopes.append(rise / (math.log(doses[i + 1]) - math.log(doses[i])))
     assert len(doses) == 4 and slopes == pytest.approx([2, 2, 2])
     for panel in axes[:4]:
-        labels = [container.get_label() for container in panel.containers]
+        labels = {container.get_label() for container in panel.containers}
         assert len(labels) == len(result["summary"])
         assert len({line.get_linestyle() for line, *_ in panel.containers}) >= 2
+    assert all(panel.get_title() and panel.get_ylabel() for panel in axes)
+    (legend,) = write.call_args.args[0].legends
+    named = [text.get_text() for text in legend.get_texts()]
+    assert len(set(named)) == len(named) == len(result["summary"]) + 2  # the model, the control
     one = [row for row in result["rows"] if row["dose"] == 1.0]
     figure([{**result, "summary": dose_response.summary(one, 1)}], tmp_path / "steering.png")
     assert write.call_count == 2
+
+
+@pytest.mark.parametrize("kind", ["crate", "gpt2"])
+def test_no_text_of_the_figure_lies_on_another_or_is_cut(kind, tmp_path, monkeypatch):
+    write = mock.Mock()
+    monkeypatch.setattr("crate_mini.steering.figure.write", write)
+    figure([made_up(kind, 1)], tmp_path / "steering.png")
+    assert not clashes(write.call_args.args[0])
 
 
 @pytest.mark.slow
