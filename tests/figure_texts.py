@@ -22,15 +22,20 @@ def texts_of(figure):
 
 
 def clashes(figure, tolerance=2):
-    """Sentences about texts that leave the figure or overlap by more than `tolerance` pixels."""
+    """Sentences about texts that leave the figure or overlap by more than `tolerance` pixels.
+
+    Slanted texts may: their boxes are larger than they are.
+    """
     figure.draw_without_rendering()
     width, height = figure.bbox.width + tolerance, figure.bbox.height + tolerance
-    boxes = [(text.get_text(), text.get_window_extent()) for text in texts_of(figure)]
+    texts = texts_of(figure)
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
     found = []
     for text, box in boxes:
         if min(box.x0, box.y0) < -tolerance or box.x1 > width or box.y1 > height:
             found.append(f"{text!r} is cut off")
-    for (one, a), (other, b) in itertools.combinations(boxes, 2):
+    upright = [box for box, text in zip(boxes, texts) if text.get_rotation() % 90 == 0]
+    for (one, a), (other, b) in itertools.combinations(upright, 2):
         across = min(a.x1, b.x1) - max(a.x0, b.x0)
         down = min(a.y1, b.y1) - max(a.y0, b.y0)
         if across > tolerance and down > tolerance:

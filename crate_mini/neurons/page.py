@@ -131,11 +131,13 @@ def _distributions(neurons, shown, headline):
     """Charts of all neurons, and of each site's if there are several; the script shows one set."""
     places = {(neuron["site"], neuron["neuron"]): i for i, neuron in enumerate(shown)}
     sites = list(dict.fromkeys(neuron["site"] for neuron in neurons))
-    blocks = [page_charts.distributions(neurons, headline, places, "")]
+    lowest = page_charts.lowest_score(neurons, headline)
+    blocks = [page_charts.distributions(neurons, headline, places, "", lowest)]
     if len(sites) > 1:
         for site in sites:
             of_site = [neuron for neuron in neurons if neuron["site"] == site]
-            blocks.append(page_charts.distributions(of_site, headline, places, site))
+            block = page_charts.distributions(of_site, headline, places, site, lowest)
+            blocks.append(block)
     return (
         f'<section><h2>Distributions</h2><p class="tabs" id="tabs"></p>{"".join(blocks)}</section>'
     )

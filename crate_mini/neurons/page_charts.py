@@ -31,11 +31,20 @@ LOWEST = -5  # log10 density; below it all are drawn alike
 BINS = 40
 
 
-def distributions(neurons, metric, places, site):
+def lowest_score(neurons, metric):
+    """The lowest value of a score and of its controls, at most 0: where axes of scores begin."""
+    found = [0]
+    for neuron in neurons:
+        values = (neuron["scores"].get(name) for name in (metric, "null_r", "init_r"))
+        found += [value for value in values if value is not None]
+    return min(found)
+
+
+def distributions(neurons, metric, places, site, lowest):
     """The three charts of some neurons as one block, which the script shows or hides by its site.
 
     metric: the score to draw. places: {(site, neuron): place on the page}; a neuron without a
-    place cannot be opened.
+    place cannot be opened. lowest: lowest_score of all sites, so that their charts share axes.
     """
     metric_text = escape(metric)
     score_key = (
@@ -48,11 +57,11 @@ def distributions(neurons, metric, places, site):
         '<span class="key dead">never</span>'
     )
     charts = [
-        _figure(f"Score ({metric_text})", score_chart(neurons, metric), score_key),
+        _figure(f"Score ({metric_text})", score_chart(neurons, metric, lowest), score_key),
         _figure("Density", density_chart(neurons), density_key),
         _figure(
             "Score against density",
-            scatter_chart(neurons, places, metric),
+            scatter_chart(neurons, places, metric, lowest),
             "click a dot to see its neuron",
         ),
     ]
@@ -63,13 +72,16 @@ def _figure(title, svg, caption):
     return f"<figure><h3>{title}</h3>{svg}<figcaption>{caption}</figcaption></figure>"
 
 
-def score_chart(neurons, metric="ngram_r"):
-    """Histogram of a score over neurons, with the outlines of its two controls."""
+def score_chart(neurons, metric="ngram_r", lowest=None):
+    """Histogram of a score over neurons, with the outlines of its two controls.
+
+    lowest: where the axis begins at the latest; by default the lowest_score of these neurons.
+    """
     values = {}
     for kind, name in (("bars", metric), ("null", "null_r"), ("init", "init_r")):
         scores = [neuron["scores"].get(name) for neuron in neurons]
         values[kind] = [score for score in scores if score is not None]
-    lowest = min([0, *values["bars"], *values["null"], *values["init"]])
+    lowest = lowest_score(neurons, metric) if lowest is None else lowest
     edges = np.linspace(math.floor(lowest * 10) / 10, 1, BINS + 1).tolist()
     counts = {}
     for kind, scores in values.items():
@@ -96,8 +108,8 @@ def density_chart(neurons):
     return plot.svg({LOWEST - 0.33: "0", **DECADES}, count_ticks(highest))
 
 
-def scatter_chart(neurons, places, metric="ngram_r"):
-    """A score against density, one dot a neuron; places as in `distributions`.
+def scatter_chart(neurons, places, metric="ngram_r", lowest=None):
+    """A score against density, one dot a neuron; places and lowest as in `distributions`.
 
     The dots are one path; data-neurons lists the place on the page of each dot, or nothing.
     """
@@ -105,7 +117,7 @@ def scatter_chart(neurons, places, metric="ngram_r"):
     for neuron in neurons:
         if neuron.get("density") and neuron["scores"].get(metric) is not None:
             dotted.append(neuron)
-    lowest = min([0, *(neuron["scores"][metric] for neuron in dotted)])
+    lowest = lowest_score(neurons, metric) if lowest is None else lowest
     bottom = math.floor(lowest * 5) / 5
     plot = Plot((LOWEST, 0), (bottom, 1), f"{metric} against density")
     dots, listed = [], []

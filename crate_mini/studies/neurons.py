@@ -79,7 +79,7 @@ class Settings:
     presets: tuple[str, ...] = setting(PRESETS, f"sizes of models: some of {one_of(PRESETS)}")
     seeds: tuple[int, ...] = setting(SEEDS, "seeds of the deepest; the others have the first")
     tokens: int = setting(250_000, "held-out tokens that a score is made from", low=1)
-    table: bool = setting(False, "only print the table of results/neurons.json")
+    table: bool = setting(False, "only draw neurons.png again from neurons.json, print its table")
 
 
 def run(settings):
@@ -89,12 +89,15 @@ def run(settings):
     """
     path = results.ROOT / "results" / "neurons.json"
     if settings.table:
-        print(table(results.read_json(path)))
+        study = results.read_json(path)
+        draw_scores(study, path.with_suffix(".png"))
+        print(table(study))
         return
     study = Study(path, settings.tokens)
     missing = [group for group in groups(settings) if not study.holds(*group)]
     require_checkpoints(missing)
     study.score(missing)
+    draw_scores(study.content, path.with_suffix(".png"))
     print(f"\n{table(study.content)}")
 
 
@@ -154,7 +157,7 @@ class Study:
             if (preset, seed) == (DEEPEST, SEEDS[0]):
                 for kind, layer in itertools.product(AUTOENCODERS_OF, range(n_layer)):
                     new["sae"].append(self.autoencoder(kind, layer, seed))
-                write_figures(results.ROOT / "results", seed)
+                draw_densities(results.ROOT / "results" / "neurons-density.png", seed)
             self.add(preset, seed, new)
 
     def add(self, preset, seed, new):
@@ -261,16 +264,20 @@ def differences(preset, seed):
     return entries
 
 
-def write_figures(target, seed):
-    """Write figures of the deepest models of a seed to the folder `target`."""
-    summaries, neurons = {}, {}
-    for kind, title in NAMES.items():
-        name = f"{title}, {DEEPEST}"
-        folder = neurons_run(DEEPEST, kind, seed) / "interpret"
-        summaries[name] = results.read_json(folder / "summary.json")
-        neurons[name] = rows_of(DEEPEST, kind, seed)
-    figures.scores_by_layer(summaries, target / "neurons.png")
-    figures.score_against_density(neurons, target / "neurons-density.png")
+def draw_densities(target, seed):
+    """Draw scores against density of the deepest models of a seed to the file `target`."""
+    neurons = {f"{title}, {DEEPEST}": rows_of(DEEPEST, kind, seed) for kind, title in NAMES.items()}
+    figures.score_against_density(neurons, target)
+
+
+def draw_scores(study, target):
+    """Draw the scores of the deepest models of the first seed, from the content of neurons.json."""
+    wanted = study["presets"][-1], study["seeds"][0]
+    summaries = {}
+    for run in study["runs"]:
+        if (run["preset"], run["seed"]) == wanted:
+            summaries[f"{NAMES[run['model']]}, {run['preset']}"] = run["as it is"]
+    figures.scores_by_layer(summaries, target)
 
 
 def essence_of_beyond(content):

@@ -3,6 +3,8 @@
 import random
 
 import pytest
+from figure_texts import clashes
+from matplotlib.container import BarContainer, ErrorbarContainer
 
 from crate_mini.neurons import figures
 
@@ -49,28 +51,60 @@ def made_up_neurons(n=50):
     return neurons
 
 
+def bars_of(axes):
+    """{label: [(site's place, height) of each bar]}."""
+    found = {}
+    for container in axes.containers:
+        if isinstance(container, BarContainer):
+            (bar,) = container
+            place = round(bar.get_x() + bar.get_width() / 2)
+            found.setdefault(container.get_label(), []).append((place, bar.get_height()))
+    return found
+
+
 def test_scores_by_layer_draws_means_intervals_and_controls(figure_objects):
     summaries = {"crate": made_up_summary(0.3, 0.2, 0.1), "gpt2": made_up_summary(0.4, None, 0.2)}
-    left, right = figures.scores_by_layer(summaries, None).axes
-    bars = {container.get_label(): container for container in left.containers}
-    assert set(bars) == {"two tokens", "null: another neuron's table", "untrained model"}
-    line, _, (segments,) = bars["two tokens"]
-    assert line.get_ydata().tolist() == [0.3, 0.2, 0.1]
-    assert segments.get_segments()[0][:, 1] == pytest.approx([0.29, 0.32])
-    places = right.containers[0][0].get_xdata()
-    assert [round(place) for place in places] == [0, 2]  # a gap, not a 0
+    figure = figures.scores_by_layer(summaries, None)
+    left, right = figure.axes
+    control = "control: another neuron's table"
+    assert set(bars_of(left)) == {"two tokens", control, "control: untrained model"}
+    assert bars_of(left)["two tokens"] == [(0, 0.3), (1, 0.2), (2, 0.1)]
+    assert bars_of(right)["two tokens"] == [(0, 0.4), (2, 0.2)]  # a gap, not a 0
+    whiskers = next(c for c in left.containers if isinstance(c, ErrorbarContainer))
+    segments = whiskers[2][0].get_segments()
+    assert segments[0][:, 1] == pytest.approx([0.29, 0.32])
     assert [text.get_text() for text in left.get_xticklabels()] == ["L0", "L1", "L2"]
+    assert {"0.30", "0.20", "0.10", "0.01", "0.05"} == {text.get_text() for text in left.texts}
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(named) == len(set(named)) == 3 and not clashes(figure)
 
 
-def test_autoencoders_are_not_joined_to_codes(figure_objects):
-    summary = made_up_summary(0.3, 0.2)
-    summary["sites"]["L1.sae-topk"] = {"ngram_r": statistic(0.5)}
+def test_scores_that_are_equal_are_all_visible(figure_objects):
+    summary = made_up_summary(0.9)
+    summary["sites"]["L0"] |= {"token_r": statistic(0.9), "label_r@10": statistic(0.9)}
     (axes,) = figures.scores_by_layer({"crate": summary}, None).axes
-    lines = []
-    for container in axes.containers:
-        if container.get_label() == "two tokens":
-            lines.append(container[0].get_ydata().tolist())
-    assert lines == [[0.3, 0.2], [0.5]]
+    spans = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
+    assert len(spans) == 5
+    for (_, end), (start, _) in zip(spans, spans[1:]):
+        assert start == pytest.approx(end)
+
+
+def test_autoencoders_stand_beside_the_codes_and_many_sites_can_still_be_read(figure_objects):
+    summary = made_up_summary(*[0.3] * 12)
+    summary["sites"]["L11.sae-topk"] = {"ngram_r": statistic(0.5)}
+    figure = figures.scores_by_layer({"crate": summary}, None)
+    assert bars_of(figure.axes[0])["two tokens"][-1] == (12, 0.5)
+    assert not clashes(figure)
+
+
+def test_densities_of_all_models_are_drawn_over_the_same_range(figure_objects):
+    one, other = made_up_neurons(), made_up_neurons()
+    for neuron in other:
+        neuron["density"] = max(0.2, neuron["density"])
+    figure = figures.score_against_density({"one": one, "other": other}, None)
+    ranges = {axes.get_xlim() for axes in figure.axes}
+    lowest = min(neuron["density"] for neuron in one)
+    assert ranges == {(lowest / 2, 1.2)} and not clashes(figure)
 
 
 def test_score_against_density_draws_scored_neurons_and_counts_the_rest(figure_objects):

@@ -45,3 +45,24 @@ def test_dots_lead_to_neurons_on_the_page():
         neurons.append({"site": "L0", "neuron": j, "density": 0.5, "scores": {"ngram_r": 0.5}})
     chart = page_charts.scatter_chart(neurons, {("L0", 0): 0, ("L0", 2): 1})
     assert 'data-neurons="0,,1"' in chart
+
+
+def test_the_charts_of_all_sites_share_their_axes():
+    neurons = []
+    for site, null in (("L0", -0.62), ("L1", 0.1)):
+        scores = {"ngram_r": 0.5, "null_r": null}
+        neurons.append({"site": site, "neuron": 0, "density": 0.5, "scores": scores})
+    lowest = page_charts.lowest_score(neurons, "ngram_r")
+    assert lowest == -0.62
+    ticks = []
+    for site in ("L0", "L1"):
+        of_site = [neuron for neuron in neurons if neuron["site"] == site]
+        block = page_charts.distributions(of_site, "ngram_r", {}, site, lowest)
+        score, density, scatter = re.findall("<svg.*?</svg>", block)
+        ticks.append(
+            [re.findall('<text x="([^"]*)" y="([^"]*)"', chart) for chart in (score, scatter)]
+        )
+        assert ">-0.5<" in score and ">-0.5<" in scatter and "-0.5" not in density
+    bottoms = [[place for place in chart if place[1] == str(svg.HEIGHT - 8)] for chart in ticks[0]]
+    others = [[place for place in chart if place[1] == str(svg.HEIGHT - 8)] for chart in ticks[1]]
+    assert bottoms == others and ticks[0][1] == ticks[1][1]

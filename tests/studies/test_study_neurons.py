@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -67,6 +68,20 @@ def made_up_study(seeds=(1, 2)):
         "match_density": 0.01,
         "sae": [{**sae, "ngram_r": {"mean": 0.3}, "f1": {"mean": None}}],
     }
+
+
+def test_the_scores_of_the_deepest_models_can_be_drawn_again_from_the_file(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    results.write_json(tmp_path / "results" / "neurons.json", made_up_study())
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    drawn = mock.Mock()
+    monkeypatch.setattr(neurons.figures, "scores_by_layer", drawn)
+    neurons.run(neurons.Settings(table=True))
+    (summaries, target), _ = drawn.call_args
+    assert target == tmp_path / "results" / "neurons.png"
+    deepest = made_up_study()["presets"][-1]
+    assert summaries and all(name.endswith(f", {deepest}") for name in summaries)
+    assert all(summary["sites"] for summary in summaries.values())
 
 
 def test_the_table_shows_our_scores_by_seed_and_names_the_source_of_the_others():
