@@ -9,9 +9,11 @@ from crate_mini.plots.figure import (
     BLUE,
     GREEN,
     GREY,
-    LIGHT,
+    PURPLE,
     RED,
     grid,
+    ink,
+    label_ends,
     shared_legend,
     write,
 )
@@ -104,6 +106,8 @@ def _before_and_after(layer, basis):
 PANEL = (3.7, 3.1)  # width and height in inches
 LINE = 0.17  # height of a line of the headline in inches
 CHARACTERS = 13.5  # of the headline in an inch
+FEW = 6  # layers, at most, whose changes are written in per cent
+HOLDS, FAILS = "✓", "✗"
 BEST = "best codes (lasso optimum)"
 
 
@@ -171,9 +175,16 @@ def _rates(axes, result, basis, title):
             axes.errorbar(places, means, deviations, **look)
             for place, mean, face in zip(places, means, ("white", color)):
                 axes.plot(place, mean, "o", color=color, markerfacecolor=face, zorder=3)
+            if model == "trained" and means[0] and len(result[model]) <= FEW:
+                text = f"{100 * (means[1] / means[0] - 1):+.0f} %"
+                text = "0 %" if text in ("-0 %", "+0 %") else text
+                highest = max(mean + std for mean, std in zip(means, deviations))
+                look = {"ha": "center", "fontsize": 7, "color": ink(color)}
+                axes.annotate(text, (middle, highest), (0, 2), textcoords="offset points", **look)
     least, most = result["rate_bounds"]["whole" if basis == "whole" else "U"]
     title = f"{title}\npossible: {least:.0f} to {most:.0f}; bars: std over windows"
-    _label(axes, result, "nats", title)
+    axes.set_ylim(0, 1.15 * axes.get_ylim()[1])  # the eye compares heights with 0
+    _label(axes, result, "nats a token", title, "attention" if basis == "U" else None)
 
 
 def _densities(axes, result):
@@ -212,9 +223,13 @@ def _objective(axes, result):
             axes.plot(layer["lasso"], style, markersize=4, **look)
             axes.plot([n_steps, n_steps + 1], [layer["lasso"][-1], lowest], ":", **look)
             _mark_best(axes, n_steps + 1, lowest, color, alpha)
-    axes.set(xlabel="ISTA steps", ylabel="per coordinate")
+    axes.set(xlabel="ISTA steps", ylabel="objective per coordinate")
     axes.set_xticks(range(n_steps + 2), [*range(n_steps + 1), "optimum"])
-    axes.set_title("lasso objective: by step, and lowest\npaler: deeper layers", fontsize=9)
+    marks = " ".join(f"{i} {mark}" for i, mark in enumerate(_marks(result, "ISTA steps")))
+    title = (
+        f"lasso objective: by step, and lowest\npaler: deeper layers; no step raises it: {marks}"
+    )
+    axes.set_title(title, fontsize=9)
     axes.set_ylim(bottom=0)
 
 
@@ -231,7 +246,7 @@ def _steps(axes, result):
     """eta |D|^2 by layer, with the limit of descent."""
     sizes = _of_dictionary(result, "eta_norm2")
     title = f"size of the ISTA step\nbelow {verdict.LIMIT} none can raise the objective"
-    _by_layer(axes, result, sizes, "eta |D|^2", title)
+    _by_layer(axes, result, sizes, "eta |D|^2", title, "step size")
     axes.set_ylim(0, 1.1 * max(2.1, *itertools.chain(*sizes.values())))
     axes.axhline(verdict.LIMIT, color=RED, linewidth=1)
 
@@ -254,18 +269,31 @@ def _of_dictionary(result, name):
     return numbers
 
 
-def _by_layer(axes, result, values, ylabel, title):
-    """A line for each model; values {model: [a number of each layer]}."""
+def _by_layer(axes, result, values, ylabel, title, aspect=None):
+    """A line for each model; values {model: [a number of each layer]}; aspect as in _label."""
     for model, (color, style) in MODELS.items():
         axes.plot(range(len(values[model])), values[model], style, color=color, markersize=5)
     axes.set_ylim(bottom=0)
-    _label(axes, result, ylabel, title)
+    _label(axes, result, ylabel, title, aspect)
 
 
-def _label(axes, result, ylabel, title):
-    """Set the title, labels and layer ticks of a panel."""
+def _marks(result, aspect):
+    """Each layer's verdict on an aspect as a mark: whether it does what the theory says."""
+    return [HOLDS if layer[aspect]["holds"] else FAILS for layer in result["verdict"]["layers"]]
+
+
+def _label(axes, result, ylabel, title, aspect=None):
+    """Set the title, labels and layer ticks of a panel; aspect: of the verdict, marked at each."""
     layers = range(len(result["trained"]))
-    axes.set(xlabel="layer", ylabel=ylabel, xticks=layers)
+    axes.set(xlabel="layer", ylabel=ylabel)
+    if aspect:
+        marks = _marks(result, aspect)
+        axes.set_xticks(layers, [f"{i}\n{mark}" for i, mark in zip(layers, marks)])
+        for mark, label in zip(marks, axes.get_xticklabels()):
+            label.set_color(ink(GREEN) if mark == HOLDS else ink(RED))
+        axes.set_xlabel(f"trained layer; {HOLDS} as the theory says, {FAILS} not")
+    else:
+        axes.set_xticks(layers)
     axes.set_xlim(-0.5, len(layers) - 0.5)
     axes.set_title(title, fontsize=9)
 
@@ -280,7 +308,8 @@ def l0_by_layer(curves, target):
     a layer in layers.json, or from {"mean": site["density"]["L0"]} of a site in summary.json.
     """
     figure, (axes,) = grid(1, 1, (6, 3.8))
-    colors = itertools.cycle((BLUE, GREEN, AMBER, RED, LIGHT))
+    colors = itertools.cycle((BLUE, GREEN, AMBER, RED, PURPLE))
+    ends = []
     for name, layers in curves.items():
         if name.endswith("untrained"):
             color, style = GREY, "s--"
@@ -291,9 +320,10 @@ def l0_by_layer(curves, target):
         high = [layer["mean"] + layer.get("std", 0) for layer in layers]
         axes.plot(means, style, color=color, markersize=5, label=name)
         axes.fill_between(range(len(means)), low, high, color=color, alpha=0.12, linewidth=0)
+        ends.append((means[-1], name, color))
     axes.set(xlabel="layer", ylabel="active codes per token (L0)")
     axes.set_xticks(range(max(map(len, curves.values()))))
     axes.set_ylim(bottom=0)
     axes.set_title("codes above 0; band: std over tokens")
-    axes.legend(frameon=False)
+    label_ends(axes, ends)
     return write(figure, target)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from figure_texts import clashes
 from held_text import most_tensors_held
 from tiny_layers import KINDS, tiny
 
@@ -164,6 +165,13 @@ def test_the_figure_shows_the_verdict_and_the_numbers_of_the_file(
     assert result["verdict"]["overall"] in shown
     for layer in result["verdict"]["layers"]:
         assert f"layer {layer['layer']}: {layer['brief']}" in shown
+    assert not clashes(drawings[0])
+    for start, aspect in (("coding rate", "attention"), ("size of the ISTA", "step size")):
+        (panel,) = [axes for axes in drawings[0].axes if axes.get_title().startswith(start)]
+        marks = [text.get_text().split("\n")[1] for text in panel.get_xticklabels()]
+        holds = [layer[aspect]["holds"] for layer in result["verdict"]["layers"]]
+        assert marks == ["✓" if held else "✗" for held in holds]
+        assert panel.get_ylim()[0] == 0 and panel.get_ylabel()
     (panel,) = [axes for axes in drawings[0].axes if axes.get_title().startswith("lasso objective")]
     lines = [list(line.get_ydata()) for line in panel.lines]
     for layer in result["trained"] + result["untrained"]:

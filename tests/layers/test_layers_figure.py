@@ -13,4 +13,5 @@ def test_l0_by_layer_draws_every_curve(monkeypatch):
     (axes,) = figure.l0_by_layer(curves, None).axes
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
     assert lines == {"crate": [40.0, 30.0], "crate untrained": [50.0, 50.0]}
+    assert {text.get_text() for text in axes.texts} == set(curves) and axes.get_legend() is None
     assert axes.lines[1].get_color() == GREY != axes.lines[0].get_color()
