@@ -7,7 +7,7 @@ import itertools
 import math
 
 from crate_mini.console.terminal import aligned
-from crate_mini.plots.figure import AMBER, BLUE, GREEN, GREY, RED, grid, shared_legend, write
+from crate_mini.plots.figure import SERIES, grid, shared_legend, write
 
 HEAD = [
     "SAE",
@@ -21,7 +21,6 @@ HEAD = [
     "recovered of zeros",
     "of mean",
 ]
-COLOURS = (BLUE, GREEN, AMBER, RED, GREY)
 
 
 def table(saes):
@@ -49,29 +48,35 @@ def table_row(sae):
 
 
 def draw(saes, target):
-    """Draw loss recovered and codes explained against L0, a colour for each family of SAEs.
+    """Draw loss recovered, reconstruction and dead features against L0, a colour for each family.
 
     SAEs of a family share activation and width. Returns the path of the PNG.
     """
-    figure, (left, right) = grid(2, 2, (5.2, 4))
-    for (name, family), colour in zip(families(saes).items(), itertools.cycle(COLOURS)):
+    figure, (loss, reconstruction, dead) = grid(3, 3, (4.4, 4))
+    for (name, family), colour in zip(families(saes).items(), itertools.cycle(SERIES)):
         held_out = [sae["held_out"] for sae in family]
         l0 = [result["L0"] for result in held_out]
-        zero = [result["recovered"]["zero"] for result in held_out]
-        mean = [result["recovered"]["mean"] for result in held_out]
+        solid(loss, l0, [result["recovered"]["zero"] for result in held_out], colour, name)
+        dashed(loss, l0, [result["recovered"]["mean"] for result in held_out], colour)
         variance = [result["explained_variance"] for result in held_out]
-        cosine = [result["cosine"] for result in held_out]
-        solid(left, l0, zero, colour, f"{name}, of the loss of zeros")
-        dashed(left, l0, mean, colour, f"{name}, of the loss of the mean code")
-        solid(right, l0, variance, colour, f"{name}, variance about the mean")
-        dashed(right, l0, cosine, colour, f"{name}, cosine")
+        solid(reconstruction, l0, variance, colour, name)
+        dashed(reconstruction, l0, [result["cosine"] for result in held_out], colour)
+        solid(dead, l0, [100 * result["dead"] for result in held_out], colour, name)
     l0 = [sae["held_out"]["L0"] for sae in saes]
-    finish(left, "share of the loss recovered", l0)
-    finish(right, "share of the codes explained", l0)
-    shared_legend(figure, [left, right])
+    finish(loss, "Loss recovered\nsolid: of zero ablation; dashed: of mean ablation", l0)
+    finish(
+        reconstruction, "Reconstruction\nsolid: explained variance; dashed: cosine similarity", l0
+    )
+    finish(dead, "Dead features\nshare that is 0 on every held-out token", l0)
+    for axes in (loss, reconstruction):
+        axes.axhline(1, color="black", linewidth=0.6)
+        axes.set_ylabel("share (1: as good as the codes)")
+    dead.set(ylabel="dead features (%)", ylim=(0, 1.1 * max(1, dead.get_ylim()[1])))
+    shared_legend(figure, [loss])
     figure.suptitle(
-        f"sparse autoencoders on the {saes[0]['h']} codes of layer {saes[0]['layer']}, "
-        f"{saes[0]['tokens']:,} held-out tokens"
+        f"Sparse autoencoders on the {saes[0]['h']} codes of layer {saes[0]['layer']}, "
+        f"{saes[0]['tokens']:,} held-out tokens",
+        fontsize=11,
     )
     return write(figure, target)
 
@@ -91,9 +96,9 @@ def solid(axes, l0, values, colour, label):
     axes.plot(l0, gaps(values), "o-", color=colour, markersize=5, label=label)
 
 
-def dashed(axes, l0, values, colour, label):
-    """A pale dashed line of values against L0."""
-    axes.plot(l0, gaps(values), "s--", color=colour, alpha=0.5, markersize=5, label=label)
+def dashed(axes, l0, values, colour):
+    """A pale dashed line of values against L0, without a name of its own."""
+    axes.plot(l0, gaps(values), "s--", color=colour, alpha=0.6, markersize=5)
 
 
 def gaps(values):
@@ -102,14 +107,13 @@ def gaps(values):
 
 
 def finish(axes, title, l0):
-    """Title, a line at 1, the best value, and the axis of L0, logarithmic if it spans much."""
+    """Title, and the axis of L0, logarithmic if it spans much."""
     from matplotlib.ticker import LogLocator
 
-    axes.set_xlabel("features per token (L0)")
+    axes.set_xlabel("L0 (active features per token)")
     if max(l0) > 5 * min(l0) > 0:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
-    axes.set_title(title, fontsize=10)
-    axes.axhline(1, color="black", linewidth=0.6)
+    axes.set_title(title, fontsize=9)
