@@ -9,7 +9,10 @@ def texts_of(figure):
     if figure._suptitle is not None:
         texts.append(figure._suptitle)
     for axes in figure.axes:
-        texts += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+        texts += [axes.title, *axes.texts]
+        if not axes.axison:  # then neither ticks nor names of axes are drawn
+            continue
+        texts += [axes.xaxis.label, axes.yaxis.label]
         for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
             low, high = sorted(limits)
             ticks = zip(axis.get_ticklocs(), axis.get_ticklabels())

@@ -9,12 +9,11 @@ from crate_mini import UserError
 from crate_mini.cli import setting
 from crate_mini.console.terminal import Command, aligned
 from crate_mini.model import LM, Config
-from crate_mini.plots.figure import AMBER, BLUE, GREEN, GREY, RED, grid, write
+from crate_mini.plots.figure import SERIES, grid, label_ends, write
 from crate_mini.training import checkpoint
 from crate_mini.training.loss_curve import read_log, smooth
 from crate_mini.training.settings import Settings as Training
 
-COLORS = (BLUE, RED, GREEN, AMBER, "#7a5195", GREY)
 # Settings that do not change what is computed, or follow from others.
 IGNORED = {"out", "overwrite", "save_every", "keep_every", "log", "log_every", "micro_batch"}
 WIDEST = 28  # characters of a cell
@@ -156,20 +155,23 @@ def one_text(runs):
 def draw(runs, target):
     """Training losses, smoothed, and validation losses of all runs by tokens; returns the path."""
     figure, axes = grid(2, 2, (5, 3.8), sharey=True)
+    ends = []
     for i, run in enumerate(runs):
-        color = COLORS[i % len(COLORS)]
+        color = SERIES[i % len(SERIES)]
         tokens, losses = zip(*run.training)
-        name = f" {run.name}" if run.name.startswith("_") else run.name  # legends leave out _names
-        axes[0].plot(tokens, smooth(losses), color=color, linewidth=1.4, label=name)
+        means = smooth(losses)
+        axes[0].plot(tokens, means, color=color, linewidth=1.4)
         if run.validation:
-            label = f"{name}: {run.validation[-1][1]:.3f}"
-            axes[1].plot(*zip(*run.validation), "o-", color=color, markersize=3, label=label)
-    axes[0].set(title="training, mean over 5 % of the run", ylabel="loss (nats per token)")
-    axes[1].set(title="validation")
+            axes[1].plot(*zip(*run.validation), "o-", color=color, markersize=3)
+            last_loss = run.validation[-1][1]
+            ends.append((last_loss, f"{last_loss:.3f} {run.name}", color))
+        else:
+            ends.append((means[-1], f"{run.name}, not validated", color))
+    axes[0].set(title="training loss, mean over 5 % of the run", ylabel="loss (nats per token)")
+    axes[1].set(title="validation loss; at the right the last")
     for panel in axes:
         panel.set_xlabel("million tokens")
-        if panel.get_legend_handles_labels()[1]:
-            panel.legend(frameon=False)
+    label_ends(axes[1], ends)
     return write(figure, target)
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from crate_mini.concepts import report
 from crate_mini.concepts.ablate import VARIANTS
 from crate_mini.data.tokenizer import visible
-from crate_mini.plots.figure import AMBER, BLUE, GREEN, RED, grid, write
+from crate_mini.plots.figure import AMBER, BLUE, GREEN, GREY, PURPLE, RED, grid, write
 from crate_mini.plots.html import html
 
-COLORS = (BLUE, RED, GREEN, AMBER, "#7b5ea7", "#888888")  # of the classes
+COLORS = (BLUE, RED, GREEN, AMBER, PURPLE, GREY)  # of the classes
 RETRAINED = "the text's own code, then a new probe on what is left"
 FORMS = {
     "probe, read-out": "removed from the state that the head reads; probes answer",
@@ -225,7 +225,21 @@ def cloud(result, target, codes=4, width=23):
             axes.set_title(f"{name}, code {code['code']}", fontsize=8, parse_math=False)
             draw_words(axes, code, width)
     patches = [Patch(color=color(i)) for i in range(len(result["classes"]))]
-    figure.legend(patches, result["classes"], loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(
+        patches,
+        result["classes"],
+        title="colour: the class that most of a concept's training words come from",
+        loc="outside lower center",
+        ncols=6,
+        frameon=False,
+    )
+    lower, upper = result["layers"]
+    figure.suptitle(
+        f"Concepts of the classifier's layers {lower} to {upper}, drawn by the seed: a row for "
+        "each method,\na panel for each code with its most frequent words (size: the root of their "
+        "count)",
+        fontsize=11,
+    )
     return write(figure, target, dpi=110)
 
 

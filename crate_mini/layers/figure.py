@@ -180,11 +180,11 @@ def _rates(axes, result, basis, title):
                 text = "0 %" if text in ("-0 %", "+0 %") else text
                 highest = max(mean + std for mean, std in zip(means, deviations))
                 look = {"ha": "center", "fontsize": 7, "color": ink(color)}
-                axes.annotate(text, (middle, highest), (0, 2), textcoords="offset points", **look)
+                axes.annotate(text, (middle, highest), (0, 5), textcoords="offset points", **look)
     least, most = result["rate_bounds"]["whole" if basis == "whole" else "U"]
     title = f"{title}\npossible: {least:.0f} to {most:.0f}; bars: std over windows"
     axes.set_ylim(0, 1.15 * axes.get_ylim()[1])  # the eye compares heights with 0
-    _label(axes, result, "nats a token", title, "attention" if basis == "U" else None)
+    _label(axes, result, "coding rate (nats)", title, "attention" if basis == "U" else None)
 
 
 def _densities(axes, result):

@@ -4,10 +4,9 @@ from crate_mini.console import results
 from crate_mini.console.terminal import aligned
 from crate_mini.layers.measure import AFTER, BEFORE, measure_layers
 from crate_mini.layers.windows import Windows
-from crate_mini.plots.figure import AMBER, BLUE, GREEN, GREY, RED, grid, shared_legend, write
+from crate_mini.plots.figure import GREY, SERIES, grid, label_ends, write
 from crate_mini.training import checkpoint, histories
 
-COLORS = (BLUE, GREEN, AMBER, RED, "#7a5195", GREY)  # of layers, again from the start after these
 KEPT = ("layer", "projection", "density", "dead", "reconstruction_error", "windows_compressed")
 
 
@@ -66,13 +65,21 @@ def draw(rows, target):
         panels["objective after ISTA / at a = 0"] = _objective
     figure, axes = grid(len(panels), 2, (4.6, 3.2))
     steps = [row["step"] for row in rows]
+    named = []
     for panel, (title, value) in zip(axes, panels.items()):
+        ends = []
         for i in range(len(rows[0]["layers"])):
             values = [value(row["layers"][i]) for row in rows]
-            panel.plot(steps, values, "o-", color=COLORS[i % 6], markersize=3, label=f"layer {i}")
+            color = SERIES[i % len(SERIES)]  # of the layer, again from the start after these
+            panel.plot(steps, values, "o-", color=color, markersize=3)
+            ends.append((values[-1], f"layer {i}", color))
         panel.set(title=title, xlabel="step")
+        if value is not _rate_change:  # a difference; the others are read as shares of something
+            panel.set_ylim(bottom=0)
+        named.append((panel, ends))
     axes[1].axhline(0, color=GREY, linewidth=0.8)
-    shared_legend(figure, axes)
+    for panel, ends in named:
+        label_ends(panel, ends, 8)
     return write(figure, target)
 
 

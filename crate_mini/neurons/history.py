@@ -12,10 +12,9 @@ from crate_mini.console.terminal import aligned
 from crate_mini.data.tokenizer import visible
 from crate_mini.neurons.quick_score import quick_scores
 from crate_mini.neurons.record import sites
-from crate_mini.plots.figure import AMBER, BLUE, GREEN, GREY, RED, grid, write
+from crate_mini.plots.figure import GREY, SERIES, grid, label_ends, write
 from crate_mini.training import checkpoint, histories
 
-COLORS = (BLUE, GREEN, AMBER, RED, "#7a5195", "#8c564b")
 USED = ("layers", "seed", "tokens", "data", "tokenizer", "val_fraction", "device", "out", "follow")
 NEURON = re.compile(r" *(\d{1,3}):(\d{1,9}) *")
 
@@ -135,22 +134,29 @@ def draw(rows, target):
     kinds = [kind for kind in ("layers", "neurons") if rows[0][kind]]
     figure, axes = grid(2 * len(kinds), 2, (4.6, 3.2))
     steps = [row["step"] for row in rows]
+    named = []
     for i, kind in enumerate(kinds):
         for j, score in enumerate(("ngram_r", "density")):
-            panel = axes[2 * i + j]
+            panel, ends = axes[2 * i + j], []
             for n, name in enumerate(rows[0][kind]):
                 label = f"layer {name}" if kind == "layers" else f"neuron {name}"
                 values = [row[kind][name][score] for row in rows]
                 values = [np.nan if value is None else value for value in values]
-                color = COLORS[n % len(COLORS)]
-                panel.plot(steps, values, "o-", color=color, markersize=3, label=label)
-            title = "ngram_r" if score == "ngram_r" else "share of tokens that fire it"
+                color = SERIES[n % len(SERIES)]
+                panel.plot(steps, values, "o-", color=color, markersize=3)
+                known = [value for value in values if not np.isnan(value)]
+                if known:
+                    ends.append((known[-1], label, color))
+            title = "score (ngram_r)" if score == "ngram_r" else "share of tokens that fire it"
             mean = ", mean over neurons" if kind == "layers" else ""
             panel.set(title=title + mean, xlabel="step")
+            if score == "density":
+                panel.set_ylim(bottom=0)
+            named.append((panel, ends))
     nulls = [row["layers"][name]["null_r"] or 0 for row in rows for name in row["layers"]]
     control = sum(nulls) / len(nulls)
-    label = "another neuron's table (null_r)"
-    axes[0].axhline(control, color=GREY, linestyle="--", linewidth=0.8, label=label)
-    for panel in axes[::2]:
-        panel.legend(frameon=False, fontsize="small")
+    axes[0].axhline(control, color=GREY, linestyle="--", linewidth=0.8)
+    named[0][1].append((control, "control: another\nneuron's table", GREY))
+    for panel, ends in named:
+        label_ends(panel, ends, 8)
     return write(figure, target)

@@ -1,24 +1,26 @@
 """index.html: scored neurons to look at, in one file that opens from disk.
 
 `index` takes what `interpret.py neurons` wrote (record.json, summary.json, scores.jsonl and
-excerpts.jsonl) and reads what `steer.py measure` left there, if it did. Charts and tables are drawn
-here; the neurons follow as JSON, which page.js draws. It needs no network and no model; equal
-inputs and seeds give equal bytes. Texts come from a corpus, so they are data everywhere: escaped
-here, set as text (never as markup) by the script, and a content security policy lets the browser
-run only our own script and load nothing.
+excerpts.jsonl) and what its stage `beyond` and `steer.py measure` left there, if they did. Charts
+and tables are drawn here; the neurons follow as JSON, which page.js draws. It needs no network and
+no model; equal inputs and seeds give equal bytes. Texts come from a corpus, so they are data
+everywhere: escaped here, set as text (never as markup) by the script, and a content security policy
+lets the browser run only our own script and load nothing.
 """
 
 from collections import Counter
 from html import escape
+from pathlib import Path
 
 import numpy as np
 
 from crate_mini import UserError
+from crate_mini.console import results
 from crate_mini.data.tokenizer import visible
 from crate_mini.neurons import page_charts, score_files, steering_section
 from crate_mini.neurons.page_data import pack
 from crate_mini.neurons.summary import STATUS
-from crate_mini.plots.html import asset, html, shared_script
+from crate_mini.plots.html import asset, embedded, html, shared_script
 
 HEADLINE = "ngram_r"  # the metric of the charts
 
@@ -48,11 +50,13 @@ def index(folder, scored, token_bytes, seed=0, most=2048):
     data["headline"] = headline
     name = score_files.checkpoint_name(record)
     checkpoint_hash = (record.get("checkpoint") or {}).get("sha256")
+    beyond = _beyond(folder, checkpoint_hash)
     steering = steering_section.section(folder, checkpoint_hash)
     sections = [
         _header(name, _facts(record, summary, neurons, seed), len(shown), len(neurons), seed),
         _distributions(neurons, shown, headline),
         f"<section><h2>Means by layer</h2>{page_charts.means(summary)}</section>",
+        beyond,
         steering,
         '<section><h2>Neurons</h2><div id="tools"></div><div id="list"></div></section>',
     ]
@@ -62,7 +66,7 @@ def index(folder, scored, token_bytes, seed=0, most=2048):
     )
     script = shared_script() + asset("crate_mini.neurons", "page.js")
     style = asset("crate_mini.neurons", "page.css")
-    return html(f"{name} · neurons", body, data, script, style, images=bool(steering))
+    return html(f"{name} · neurons", body, data, script, style, images=bool(beyond or steering))
 
 
 def draw(neurons, most, seed):
@@ -125,6 +129,24 @@ def _facts(record, summary, neurons, seed):
     if machine.get("commit"):
         facts["commit"] = machine["commit"]
     return facts
+
+
+def _beyond(folder, sha256):
+    """What the stage `beyond` found in this checkpoint, as a section; "" if it has not run."""
+    path = Path(folder, "beyond.json")
+    if not path.exists():
+        return ""
+    content = results.read_json(path)
+    image = embedded(path.with_suffix(".png"), "coverage of properties of the text, by site")
+    if not image or (content.get("checkpoint") or {}).get("sha256") != sha256:
+        return ""
+    return (
+        '<section><h2>Beyond the token</h2><p class="saw">Which exact properties of the text so '
+        "far do neurons follow, once the mean of each token is taken away? Left: the best neuron "
+        "of each property, on other documents, beside a random rotation of the neurons and other "
+        "controls; the basis of the neurons is special where they lie above the rotation. Right: "
+        f"the properties that are covered best.</p>{image}</section>"
+    )
 
 
 def _distributions(neurons, shown, headline):

@@ -4,15 +4,16 @@ The chapter `steering` builds on this one, so nothing of it is imported: the sec
 steering.json and steering.png alone, if the command left them in the folder.
 """
 
-import base64
 from html import escape
 from pathlib import Path
 
 from crate_mini import UserError
 from crate_mini.console import results
+from crate_mini.plots.html import embedded
 
 ENTRIES = {"command", "summary", "inserted", "attribution", "checkpoint"}  # of steering.json
 METRICS = ("effect", "own", "seen", "kl", "loss")
+ALT = "effect and side effect of steering, by dose and by layer"  # of the figure
 AT_KL = 0.1  # nats of side effect at which kinds are compared
 
 
@@ -46,7 +47,7 @@ def section(folder, sha256):
     steering = read(path)
     if steering["checkpoint"]["sha256"] != sha256:
         return ""
-    parts = [_image(path.with_suffix(".png"))]
+    parts = [embedded(path.with_suffix(".png"), ALT)]
     parts += [_table(head, rows) for head, rows in tables(steering)]
     return (
         f'<section><h2>Steering</h2><p class="saw">{escape(steering["command"])}. Doses are '
@@ -54,17 +55,6 @@ def section(folder, sha256):
         "the continuations were chosen on; intervals are of the mean, over other neurons and other "
         "documents.</p>"
         f"{''.join(parts)}</section>"
-    )
-
-
-def _image(path):
-    """A PNG as an <img> that holds it; "" if there is no such file."""
-    if not path.exists():
-        return ""
-    content = base64.b64encode(path.read_bytes()).decode()
-    return (
-        '<img class="drawn" alt="effect and side effect of steering, by dose and by layer" '
-        f'src="data:image/png;base64,{content}">'
     )
 
 

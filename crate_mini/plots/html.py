@@ -35,6 +35,14 @@ def inline(data):
     return text
 
 
+def embedded(path, alt):
+    """A PNG as an <img> that holds it; "" if there is no such file. alt: what it shows."""
+    if not path.exists():
+        return ""
+    content = base64.b64encode(path.read_bytes()).decode()
+    return f'<img class="drawn" alt="{escape(alt)}" src="data:image/png;base64,{content}">'
+
+
 def html(title, body, data, script, style="", images=False):
     """A whole page, as UTF-8 bytes.
 

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import tiny_runs
+from figure_texts import clashes
 from tiny_runs import facts, run, tiny
 
 from crate_mini import UserError
@@ -107,3 +108,18 @@ def test_names_that_are_no_formulas_and_no_text_are_drawn_as_they_are(runs, tmp_
 def test_names_are_the_shortest_that_differ(tmp_path):
     assert command.names([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
     assert command.names([tmp_path / "a/run", tmp_path / "b/run"]) == ["a/run", "b/run"]
+
+
+def test_runs_are_named_at_the_ends_of_their_curves(monkeypatch):
+    monkeypatch.setattr(command, "write", lambda figure, target: figure)
+    training = [(0.1 * i, 8 - 0.1 * i) for i in range(30)]
+    runs = [
+        command.Run("a", {}, {}, training, [(1.0, 6.0), (3.0, 4.4)]),
+        command.Run("b_$x_$", {}, {}, training, [(1.0, 6.1), (2.0, 4.41)]),
+        command.Run("c", {}, {}, training, []),
+    ]
+    figure = command.draw(runs, None)
+    left, right = figure.axes
+    texts = [text.get_text() for text in right.texts]
+    assert texts == ["4.400 a", "4.410 b_$x_$", "c, not validated"]
+    assert len(left.lines) == 3 and len(right.lines) == 2 and not clashes(figure)

@@ -10,6 +10,7 @@ import html_pages
 import numpy as np
 import planted_reviews
 import pytest
+from figure_texts import clashes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,8 +51,17 @@ def test_the_page_lets_nothing_of_the_corpus_through(folder):
     assert page.shown("a\x1b<&>\n") == "a\\x1b&lt;&amp;&gt;↵"
 
 
-def test_the_figure_is_there(folder):
+def test_the_figure_says_what_it_shows_and_what_its_colours_mean(folder, monkeypatch):
     assert (folder / "concepts.png").stat().st_size > 5000
+    result = results.read_json(folder / "concepts.json")
+    monkeypatch.setattr(page, "write", lambda figure, target, dpi: figure)
+    figure = page.cloud(result, None)
+    lower, upper = result["layers"]
+    assert f"layers {lower} to {upper}" in figure.get_suptitle()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == result["classes"]
+    assert legend.get_title().get_text().startswith("colour: the class")
+    assert not clashes(figure)
 
 
 @pytest.fixture

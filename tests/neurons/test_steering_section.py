@@ -60,6 +60,24 @@ def test_the_page_has_it_only_for_the_same_checkpoint(tmp_path):
     assert ParsedPage(content).tags.count("img") == 1
 
 
+def test_the_page_has_the_figure_beyond_the_token_of_the_same_checkpoint_only(tmp_path):
+    write_results(tmp_path)
+    plain = index(tmp_path)
+    (tmp_path / "beyond.png").write_bytes(PNG)
+    assert index(tmp_path) == plain  # a figure without its numbers
+    for sha256, images in (("of another", 0), (SHA256, 1)):
+        content = json.dumps({"checkpoint": {"sha256": sha256}, "sites": {}})
+        (tmp_path / "beyond.json").write_text(content)
+        parsed = ParsedPage(index(tmp_path))
+        assert parsed.tags.count("img") == images
+        assert (b"img-src data:;" in index(tmp_path)) == bool(images)
+        assert (b"<h2>Beyond the token</h2>" in index(tmp_path)) == bool(images)
+    sources = [value for name, value in parsed.attributes if name == "src"]
+    assert base64.b64decode(sources[0].partition(",")[2]) == PNG
+    (tmp_path / "beyond.png").unlink()
+    assert index(tmp_path) == plain
+
+
 def test_the_figure_is_in_the_page_and_the_policy_allows_no_other_source(tmp_path):
     write_results(tmp_path)
     write_steering(tmp_path)
