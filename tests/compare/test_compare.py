@@ -27,7 +27,7 @@ def runs(tmp_path_factory):
     source.write_text("the code of a token\n" * 900)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CRATE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        patch.setattr("crate_mini.training.loss_curve.loss_curve", lambda log, title: log)
+        patch.setattr("crate_mini.training.loss_curve.loss_curve", lambda log, *_: log)
         run(*tiny(str(source), folder / "a" / "run", 5))
         run(*tiny(str(source), folder / "b" / "run", 9, model="gpt2", lr=0.01))
     return folder

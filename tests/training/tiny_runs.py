@@ -56,7 +56,7 @@ def own_place(request, tmp_path_factory, monkeypatch):
     monkeypatch.setattr(device, "product_rate", measured_once)
     monkeypatch.setattr(device, "kernel_rate", kernels_measured_once)
     if "figures" not in request.fixturenames:
-        monkeypatch.setattr(loss_curve, "loss_curve", lambda log, title: log.with_name("loss.png"))
+        monkeypatch.setattr(loss_curve, "loss_curve", lambda log, *_: log.with_name("loss.png"))
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
     monkeypatch.setenv("CRATE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
