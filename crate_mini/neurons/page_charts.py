@@ -176,16 +176,17 @@ def _row(metric, columns):
     """A metric's row of the table."""
     about = ABOUT.get(metric.partition("[")[0], "")
     cells = []
-    for column in columns.values():
-        cells.append(_cell(column.get(metric), column.get("n", {}).get(metric, {})))
+    for name, column in columns.items():
+        cells.append(_cell(name, column.get(metric), column.get("n", {}).get(metric, {})))
     head = f'<th scope="row">{escape(metric)}<small>{escape(about)}</small></th>'
     return f"<tr>{head}{''.join(cells)}</tr>"
 
 
-def _cell(statistic, n):
-    """A mean with its interval, drawn and written; n: {status: neurons}."""
+def _cell(name, statistic, n):
+    """A mean with its interval, drawn and written; name: of its column; n: {status: neurons}."""
+    column = f'data-name="{escape(name)}"'
     if not statistic or statistic.get("mean") is None:
-        return '<td class="missing">–</td>'
+        return f'<td class="missing" {column}>–</td>'
     mean = statistic["mean"]
     low, high = statistic.get("ci95") or (mean, mean)
     places = ";".join(f"--{name}:{_share(v)}" for name, v in (("m", mean), ("l", low), ("h", high)))
@@ -198,7 +199,7 @@ def _cell(statistic, n):
             bounds += f", ±{statistic['split_sd']:.3f}"
         count = _count(statistic, n)
     return (
-        f"<td><b>{mean:.3f}</b> <small>{bounds}</small>"
+        f"<td {column}><b>{mean:.3f}</b> <small>{bounds}</small>"
         f'<span class="range" style="{places}"></span><small>{count}</small></td>'
     )
 

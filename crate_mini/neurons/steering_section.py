@@ -108,9 +108,11 @@ def _table(head, rows):
     heads = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
     lines = []
     for row in rows:
-        cells = "".join(f"<td>{escape(text)}</td>" for text in row)
-        lines.append(f"<tr>{cells}</tr>")
+        cells = []
+        for name, text in zip(head, row):
+            cells.append(f'<td data-name="{escape(name)}">{escape(text)}</td>')
+        lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f'<div class="wide"><table><thead><tr>{heads}</tr></thead>'
+        f'<div class="wide"><table class="cards"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )

@@ -78,6 +78,19 @@ def test_the_page_has_the_figure_beyond_the_token_of_the_same_checkpoint_only(tm
     assert index(tmp_path) == plain
 
 
+def test_every_cell_names_its_column_for_narrow_screens(tmp_path):
+    """There the rows become cards, see page.css, so that no column is out of sight."""
+    write_results(tmp_path)
+    write_steering(tmp_path)
+    content = index(tmp_path).decode()
+    for table in re.findall('<table class="(?:means|cards)">.*?</table>', content, re.S):
+        heads = re.findall('<th scope="col">([^<]*)', table)
+        heads = heads[1:] if 'class="means"' in table else heads
+        for row in re.findall("<tr>(.*?)</tr>", table.partition("<tbody>")[2], re.S):
+            assert re.findall('<td[^>]*data-name="([^"]*)"', row) == heads
+    assert content.count('<table class="cards">') == 4 and '<table class="means">' in content
+
+
 def test_the_figure_is_in_the_page_and_the_policy_allows_no_other_source(tmp_path):
     write_results(tmp_path)
     write_steering(tmp_path)
@@ -102,7 +115,7 @@ def test_the_page_has_every_number_of_the_tables_as_sound_markup(tmp_path):
     assert "&lt;best&gt; &amp; more" in section
     assert "<best>" not in section
     tables = steering_section.tables(made_up_steering())
-    assert section.count("<table>") == len(tables) == 4
+    assert section.count('<table class="cards">') == len(tables) == 4
     for head, rows in tables:
         for text in [*head, *(cell for row in rows for cell in row)]:
             assert f">{text}<" in section
@@ -116,7 +129,7 @@ def test_tables_without_a_figure(tmp_path):
     (tmp_path / "steering.png").unlink()
     section = steering_section.section(tmp_path, SHA256)
     assert "<img" not in section
-    assert section.count("<table>") == 4
+    assert section.count('<table class="cards">') == 4
 
 
 def test_what_is_not_a_steering_json_gets_one_sentence(tmp_path):
