@@ -68,6 +68,7 @@ def label_ends(axes, ends, size=9):
         look = {"color": ink(color), "fontsize": size, "annotation_clip": False}
         style = {"textcoords": "offset points", "parse_math": False}
         texts.append(axes.annotate(text, (1, y), **place, **look, **style))
+    _show_names_as_they_are(axes.figure)
     axes.figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in texts]
     middles = [(box.y0 + box.y1) / 2 for box in boxes]
