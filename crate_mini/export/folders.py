@@ -113,7 +113,7 @@ def remote_code(c):
             "AutoModelForCausalLM": f"{name}.CrateMiniForCausalLM",
         },
         "dtype": "float32",
-        "use_cache": False,
+        "use_cache": True,
         "vocab_size": c.vocab_size,
         "hidden_size": c.n_embd,
         "num_hidden_layers": c.n_layer,

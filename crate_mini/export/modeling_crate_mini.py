@@ -5,7 +5,8 @@
 `python -m crate_mini.export CKPT --to hf` copies it into the folder. It needs torch and
 transformers alone, and its modules have the names of crate_mini/model.py: layer l's neurons are the
 output of `blocks[l].sparsifier.code`, the projections u that of `blocks[l].attention.subspace`.
-Plain PyTorch, without a KV cache: `generate` reads the whole text for each token.
+Plain PyTorch. `generate` keeps a KV cache: an MSSA layer's projections u, once, as keys and values
+are both u; keys are shifted after they come from the cache, so the last u of the text is there.
 """
 
 from types import SimpleNamespace
@@ -13,8 +14,12 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# What this transformers calls the KV cache: "cache", or in earlier releases "past_key_values".
+IS_RENAMED = "cache" in CausalLMOutputWithPast.__dataclass_fields__
+CACHE = "cache" if IS_RENAMED else "past_key_values"
 
 
 class CrateMiniConfig(PretrainedConfig):
@@ -30,7 +35,7 @@ class CrateMiniConfig(PretrainedConfig):
         self.num_hidden_layers = shape.get("n_layer", 0)
         self.num_attention_heads = shape.get("n_head", 0)
         self.max_position_embeddings = shape.get("block_size", 0)
-        super().__init__(**{"use_cache": False, "tie_word_embeddings": False, **kwargs})
+        super().__init__(**{"use_cache": True, "tie_word_embeddings": False, **kwargs})
 
 
 def shift_keys(k, gate):
@@ -43,8 +48,9 @@ def shift_keys(k, gate):
 class Attention(nn.Module):
     """MSSA (q = k = v = U^T LN(z)) or MHSA, causal; z (B, T, d) -> same."""
 
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
+        self.layer = layer
         d, rank = c.n_embd, c.query_rank
         self.n_head, self.is_mssa = c.n_head, c.attention == "mssa"
         self.norm = nn.LayerNorm(d, bias=c.bias)
@@ -63,8 +69,18 @@ class Attention(nn.Module):
         """(B, T, d) -> (B, K, T, p)."""
         return u.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
-    def forward(self, z, real):
-        """real (B, T): False for padding, which no token attends to; None without padding."""
+    def extend(self, cache, k, v):
+        """All S keys and values of the text: those in the cache, and these of its last T tokens."""
+        if not self.is_mssa:
+            return cache.update(k, v, self.layer)
+        u, _ = cache.update(k, v[..., :0], self.layer)
+        return u, u
+
+    def forward(self, z, real, cache):
+        """The last T of S tokens, the others in the cache (None: S = T); returns (B, T, d).
+
+        real (B, S): False for padding, which no token attends to; None without padding.
+        """
         x = self.norm(z)
         if self.is_mssa:
             u = q = self.subspace(x @ self.U)
@@ -73,16 +89,25 @@ class Attention(nn.Module):
             q, k, v = self.heads(q), self.heads(u), self.heads(u)
         else:
             q, k, v = (self.heads(t) for t in self.qkv(x).chunk(3, -1))
+        if cache is not None:
+            k, v = self.extend(cache, k, v)
         if self.key_gate is not None:
             k = shift_keys(k if real is None else k * real[:, None, :, None], self.key_gate)
-        if real is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            T = z.shape[1]
-            causal = torch.ones(T, T, dtype=torch.bool, device=z.device).tril()
-            itself = torch.eye(T, dtype=torch.bool, device=z.device)  # else padding would be NaN
-            y = F.scaled_dot_product_attention(q, k, v, causal & (real[:, None, None] | itself))
+        mask = visible(q.shape[2], k.shape[2], real, z.device)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         return self.out(y.transpose(1, 2).flatten(-2))
+
+
+def visible(T, S, real, device):
+    """Which of S keys each of the last T tokens sees: (T, S) or (B, 1, T, S), None if causal."""
+    if real is None and T == S:
+        return None
+    keys = torch.arange(S, device=device)
+    queries = keys[S - T :, None]
+    if real is None:
+        return keys <= queries
+    itself = keys == queries  # else the rows of padding would be NaN
+    return (keys <= queries) & (real[:, None, None] | itself)
 
 
 def top_k(a, k):
@@ -141,14 +166,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """z <- z + attention(z), then z <- sparsifier(z), or z + sparsifier(z) if residual."""
 
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
-        self.attention = Attention(c)
+        self.attention = Attention(c, layer)
         self.sparsifier = ISTA(c) if c.sparsifier == "ista" else MLP(c)
         self.residual = c.residual
 
-    def forward(self, z, real):
-        z = z + self.attention(z, real)
+    def forward(self, z, real, cache):
+        z = z + self.attention(z, real, cache)
         y = self.sparsifier(z)
         return z + y if self.residual else y
 
@@ -165,7 +190,7 @@ class CrateMiniForCausalLM(PreTrainedModel, GenerationMixin):
         c = SimpleNamespace(**config.crate_mini["config"])
         self.tokens = nn.Embedding(c.vocab_size, c.n_embd)
         self.positions = nn.Embedding(c.block_size, c.n_embd)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.norm = nn.LayerNorm(c.n_embd, bias=c.bias)
         self.post_init()
 
@@ -179,26 +204,57 @@ class CrateMiniForCausalLM(PreTrainedModel, GenerationMixin):
         self.tokens = value
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
-        """The whole text for each token, or as much of its end as the model reads."""
-        T = self.config.max_position_embeddings
-        mask = None if attention_mask is None else attention_mask[:, -T:]
-        return {"input_ids": input_ids[:, -T:], "attention_mask": mask}
+        """The tokens that are not in the cache yet.
 
-    def forward(self, input_ids, attention_mask=None, labels=None, output_hidden_states=None, **_):
+        Beyond the context the window slides, which changes every position: as many tokens from the
+        end as the model reads, without the cache. Raises ValueError if they are not in input_ids.
+        """
+        context, cache = self.config.max_position_embeddings, kwargs.get(CACHE)
+        T, S = input_ids.shape[1], input_ids.shape[1]
+        if attention_mask is not None:
+            S = attention_mask.shape[1]  # more than T if the text before is in the cache alone
+        if cache is None or S > context:
+            if S > max(T, context):
+                raise ValueError(
+                    f"{S} tokens are more than the context of {context}, which then slides: "
+                    "call generate with all input_ids and without a cache."
+                )
+            mask = None if attention_mask is None else attention_mask[:, -context:]
+            return {"input_ids": input_ids[:, -context:], "attention_mask": mask}
+        new = input_ids[:, -(S - cache.get_seq_length()) :]
+        return {"input_ids": new, "attention_mask": attention_mask, CACHE: cache}
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        labels=None,
+        output_hidden_states=None,
+        use_cache=False,
+        cache=None,
+        past_key_values=None,
+        **_,
+    ):
         """Logits (B, T, V) of ids (B, T); attention_mask (B, T): 0 for padding, on either side.
 
         With labels (B, T), -100 where none, also the mean loss in nats per token. hidden_states:
-        the stream before the first block and after each, then after the final norm.
+        the stream before the first block and after each, then after the final norm. cache, or
+        past_key_values: a DynamicCache of the text before, which these T tokens continue and enter;
+        attention_mask is then that of the whole text. use_cache starts one and returns it.
         """
-        T = input_ids.shape[1]
-        real, positions = None, torch.arange(T, device=input_ids.device)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        before = 0 if cache is None else cache.get_seq_length()
+        end = before + input_ids.shape[1]
+        real, positions = None, torch.arange(before, end, device=input_ids.device)
         if attention_mask is not None and not attention_mask.all():
             real = attention_mask.bool()
-            positions = (real.cumsum(-1) - 1).clamp_min(0)
+            positions = (real.cumsum(-1) - 1).clamp_min(0)[:, before:]
         z = self.tokens(input_ids) + self.positions(positions)
         states = [z]
         for block in self.blocks:
-            z = block(z, real)
+            z = block(z, real, cache)
             states.append(z)
         x = self.norm(z)
         logits = F.linear(x, self.tokens.weight)
@@ -206,4 +262,6 @@ class CrateMiniForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         hidden = (*states, x) if output_hidden_states else None
-        return CausalLMOutput(loss=loss, logits=logits, hidden_states=hidden)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=hidden, **{CACHE: cache}
+        )

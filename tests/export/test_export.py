@@ -19,6 +19,7 @@ from crate_mini.console import results, terminal
 from crate_mini.data.tokenizer import PATTERN, load_tokenizer
 from crate_mini.export import __main__, command, folders, safetensors
 from crate_mini.export.tokenizer_json import last_merge, tokenizer_json
+from crate_mini.generate import generate
 from crate_mini.sae import autoencoder
 from crate_mini.training import checkpoint
 from crate_mini.training.foreign_files import SAFETENSORS_DTYPES, read
@@ -272,6 +273,69 @@ def test_transformers_computes_our_logits(tmp_path, name):
         torch.testing.assert_close(beside, theirs(IDS[:, :5]).logits, rtol=1e-9, atol=1e-9)
         words = {"max_new_tokens": T, "do_sample": False}
         assert theirs.generate(IDS[:, :5], **words).shape == (2, 5 + T)  # beyond the context
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in AS_GPT2])
+def test_a_text_read_in_parts_with_the_kv_cache_has_the_logits_of_one_call(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    folders.hugging_face(tmp_path, made(name), META, None)
+    auto = transformers.AutoModelForCausalLM
+    theirs = auto.from_pretrained(tmp_path, trust_remote_code=True).eval().double()
+    mask = torch.ones_like(IDS)
+    mask[0, :2] = 0  # padding of the first text
+    for words in ({}, {"attention_mask": mask}):
+        with torch.no_grad():
+            whole = theirs(IDS, **words).logits
+            for ends in ((1, 2, 3, T), (T - 1, T), range(1, T + 1)):
+                cache, begin, parts = None, 0, []
+                for end in ends:
+                    mask_so_far = {key: value[:, :end] for key, value in words.items()}
+                    ids = IDS[:, begin:end]
+                    output = theirs(ids, past_key_values=cache, use_cache=True, **mask_so_far)
+                    cache, begin = output[modelling(theirs).CACHE], end
+                    parts.append(output.logits)
+                real = mask.bool() if words else slice(None)
+                torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real])
+    layer = cache.layers[0]
+    assert layer.keys.shape[2] == T
+    attention = json.loads((tmp_path / "config.json").read_text())["crate_mini"]["config"][
+        "attention"
+    ]
+    expected = 0 if attention == "mssa" else layer.keys.numel()  # u is kept once
+    assert layer.values.numel() == expected
+    assert modelling(theirs).CACHE not in theirs(IDS)  # none that was not asked for
+
+
+def modelling(theirs):
+    """The module that came with an exported folder."""
+    return sys.modules[type(theirs).__module__]
+
+
+@pytest.mark.parametrize("name", ["crate", "crate+", "gpt2, key shift"])
+def test_generation_with_the_kv_cache_is_that_without(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    folders.hugging_face(tmp_path, made(name), META, None)
+    auto = transformers.AutoModelForCausalLM
+    theirs = auto.from_pretrained(tmp_path, trust_remote_code=True).eval().double()
+    read = []
+    theirs.tokens.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    prompt = IDS[:, :5]
+    mask = torch.ones_like(prompt)
+    mask[0, :2] = 0
+    for words in ({}, {"attention_mask": mask}, {"num_beams": 3}):
+        words = {"max_new_tokens": T, "do_sample": False, **words}  # beyond the context
+        read.clear()
+        cached = theirs.generate(prompt, use_cache=True, **words)
+        assert read == [5, *[1] * (T - 5), *[T] * 4]  # the window slides at the end
+        assert torch.equal(cached, theirs.generate(prompt, use_cache=False, **words))
+    ours = checkpoint.load(tmp_path)[0].double()
+    assert torch.equal(
+        theirs.generate(prompt, max_new_tokens=T, do_sample=False), generate(ours, prompt, T, 0)
+    )
+    start = theirs(prompt, use_cache=True)[modelling(theirs).CACHE]
+    two_words = {"max_new_tokens": 4, "do_sample": False, modelling(theirs).CACHE: start}
+    longer = theirs.generate(IDS[:, :7], **two_words)
+    assert torch.equal(longer, theirs.generate(IDS[:, :7], max_new_tokens=4, do_sample=False))
 
 
 def test_transformers_reads_text_as_our_tokenizer_does(tmp_path):
