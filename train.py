@@ -66,8 +66,8 @@ class Trainer:
         # Of the smallest dtype that may be chosen.
         smallest = torch.bfloat16 if s.dtype == "auto" else device.DTYPES[s.dtype]
         device.check_memory(config, min(self.share, s.micro_batch), self.device, smallest)
-        if state is None and not s.overwrite:
-            run_log.refuse_occupied(s.out)
+        if state is None:
+            run_log.refuse_occupied(s.out, s.overwrite)
         self.machine = device.machine(self.device)  # once, so that no save waits for git
         self.tokenizer = load_tokenizer(s.tokenizer)
         self.corpus = self.open_corpus(meta, resumed=state is not None)
@@ -226,8 +226,7 @@ class Trainer:
         Returns {"val_loss" (nats per token), "bits_per_byte"} and, with --log-sparsity, "density",
         the share of nonzero codes.
         """
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
-        sums = torch.zeros(2, 2, dtype=wide, device=self.device)
+        sums = torch.zeros(2, 2, dtype=device.widest_float(self.device), device=self.device)
         losses, codes = sums  # (loss, tokens) and (nonzero codes, all codes)
         self.lm.eval()
         full = min(self.share, self.s.micro_batch), self.config.block_size
@@ -247,7 +246,7 @@ class Trainer:
                     for a in self.lm.trunk(x)[1]:
                         codes[0] += a.count_nonzero()
                         codes[1] += a.numel()
-                losses[0] += forward(x, y).to(wide) * y.numel()
+                losses[0] += forward(x, y).to(sums.dtype) * y.numel()
             losses[1] += y.numel()
             if progress:
                 progress.update(done)

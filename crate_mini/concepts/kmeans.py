@@ -96,7 +96,7 @@ def lloyd(x, centres, steps):
         index, to_nearest = nearest(x, centres)
         if torch.equal(before, index):
             break
-    return centres, index, to_nearest.double().sum().item()
+    return centres, index, to_nearest.cpu().double().sum().item()
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def usage(index, centres):
     share of the most frequent code. cosine: mean over pairs of active codes, None for fewer than
     two.
     """
-    share = torch.bincount(index, minlength=len(centres)).double() / max(1, len(index))
+    share = torch.bincount(index, minlength=len(centres)).cpu().double() / max(1, len(index))
     active = share > 0
     return {
         "perplexity": math.exp(torch.special.entr(share).sum().item()),
@@ -136,6 +136,6 @@ def mean_cosine(x):
     n = len(x)
     if n < 2:
         return None
-    unit = F.normalize(x.double(), dim=1)
+    unit = F.normalize(x.cpu().double(), dim=1)
     pairs = unit.sum(0).square().sum() - unit.square().sum()  # both orders of each pair
     return (pairs / (n * (n - 1))).item()

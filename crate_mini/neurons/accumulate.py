@@ -15,6 +15,7 @@ import torch
 
 from crate_mini.neurons.documents import PARTS, WINDOW
 from crate_mini.neurons.histogram import LogHistogram
+from crate_mini.training.device import widest_float
 
 HIST = 50  # bins of the histogram in the record, which is linear
 
@@ -148,9 +149,8 @@ class TokenStats:
     """Sums over tokens for h neurons of a site; V and P rows of sums by token and by bigram."""
 
     def __init__(self, h, V, P, device):
-        wide = torch.float32 if device.type == "mps" else torch.float64
         self.center = self.unit = None
-        self.powers = torch.zeros(4, h, dtype=wide, device=device)  # see add
+        self.powers = torch.zeros(4, h, dtype=widest_float(device), device=device)  # see add
         self.values = LogHistogram(h, device)
         self.token_sum = torch.zeros(V, h, device=device)
         self.bigram_sum = torch.zeros(P, h, device=device)
@@ -197,9 +197,9 @@ class TokenStats:
 
     def _moments(self):
         """Mean, variance, skewness and kurtosis from the raw moments of (x - center) / unit."""
-        m1, m2, m3, m4 = (self.powers / self.values.n).double().cpu().numpy()
-        unit = self.unit.double().cpu().numpy()
-        mean = self.center.double().cpu().numpy() / unit + m1
+        m1, m2, m3, m4 = (self.powers.cpu().double() / self.values.n).numpy()
+        unit = self.unit.cpu().double().numpy()
+        mean = self.center.cpu().double().numpy() / unit + m1
         var = m2 - m1**2
         var[var <= (1e-6 * mean) ** 2] = 0  # a constant, up to rounding
         third = m3 - 3 * m1 * m2 + 2 * m1**3

@@ -212,7 +212,7 @@ class _Changes:
         if n > 1:
             variance = (self.squares - n * mean * mean).clamp(min=0) / (n - 1)
             half_width = student_95(n - 1) * (variance / n).sqrt()
-        costs = torch.stack(self.costs).double().cpu().numpy()  # (n, 2, neurons)
+        costs = torch.stack(self.costs).cpu().double().numpy()  # (n, 2, neurons)
         effects = []
         for i, level in enumerate(levels):
             effect = {"clamp": rounded(level), "positions": self.texts, "documents": n}

@@ -58,7 +58,7 @@ class LogHistogram:
         Read off as if values were uniform within a bin. Sums are exact.
         """
         positive = self.positive.cpu().numpy()
-        maxima = self.max.double().cpu().numpy()
+        maxima = self.max.cpu().double().numpy()
         rows = []
         for row, begins, n, top in zip(self._counts(), self._begins(), positive, maxima):
             rows.append(_linear(row, begins, n, edges * top))

@@ -133,7 +133,7 @@ class MeasuredReconstruction:
         """L0, dead, explained_variance and cosine over all codes so far."""
         return {
             "L0": self.fired.sum().item() / self.quality.n,
-            "dead": (self.fired == 0).double().mean().item(),
+            "dead": (self.fired == 0).cpu().double().mean().item(),
             "explained_variance": self.quality.explained_variance(),
             "cosine": self.quality.cosine(),
         }

@@ -29,6 +29,7 @@ from crate_mini.intervene import Intervention, steer
 from crate_mini.neurons.relatives import atoms
 from crate_mini.steering.known import maxima
 from crate_mini.steering.next_token import check_codes, direct_effect, finite, stream
+from crate_mini.training.device import widest_float
 
 CHOOSE = 2.0  # dose that chooses a neuron's continuations
 AT_KL = 0.1  # nats of side effect at which kinds are compared
@@ -94,7 +95,7 @@ class Baseline:
             check_codes(model.trunk(self.choosing[:1])[1])
         self.text, self.targets = (ids.to(device) for ids in measure)
         group = torch.arange(len(self.text)) if group is None else group
-        self.member = F.one_hot(group).to(self.text.device, torch.float64)  # (n, groups)
+        self.member = F.one_hot(group).to(device, widest_float(device))  # (n, groups)
         self.mean = self.log_probabilities(self.choosing).exp().mean(0)
         self.plain = self.log_probabilities(self.text)
 
@@ -128,7 +129,7 @@ class Baseline:
         count = self.member.sum(0)
         response, by_group = {}, {}
         for name, values in by_token.items():
-            sums = values.double().view(len(self.text), -1).mean(1) @ self.member
+            sums = values.to(self.member.dtype).view(len(self.text), -1).mean(1) @ self.member
             response[name] = (sums.sum() / count.sum()).item()
             by_group[name] = [float(f"{mean:.6g}") for mean in (sums / count).tolist()]
         return {**response, "windows": count.long().tolist(), "by_group": by_group}

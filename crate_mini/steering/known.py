@@ -11,6 +11,7 @@ from crate_mini.layers.measure import must_be_finite
 from crate_mini.neurons.labels import label_text
 from crate_mini.neurons.score_files import complete, read_rows, read_summary
 from crate_mini.steering import choose
+from crate_mini.training.device import widest_float
 
 HELD_OUT = 16384  # tokens to observe a maximum on, if interpret.py has not recorded it
 
@@ -143,7 +144,7 @@ def statistics(model, layer, batches, sae=None, subspace=False):
         must_be_finite(codes, f"a code of layer {layer}")
         values = codes if sae is None else sae.encode(codes.float())
         largest = values.max(0).values.clamp_min(largest)
-        total = total + values.double().sum(0)
+        total = total + values.sum(0, dtype=widest_float(values.device))
         count += len(values)
 
     with hook_codes(model, layer, observe, subspace):

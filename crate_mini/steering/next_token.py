@@ -87,7 +87,7 @@ def next_token(model, ids, interventions):
         z, codes = stream(model, ids)
         if not steered:
             check_codes(codes)
-        logits = F.linear(model.norm(z[0, -1]), model.tokens.weight).double()
+        logits = F.linear(model.norm(z[0, -1]), model.tokens.weight).cpu().double()
         return z[0, -1], codes[last][0, -1], logits
 
     z, a, logits = run(steered=False)

@@ -17,6 +17,7 @@ from crate_mini.intervene import must_exist
 from crate_mini.neurons.quick_score import quick_scores
 from crate_mini.neurons.record import Site
 from crate_mini.training import checkpoint
+from crate_mini.training.device import widest_float
 
 LEAST_MEAN = 1e-9  # of a neuron, in the ratio that top_neurons sorts by
 
@@ -178,7 +179,8 @@ class Reader:
         for start in range(0, ids.shape[1] - 1, window):
             targets = ids[:, start + 1 : start + 1 + window]
             logits = model(ids[:, start : start + targets.shape[1]])
-            total += F.cross_entropy(logits[0].double(), targets[0], reduction="sum").item()
+            logits = logits[0].to(widest_float(logits.device))
+            total += F.cross_entropy(logits, targets[0], reduction="sum").item()
         return total / (ids.shape[1] - 1)
 
 

@@ -12,6 +12,7 @@
     steering    dose and response of steering the models of `models`
     bench       kernels against eager and compiled PyTorch
     gpu         everything that needs a GPU: tests, kernels, training steps
+    matrix      the README's two commands on every Python that this machine has
     tables      the README's tables, from results/ alone
 
 Parts that have finished are kept: call a study again to go on where it stopped.
@@ -34,6 +35,7 @@ COMMANDS = {
     "steering": "crate_mini.studies.steering",
     "bench": "crate_mini.studies.bench",
     "gpu": "crate_mini.studies.gpu",
+    "matrix": "crate_mini.studies.matrix",
     "tables": "crate_mini.studies.tables",
 }
 

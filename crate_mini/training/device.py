@@ -66,6 +66,11 @@ def choose_device(spec="auto"):
     return device
 
 
+def has_mps():
+    """Whether there is a GPU of Apple's; auto does not choose it, because it was never tried."""
+    return torch.backends.mps.is_available()
+
+
 def choose_dtype(device, spec="auto", scaled=False, step_seconds=None):
     """(dtype of the matrix products, reason) for auto | float32 | bfloat16 | float16.
 
@@ -142,6 +147,8 @@ def choose_compile(device, spec="auto"):
     if spec == "off":
         return False, "as asked"
     if spec == "auto" and device.type != "cuda":
+        if device.type == "mps":
+            return False, "it is not tried on mps"
         return False, "on a CPU it takes half a minute to start and gains nothing over our kernels"
     problem = compile_problem(device)
     if problem and spec == "on":
@@ -249,6 +256,11 @@ def peak_flops(device, dtype):
             return PEAKS[key], f"data sheet of {key}"
         return None, f"{name} is not in the table of peaks, so no MFU"
     return None, "no peak known for this device and dtype, so no MFU"
+
+
+def widest_float(device):
+    """The widest dtype for sums on a device: float64, or float32 on MPS, which has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -380,9 +392,10 @@ def check_memory(config, rows, device, dtype):
 
 def machine(device=None):
     """The machine and code that made a result: device, threads, versions, commit; JSON-able."""
-    on_gpu = device is not None and device.type == "cuda"
+    kind = "cpu" if device is None else device.type
+    name = torch.cuda.get_device_name(device) if kind == "cuda" else processor()
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
+        "device": f"MPS of {name}" if kind == "mps" else name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -17,6 +17,7 @@ from crate_mini.console import terminal
 from crate_mini.console.results import atomic_write
 from crate_mini.console.terminal import flag_words, typable
 from crate_mini.training import checkpoint
+from crate_mini.training.device import has_mps
 from crate_mini.training.settings import twin
 
 try:
@@ -94,9 +95,17 @@ def _lock(handle):
     return True
 
 
-def refuse_occupied(folder):
-    """Raise UserError if the folder holds a run, which a new one would replace."""
-    if Path(folder, "last", "config.json").exists():
+def refuse_occupied(folder, overwrite):
+    """Raise UserError if the folder is a checkpoint, or holds a run that a new one would replace.
+
+    overwrite: whether it may replace that run; it never writes into a checkpoint.
+    """
+    if Path(folder, "config.json").exists():
+        raise UserError(
+            f"--out {folder} is a checkpoint, and a run has checkpoints of its own; choose a "
+            "folder for the run, like --out out/run."
+        )
+    if not overwrite and Path(folder, "last", "config.json").exists():
         raise UserError(
             f"{folder} already holds a run; continue it with "
             f"{typable(*flag_words('--resume', folder))}, replace it with --overwrite, or choose "
@@ -221,6 +230,11 @@ def introduction(trainer, mode, mode_reason, dtype_reason, peak_reason):
         lines.append(
             f"note      --warmup {s.warmup} outlasts the run: the learning rate will not reach "
             f"{s.lr}"
+        )
+    if s.device == "auto" and trainer.device.type == "cpu" and has_mps():
+        lines.append(
+            "note      MPS is there, but none of this has run on it and our kernels are for the "
+            "CPU, so auto leaves it; --device mps tries it"
         )
     return "\n".join(lines)
 

@@ -4,9 +4,10 @@ import json
 import os
 import re
 import shlex
+import time
 
 import pytest
-from forked import run_script
+from forked import ROOT, run_script
 
 from crate_mini import course
 from crate_mini.course import exercise, grading, notebook
@@ -137,6 +138,25 @@ def forked_run(command, **options):
 SMALL = shlex.split("--n-embd 32 --block-size 64 --batch-size 4 --warmup 1 --eval-tokens 512")
 
 
+def write_text(path):
+    lines = [f"line {i} of a small text about codes\n" for i in range(3000)]
+    path.write_text("".join(lines))
+    return path
+
+
+def made_small(source, text):
+    """A cell that does its work in little time, on this file of text."""
+    for old, new in (
+        ("STEPS = 100", "STEPS = 12"),
+        ("NEURONS = 20", "NEURONS = 5"),
+        ("TOKENS = 60_000", "TOKENS = 4000"),
+        ("FLAGS = []", f"FLAGS = ['--data', {str(text)!r}, *{SMALL!r}]"),
+        ('"--tokens", 8192', '"--tokens", 128'),
+    ):
+        source = source.replace(old, new)
+    return source
+
+
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
 def test_the_cells_of_the_notebook_run_in_order(tmp_path, monkeypatch, capsys):
     """At small size; it trains, measures, scores, reads, steers and compares."""
@@ -144,9 +164,7 @@ def test_the_cells_of_the_notebook_run_in_order(tmp_path, monkeypatch, capsys):
 
     import matplotlib.pyplot as plt
 
-    text = tmp_path / "text.txt"
-    lines = [f"line {i} of a small text about codes\n" for i in range(3000)]
-    text.write_text("".join(lines))
+    text = write_text(tmp_path / "text.txt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CRATE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(subprocess, "run", forked_run)
@@ -156,15 +174,7 @@ def test_the_cells_of_the_notebook_run_in_order(tmp_path, monkeypatch, capsys):
     for kind, source in notebook.cells():
         if kind == "markdown":
             continue
-        for old, new in (
-            ("STEPS = 100", "STEPS = 12"),
-            ("NEURONS = 20", "NEURONS = 5"),
-            ("TOKENS = 60_000", "TOKENS = 4000"),
-            ("FLAGS = []", f"FLAGS = ['--data', {str(text)!r}, *{SMALL!r}]"),
-            ('"--tokens", 8192', '"--tokens", 128'),
-        ):
-            source = source.replace(old, new)
-        exec(compile(source, "cell", "exec"), names)
+        exec(compile(made_small(source, text), "cell", "exec"), names)
         figures += len(plt.get_fignums())
         plt.close("all")
     assert figures == 5
@@ -172,6 +182,36 @@ def test_the_cells_of_the_notebook_run_in_order(tmp_path, monkeypatch, capsys):
     assert "fires on" in output and "the intervention acted on" in output
     assert re.search(r"crate  validation loss \d\.\d\d, fires on \d+ %, ngram_r", output)
     assert re.search(r"gpt2   validation loss \d\.\d\d", output)
+
+
+@pytest.mark.parametrize("small", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_jupyter_runs_the_notebook(tmp_path, monkeypatch, small):
+    """In a kernel of its own; as it is written, it takes at most three minutes on two cores."""
+    missing = "the notebook needs Jupyter's client: pip install -e '.[notebook]'"
+    nbclient = pytest.importorskip("nbclient", reason=missing)
+    pytest.importorskip("ipykernel", reason=missing)
+    import nbformat
+
+    monkeypatch.setenv("CRATE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))  # not in the home folder
+    book = nbformat.reads(notebook.text(), as_version=4)
+    if small:
+        text = write_text(tmp_path / "text.txt")
+        for cell in book.cells:
+            cell.source = made_small(cell.source, text)
+    start = time.monotonic()
+    nbclient.NotebookClient(
+        book, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    print(f"the notebook took {time.monotonic() - start:.0f} s")
+    outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 5
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert "the intervention acted on" in printed
+    assert re.search(r"gpt2   validation loss \d\.\d\d", printed)
 
 
 def test_the_notebook_says_what_to_expect():
