@@ -27,6 +27,7 @@ OUT = Path("build", f"ninja-{sys.implementation.cache_tag}")
 # the machine code of a relative, or PTX.
 ARCHS = "75 80 90a 120"
 ON_MAC = sys.platform == "darwin"
+ON_WINDOWS = os.name == "nt"
 SHARED = ["-bundle", "-undefined", "dynamic_lookup"] if ON_MAC else ["-shared"]
 CXX = shlex.split(os.environ.get("CXX", ""))
 CXXFLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -47,7 +48,16 @@ def sources(*patterns):
 
 def run(*words):
     """(exit status, output) of a command; a missing program is a failure like any other."""
-    return subprocess.getstatusoutput(shlex.join(words))
+    try:
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    except OSError as error:
+        return 127, str(error)
+    return done.returncode, done.stdout.decode(errors="replace").rstrip()
+
+
+def typed(words):
+    """A command as ninja takes it: quoted for a POSIX shell, or for Windows, which has none."""
+    return subprocess.list2cmdline(words) if ON_WINDOWS else shlex.join(words)
 
 
 # ---- what this machine has -----------------------------------------------------------------------
@@ -167,7 +177,7 @@ def run_ninja(edges):
     """Run the edges with ninja and print its output; True if the module was built."""
     text = ""
     for target, inputs, words in edges:
-        text += f"build {target}: run {' '.join(inputs)}\n  words = {shlex.join(words)}\n"
+        text += f"build {target}: run {' '.join(inputs)}\n  words = {typed(words)}\n"
     (OUT / "build.ninja").write_text(NINJA_RULE + text.replace("$", "$$"))
     jobs = os.environ.get("MAX_JOBS")
     options = [f"-j{jobs}"] if jobs else []

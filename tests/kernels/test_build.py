@@ -217,6 +217,27 @@ def test_what_an_old_nvcc_does_not_know_is_left_out(
     assert setup_names["find_nvcc"]()[1] == ["120"], "what is asked for is tried"
 
 
+@pytest.mark.parametrize("on_windows", [False, True])
+def test_a_command_survives_ninja_and_the_shell_of_the_system(setup_names, on_windows):
+    """Windows has no POSIX quotes: a program there reads what list2cmdline writes."""
+    words = [r"C:\Program Files\g++.exe", '-DCRATE_COMPILERS="g++ (x) 12.2"', "-O3", "it's"]
+    typed = setup_names["typed"]
+    typed.__globals__["ON_WINDOWS"] = on_windows
+    line = typed(words)
+    if on_windows:
+        assert line.startswith('"C:\\Program Files\\g++.exe" ') and "'it" not in line
+        assert r'"-DCRATE_COMPILERS=\"g++ (x) 12.2\""' in line
+    else:
+        assert shlex.split(line) == words
+
+
+def test_a_program_that_cannot_run_is_a_failure_with_a_reason(setup_names):
+    status, output = setup_names["run"]("no such program", "a b")
+    assert status and "no such program" in output
+    code = "import sys; print(sys.argv[1], file=sys.stderr); sys.exit(3)"
+    assert setup_names["run"](sys.executable, "-c", code, "a 'b\" $c") == (3, "a 'b\" $c")
+
+
 @needs_nvcc
 def test_this_nvcc_knows_the_default_architectures(setup_names, monkeypatch):
     monkeypatch.delenv("CRATE_CUDA_ARCHS", raising=False)

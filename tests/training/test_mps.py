@@ -79,6 +79,17 @@ def test_the_numbers_are_those_of_the_cpu(place):
     assert on_device == kmeans.usage(index, centres)
 
 
+def test_auto_leaves_mps_and_says_why(place, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    call(monkeypatch, place, f"train.py --data TEXT --out RUN --overwrite {SMALL}")
+    output = capsys.readouterr().out
+    assert "note      MPS is there, but none of this has run on it" in output
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    call(monkeypatch, place, f"train.py --data TEXT --out RUN --overwrite {SMALL}")
+    assert "MPS" not in capsys.readouterr().out
+    assert device.choose_compile(MPS) == (False, "it is not tried on mps")
+
+
 def test_the_fake_refuses_what_mps_refuses():
     with fake_mps():
         x = torch.ones(2, device="mps")

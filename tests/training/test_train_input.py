@@ -195,6 +195,16 @@ def test_a_bad_out_is_refused_before_data_are_prepared(out, text, tmp_path, monk
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_a_run_is_never_written_into_a_checkpoint(text, tmp_path, overwrite):
+    run(*tiny(text, tmp_path / "a", 1))
+    best = tmp_path / "a" / "best"
+    before = {path.name: path.read_bytes() for path in best.iterdir()}
+    with pytest.raises(UserError, match="--out .*best is a checkpoint, .*; choose a folder for"):
+        run(*tiny(text, best, 1), *overwrite)
+    assert before == {path.name: path.read_bytes() for path in best.iterdir()}
+
+
 def test_a_near_miss_is_pointed_out(text, tmp_path, monkeypatch):
     out = tmp_path / "out" / "crate-3L"
     run(*tiny(text, out, 1))
