@@ -33,7 +33,7 @@ class Settings:
 
     quick: bool = setting(False, "only the tests of kernels, lesson, training and house")
     pythons: str | None = setting(
-        None, "these instead, as paths or versions: 3.12,/opt/py/bin/python3", shown="all found"
+        None, "these instead, as versions or paths, like 3.12,3.13", shown="all found"
     )
     minutes: int = setting(60, "stop a Python's tests after this time", low=1)
     table: bool = setting(False, "only print the table of the results file again")
