@@ -79,6 +79,9 @@ class Settings:
     presets: tuple[str, ...] = setting(PRESETS, f"sizes of models: some of {one_of(PRESETS)}")
     seeds: tuple[int, ...] = setting(SEEDS, "seeds of the deepest; the others have the first")
     tokens: int = setting(250_000, "held-out tokens that a score is made from", low=1)
+    autoencoders: bool = setting(
+        True, "also train and score autoencoders of the deepest models with the first seed"
+    )
     table: bool = setting(False, "only draw neurons.png again from neurons.json, print its table")
 
 
@@ -95,8 +98,11 @@ def run(settings):
         return
     study = Study(path, settings.tokens)
     missing = [group for group in groups(settings) if not study.holds(*group)]
-    require_checkpoints(missing)
-    study.score(missing)
+    encoded = []
+    if settings.autoencoders and DEEPEST in settings.presets:
+        encoded = study.missing_autoencoders(settings.seeds[0])
+    require_checkpoints(missing + [(DEEPEST, settings.seeds[0])] * bool(encoded))
+    study.score(missing, encoded)
     draw_scores(study.content, path.with_suffix(".png"))
     print(f"\n{table(study.content)}")
 
@@ -143,22 +149,28 @@ class Study:
         runs = [run for run in self.content["runs"] if is_of(run, preset, seed)]
         return {run["model"] for run in runs} == set(NAMES)
 
-    def score(self, chosen):
-        """Score the models of each (preset, seed); the file is written after each of them."""
-        n_layer = int(DEEPEST.removesuffix("L"))
-        parts = 2 * len(NAMES) * len(chosen)
-        with_autoencoders = (DEEPEST, SEEDS[0]) in chosen
-        parts += 2 * len(AUTOENCODERS_OF) * n_layer * with_autoencoders
-        self.runner = Runner("neurons", parts)
+    def missing_autoencoders(self, seed):
+        """[(kind, layer, seed)] of the deepest models' layers whose autoencoders are not scored."""
+        known = [(entry["model"], entry["layer"], entry["seed"]) for entry in self.content["sae"]]
+        layers = range(int(DEEPEST.removesuffix("L")))
+        wanted = itertools.product(AUTOENCODERS_OF, layers, [seed])
+        return [encoded for encoded in wanted if encoded not in known]
+
+    def score(self, chosen, encoded):
+        """Score the models of each (preset, seed), then autoencoders of each (kind, layer, seed).
+
+        The file is written after each of them.
+        """
+        self.runner = Runner("neurons", 2 * len(NAMES) * len(chosen) + 2 * len(encoded))
         for preset, seed in chosen:
-            new = {"runs": [self.model(preset, kind, seed) for kind in NAMES]}
-            new["differences"] = differences(preset, seed)
-            new["sae"] = []
+            runs = [self.model(preset, kind, seed) for kind in NAMES]
+            self.add(preset, seed, {"runs": runs, "differences": differences(preset, seed)})
             if (preset, seed) == (DEEPEST, SEEDS[0]):
-                for kind, layer in itertools.product(AUTOENCODERS_OF, range(n_layer)):
-                    new["sae"].append(self.autoencoder(kind, layer, seed))
                 draw_densities(results.ROOT / "results" / "neurons-density.png", seed)
-            self.add(preset, seed, new)
+        for kind, layer, seed in encoded:
+            entry = self.autoencoder(kind, layer, seed)
+            others = [known for known in self.content["sae"] if is_of(known, DEEPEST, seed)]
+            self.add(DEEPEST, seed, {"sae": [*others, entry]})
 
     def add(self, preset, seed, new):
         """Put the entries of a preset and a seed in the place of earlier ones, and save."""
@@ -218,6 +230,7 @@ class Study:
             "preset": DEEPEST,
             "model": kind,
             "seed": seed,
+            "layer": layer,
             "site": site,
             "held_out": {sae["name"]: sae["held_out"] for sae in saes},
             **scores["sites"][site],

@@ -149,6 +149,25 @@ def test_what_the_file_holds_is_not_scored_again(tmp_path, monkeypatch):
     assert not neurons.Study(path, 100).holds("1L", 1)  # scored on fewer tokens
 
 
+def test_autoencoders_are_scored_once_each(tmp_path, monkeypatch):
+    study = neurons.Study(tmp_path / "neurons.json", 99)
+    everything = [(kind, layer, 7) for kind in ("crate", "gpt2") for layer in (0, 1, 2)]
+    assert study.missing_autoencoders(7) == everything
+
+    def scored(kind, layer, seed):
+        if (kind, layer) == ("gpt2", 1):
+            raise UserError("a full disk")
+        return {"preset": "3L", "model": kind, "seed": seed, "layer": layer}
+
+    monkeypatch.setattr(study, "autoencoder", scored)
+    with pytest.raises(UserError, match="a full disk"):
+        study.score([], everything)
+    again = neurons.Study(tmp_path / "neurons.json", 99)
+    assert len(again.content["sae"]) == 4
+    assert again.missing_autoencoders(7) == [("gpt2", 1, 7), ("gpt2", 2, 7)]
+    assert again.missing_autoencoders(8) == [(kind, layer, 8) for kind, layer, _ in everything]
+
+
 @pytest.mark.slow
 def test_the_whole_study_at_tiny_size(tmp_path):
     draw = np.random.default_rng(0)
