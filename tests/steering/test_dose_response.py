@@ -132,7 +132,7 @@ def test_what_cannot_be_drawn_or_written_is_refused_before_the_work(ckpt, tmp_pa
     other.write_text('{"runs": []}')
     message = steer_error("measure", "--beside", str(other), ckpt=ckpt)
     assert "is not a steering.json" in message
-    assert "File exists" in steer_error("measure", "--out", str(other), ckpt=ckpt)
+    assert "it is not a folder" in steer_error("measure", "--out", str(other), ckpt=ckpt)
 
 
 # ---- what is measured ----------------------------------------------------------------------------
