@@ -12,12 +12,15 @@ from forked import ROOT, run_script
 from crate_mini import course
 from crate_mini.course import exercise, grading, notebook
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+def one_thread():
+    """The environment as it is now: another test may have changed it since this file was read."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run(folder, *words):
     """(exit code, stdout, stderr) of a command of the course."""
-    done = run_script(["-m", "crate_mini.course", *map(str, words)], folder, ONE_THREAD)
+    done = run_script(["-m", "crate_mini.course", *map(str, words)], folder, one_thread())
     return done.returncode, done.stdout, done.stderr
 
 
@@ -132,7 +135,7 @@ def test_the_notebook_is_written_once_and_well_formed(tmp_path):
 
 def forked_run(command, **options):
     """subprocess.run of a Python script, in a child that has imported torch."""
-    return run_script(command[1:], os.getcwd(), ONE_THREAD)
+    return run_script(command[1:], os.getcwd(), one_thread())
 
 
 SMALL = shlex.split("--n-embd 32 --block-size 64 --batch-size 4 --warmup 1 --eval-tokens 512")
