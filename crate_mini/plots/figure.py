@@ -5,6 +5,8 @@ Any two of them differ for colour-blind eyes too (tests/plots). Figures are made
 a notebook's backend and plots are not affected.
 """
 
+import math
+
 from crate_mini.console.results import atomic_write
 
 BLUE = "#1f4e8c"
@@ -59,11 +61,14 @@ def ink(color):
 def label_ends(axes, ends, size=9):
     """Write a text right of the panel at the height of each curve's end, apart from the others.
 
-    ends: [(y, text, colour)]. Call it when the panel is otherwise complete: the figure is laid out
-    to learn how much room there is. Returns the texts from bottom to top.
+    ends: [(y, text, colour)]; a curve that ends in NaN or infinity is named at the bottom. Call it
+    when the panel is otherwise complete: the figure is laid out to learn how much room there is.
+    Returns the texts from bottom to top.
     """
+    bottom = min(axes.get_ylim())
+    places = [(y if math.isfinite(y) else bottom, text, color) for y, text, color in ends]
     texts = []
-    for y, text, color in sorted(ends, key=lambda end: end[0]):
+    for y, text, color in sorted(places, key=lambda place: place[0]):
         place = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "va": "center"}
         look = {"color": ink(color), "fontsize": size, "annotation_clip": False}
         style = {"textcoords": "offset points", "parse_math": False}

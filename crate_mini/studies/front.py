@@ -168,7 +168,7 @@ def loss_increase(ckpt, folder, name):
 
 
 def table(study):
-    """Markdown: one row for each point, best coverage of each kind of model last."""
+    """Markdown: one row for each point, in the order of the study."""
     rows = []
     for point in study["points"]:
         minus = ""

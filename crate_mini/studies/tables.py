@@ -115,26 +115,26 @@ def mean_density(runs):
     return f"{100 * statistics.mean(site['density']['mean'] for site in sites):.1f}"
 
 
-BEYOND = {  # title of a row: (set of features of beyond.json, number, its entry)
-    "coverage beyond the token": ("neurons", "coverage", None),
-    "that of a random rotation": ("rotation", "coverage", None),
+BEYOND = {  # title of a row: where its number is among the sets of a site of beyond.json
+    "coverage beyond the token": ("neurons", "coverage"),
+    "that of a random rotation": ("rotation", "coverage"),
     "neurons minus rotation": ("rotation", "neurons_minus", "difference"),
-    "that of an untrained model": ("untrained", "coverage", None),
-    "probe of 1 minus token table": ("neurons", "probing", "k = 1"),
-    "probe of 5 minus token table": ("neurons", "probing", "k = 5"),
+    "that of an untrained model": ("untrained", "coverage"),
+    "probe of 1 minus token table": ("neurons", "probing", "k = 1", "minus_table", "difference"),
+    "probe of 5 minus token table": ("neurons", "probing", "k = 5", "minus_table", "difference"),
 }
 
 
 def beyond_the_token(runs, title):
     """A cell of a row of BEYOND: mean x 100 over layers and seeds; - if a layer has none."""
-    features, number, entry = BEYOND[title]
     values = []
     for run in runs:
         of_layers = []
         for site in run["beyond"]["sites"].values():
-            value = site["sets"].get(features, {}).get(number)
-            value = (value or {}).get(entry) if entry else value
-            of_layers.append(value["minus_table"]["difference"] if number == "probing" else value)
+            value = site["sets"]
+            for key in BEYOND[title]:
+                value = (value or {}).get(key)
+            of_layers.append(value)
         values.append(None if None in of_layers else statistics.mean(of_layers))
     return over_runs(values)
 

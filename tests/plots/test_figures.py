@@ -122,3 +122,15 @@ def test_labels_at_the_ends_stand_apart_outside_the_panel_and_inside_the_figure(
     heights = [boxes[i].y0 + boxes[i].height / 2 for i in (1, 3)]
     wanted = panels[0].transData.transform([(1, 1.001), (1, 3.0)])[:, 1]
     assert heights == pytest.approx(wanted, abs=boxes[0].height)
+
+
+def test_a_curve_that_ends_in_nothing_is_named_at_the_bottom():
+    figure, (axes,) = grid(1, 1, (4, 3))
+    axes.plot([0, 1], [1, 3])
+    nan, inf = float("nan"), float("inf")
+    ends = [(3.0, "top", SERIES[0]), (nan, "nan", SERIES[1]), (1.5, "low", SERIES[2])]
+    texts = label_ends(axes, [*ends, (inf, "inf", SERIES[3])])
+    assert [text.get_text() for text in texts] == ["nan", "inf", "low", "top"]
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in texts]
+    assert all(low.y1 <= high.y0 for low, high in zip(boxes, boxes[1:]))

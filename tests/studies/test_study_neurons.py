@@ -119,6 +119,16 @@ def test_the_papers_numbers_are_what_its_layers_average_to():
         assert neurons.PAPER[metric][preset] == pytest.approx(means, abs=0.006)
 
 
+def test_a_text_without_ambiguous_words_has_no_probes():
+    study = made_up_study()
+    for run in study["runs"]:
+        for site in run["beyond"]["sites"].values():
+            site["sets"]["neurons"]["probing"] = {}
+    lines = neurons.table(study).splitlines()
+    assert "| 3L | probe of 5 minus token table | - | - | | |" in lines
+    assert "| 3L | coverage beyond the token | 40.0 ± 0.0 | 30.0 ± 0.0 | | |" in lines
+
+
 def test_models_that_are_missing_are_named_with_the_command_that_trains_them(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "ROOT", tmp_path)
     made = neurons.neurons_checkpoint("3L", "crate", 1337)
