@@ -71,8 +71,7 @@ def label_ends(axes, ends, size=9):
     for y, text, color in sorted(places, key=lambda place: place[0]):
         place = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "va": "center"}
         look = {"color": ink(color), "fontsize": size, "annotation_clip": False}
-        style = {"textcoords": "offset points", "parse_math": False}
-        texts.append(axes.annotate(text, (1, y), **place, **look, **style))
+        texts.append(axes.annotate(text, (1, y), textcoords="offset points", **place, **look))
     _show_names_as_they_are(axes.figure)
     axes.figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in texts]

@@ -21,7 +21,7 @@ from crate_mini.plots.figure import AMBER, BLUE, GREEN, GREY, grid, shared_legen
 from crate_mini.plots.markdown import markdown
 from crate_mini.sae import autoencoder
 from crate_mini.sae.evaluate import loss_in_context, predicted_tokens
-from crate_mini.studies.runner import Runner, trained_model
+from crate_mini.studies.runner import Runner, is_trained, trained_model
 from crate_mini.studies.tables import NAMES
 from crate_mini.training import checkpoint
 from crate_mini.training.device import machine
@@ -82,7 +82,7 @@ def chosen_rows(kinds):
             raise UserError(f"--models {kind} is unknown; choose some of {', '.join(NAMES)}.")
         rows.append((kind, kind, None))
         rows += [(f"{kind}-top{kept}", kind, kept) for kept in KEPT]
-    missing = [name for name, *_ in rows if not checkpoint_of(name).exists()]
+    missing = [name for name, *_ in rows if not is_trained(checkpoint_of(name))]
     if missing:
         raise UserError(
             f"no model in out/study for {', '.join(missing)}; train with "

@@ -9,6 +9,7 @@ import hashlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from crate_mini.console import results, terminal
 from crate_mini.model import Config
 from crate_mini.studies import grid, models_report, variants
 from crate_mini.studies.baselines import baselines
-from crate_mini.studies.runner import absolute, run_script, trained_model
+from crate_mini.studies.runner import absolute, is_trained, run_script, trained_model
 from crate_mini.training import device
 
 # Settings that a hash leaves out.
@@ -90,12 +91,23 @@ class Store:
     def add(self, entry):
         """Put a run in the place of an earlier one of its key, in the grid's order, and save."""
         key = entry["name"], entry["text"], entry["seed"]
-        with self.lock:
-            if self.path.exists():  # another process may have added runs
-                self.content = results.read_json(self.path)
+        with self.update():
             runs = self.content["runs"]
             others = [r for r in runs if (r["name"], r["text"], r["seed"]) != key]
             self.content["runs"] = sorted([*others, entry], key=place_in_grid)
+
+    def set_baselines(self, bits_per_byte):
+        """Put the baselines, {name: bits per byte}, in the place of earlier ones, and save."""
+        with self.update():
+            self.content["baselines_bits_per_byte"] = bits_per_byte
+
+    @contextmanager
+    def update(self):
+        """Read the file again, as another process may have added runs; save after the block."""
+        with self.lock:
+            if self.path.exists():
+                self.content = results.read_json(self.path)
+            yield
             results.write_json(self.path, self.content)
 
 
@@ -112,9 +124,10 @@ def run(settings):
     results.ready_file(store.path)
     if not settings.report:
         missing = [r for r in chosen(settings) if is_missing(r, store, settings)]
+        has_new = not all(store.holds(r) for r in missing)
         train_all(missing, store, settings)
-        store.content["baselines_bits_per_byte"] = baselines()
-        results.write_json(store.path, store.content)
+        if has_new or "baselines_bits_per_byte" not in store.content:
+            store.set_baselines(baselines())
     models_report.write(store.content, store.path.parent)
     print(f"\n{models_report.table(store.content)}")
 
@@ -123,7 +136,7 @@ def is_missing(run, store, settings):
     """Whether a run has to be trained: for its row in models.json, or for its checkpoint."""
     if not store.holds(run):
         return True
-    return settings.checkpoints and not (run.folder / "last").exists()
+    return settings.checkpoints and not is_trained(run.folder / "last")
 
 
 def chosen(settings):

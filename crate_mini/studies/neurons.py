@@ -23,7 +23,7 @@ from crate_mini.console.terminal import Command
 from crate_mini.neurons import figures, summary
 from crate_mini.neurons.score_files import read_rows
 from crate_mini.plots.markdown import markdown
-from crate_mini.studies.runner import Runner, neurons_checkpoint, neurons_run
+from crate_mini.studies.runner import Runner, is_trained, neurons_checkpoint, neurons_run
 from crate_mini.studies.tables import (
     BEYOND,
     NAMES,
@@ -122,8 +122,9 @@ def require_checkpoints(chosen):
     """Raise UserError, with the command that trains them, if models are missing."""
     missing = {}
     for (preset, seed), kind in itertools.product(chosen, NAMES):
-        if not neurons_checkpoint(preset, kind, seed).exists():
-            missing[neurons_checkpoint(preset, kind, seed).parent.name.rpartition("-")[0]] = None
+        checkpoint = neurons_checkpoint(preset, kind, seed)
+        if not is_trained(checkpoint):
+            missing[checkpoint.parent.name.rpartition("-")[0]] = None
     if missing:
         names = ",".join(missing)
         raise UserError(

@@ -132,6 +132,12 @@ def trained_model(name, seed, text="pydocs"):
     return folder / f"{name}-{seed}"
 
 
+def is_trained(checkpoint):
+    """Whether a training has ended in this checkpoint: one that was cut short has no final loss."""
+    path = checkpoint / "config.json"
+    return path.exists() and "val_loss" in results.read_json(path)["training"]
+
+
 def neurons_checkpoint(preset, kind, seed):
     """The checkpoint that the study `neurons` scores: of the study `models`, on its second text."""
     name = kind if preset == "3L" else f"{kind}-{preset}"

@@ -19,7 +19,7 @@ from crate_mini.console.terminal import Command
 from crate_mini.steering import dose_response
 from crate_mini.steering.figure import figure
 from crate_mini.steering.tables import readme
-from crate_mini.studies.runner import Runner, trained_model
+from crate_mini.studies.runner import Runner, is_trained, trained_model
 from crate_mini.studies.tables import NAMES
 from crate_mini.training.device import machine
 
@@ -53,7 +53,7 @@ def run(settings):
     grid = list(itertools.product(settings.seeds, NAMES))
     checkpoints = {(kind, seed): trained_model(kind, seed) / "last" for seed, kind in grid}
     for checkpoint in checkpoints.values():
-        if not checkpoint.exists():
+        if not is_trained(checkpoint):
             raise UserError(
                 f"{checkpoint.relative_to(results.ROOT)} is missing; "
                 "`python -m crate_mini.studies models --checkpoints` trains it."

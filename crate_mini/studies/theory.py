@@ -13,7 +13,7 @@ from crate_mini.cli import setting
 from crate_mini.console import results
 from crate_mini.console.terminal import Command
 from crate_mini.plots.markdown import markdown
-from crate_mini.studies.runner import Runner, trained_model
+from crate_mini.studies.runner import Runner, is_trained, trained_model
 from crate_mini.training.device import machine
 
 MODELS = ("crate", "crate-unit", "crate-learned", "crate-shift", "crate+", "gpt2")
@@ -37,7 +37,7 @@ def run(settings):
     """
     folders = {name: trained_model(name, SEED) for name in settings.models}
     for name, folder in folders.items():
-        if not (folder / "last").exists():
+        if not is_trained(folder / "last"):
             raise UserError(
                 f"{folder.relative_to(results.ROOT)} is missing; "
                 f"`python -m crate_mini.studies models --only {name} --checkpoints` trains it."

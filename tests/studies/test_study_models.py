@@ -109,7 +109,7 @@ def test_what_has_finished_is_kept_when_another_run_fails(trained, tmp_path, mon
     assert [run["name"] for run in study(tmp_path)["runs"]] == ["gpt2"]
 
 
-def test_a_checkpoint_that_is_gone_is_made_again_and_the_file_stays(trained, tmp_path):
+def test_a_checkpoint_that_is_gone_is_made_again_and_the_file_stays(trained, tmp_path, monkeypatch):
     models.run(models.Settings(only="crate,gpt2", seeds=1))
     before = study(tmp_path)["runs"]
     shutil.rmtree(tmp_path / "out" / "study" / "gpt2-1337")
@@ -119,9 +119,38 @@ def test_a_checkpoint_that_is_gone_is_made_again_and_the_file_stays(trained, tmp
     content = json.loads(path.read_text())
     content["runs"][1]["minutes"] = 77
     results.write_json(path, content)
+    before_bytes = path.read_bytes()
+    monkeypatch.setattr(models, "baselines", lambda: {"gzip -9": 9.0})  # of another Python's text
     models.run(models.Settings(only="crate,gpt2", seeds=1, checkpoints=True))
+    assert path.read_bytes() == before_bytes
     assert len(trained) == 3 and "out/study/gpt2-1337" in trained[-1][-1]
     assert study(tmp_path)["runs"] == [before[0], {**before[1], "minutes": 77}]
+
+
+def test_a_training_that_was_cut_short_has_made_no_checkpoint(trained, tmp_path):
+    models.run(models.Settings(only="gpt2", seeds=1))
+    path = tmp_path / "out" / "study" / "gpt2-1337" / "last" / "config.json"
+    meta = json.loads(path.read_text())
+    del meta["training"]["val_loss"]  # as train.py leaves it before the last step
+    path.write_text(json.dumps(meta))
+    models.run(models.Settings(only="gpt2", seeds=1, checkpoints=True))
+    assert len(trained) == 2
+    models.run(models.Settings(only="gpt2", seeds=1, checkpoints=True))
+    assert len(trained) == 2
+
+
+def test_runs_that_another_process_adds_meanwhile_are_kept(trained, tmp_path, monkeypatch):
+    """The baselines take a while, and are written last."""
+
+    def baselines():
+        other = models.Store(tmp_path / "results" / "models.json")
+        other.add({**other.content["runs"][0], "seed": 1339})
+        return {"gzip -9": 2.0}
+
+    monkeypatch.setattr(models, "baselines", baselines)
+    models.run(models.Settings(only="gpt2", seeds=1))
+    assert [run["seed"] for run in study(tmp_path)["runs"]] == [1337, 1339]
+    assert study(tmp_path)["baselines_bits_per_byte"] == {"gzip -9": 2.0}
 
 
 def test_an_entry_says_what_was_run_and_what_it_cost(trained, tmp_path):

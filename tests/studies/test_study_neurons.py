@@ -134,6 +134,10 @@ def test_models_that_are_missing_are_named_with_the_command_that_trains_them(tmp
     made = neurons.neurons_checkpoint("3L", "crate", 1337)
     assert made == tmp_path / "out" / "study" / "wiki" / "crate-1337" / "last"
     made.mkdir(parents=True)
+    (made / "config.json").write_text(json.dumps({"training": {"val_loss": 4.0}}))
+    cut_short = neurons.neurons_checkpoint("3L", "gpt2", 1337)
+    cut_short.mkdir(parents=True)
+    (cut_short / "config.json").write_text(json.dumps({"training": {"step": 400}}))
     missing = r"for crate\+, gpt2; train with .*--only crate\+,gpt2 --checkpoints"
     with pytest.raises(UserError, match=missing):
         neurons.run(neurons.Settings(presets=("3L",), seeds=(1337,)))

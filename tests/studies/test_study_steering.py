@@ -96,7 +96,8 @@ def parts(place, monkeypatch):
         for seed in (1, 2):
             folder = place / "out" / "study" / f"{kind}-{seed}" / "last"
             folder.mkdir(parents=True)
-            (folder / "config.json").write_text(json.dumps({"config": {"n_layer": 3}}))
+            meta = {"config": {"n_layer": 3}, "training": {"val_loss": 4.0}}
+            (folder / "config.json").write_text(json.dumps(meta))
     return calls
 
 

@@ -32,7 +32,9 @@ def test_verdicts_of_all_models_are_kept_with_their_numbers(tmp_path, monkeypatc
     with pytest.raises(UserError, match="crate-1337 is missing; .*crate --checkpoints` trains"):
         theory.run(theory.Settings(("crate", "gpt2")))
     for name in ("crate", "gpt2"):
-        (tmp_path / "out" / "study" / f"{name}-1337" / "last").mkdir(parents=True)
+        folder = tmp_path / "out" / "study" / f"{name}-1337" / "last"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"training": {"val_loss": 4.0}}))
     theory.run(theory.Settings(("crate", "gpt2")))
     text = capsys.readouterr().out
     assert "| crate | 0 | 245.5 > 220.9 | -27.3 | 0.535 > 0.320 > 0.242 | 0.073 | 3.11 |" in text
