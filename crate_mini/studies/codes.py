@@ -73,6 +73,7 @@ def run(settings):
             "give word vectors: `python interpret.py concepts CKPT --out FOLDER` writes them, then "
             "`python -m crate_mini.studies codes FOLDER/vectors.npz`."
         )
+    results.ready_file(result_file())
     vectors = shortened(Vectors.load(settings.vectors), settings.words)
     n_words = {split: int(vectors.rows(split).sum()) for split in SPLITS}
     k = settings.k or max(2, n_words["train"] // WORDS_PER_CODE)

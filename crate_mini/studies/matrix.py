@@ -117,7 +117,10 @@ class Trial:
             )
             code, output = done.returncode, done.stdout
         except subprocess.TimeoutExpired as error:
-            code, output = 124, (error.stdout or b"").decode(errors="replace")
+            output = error.stdout or ""  # bytes on POSIX in spite of text=True, str on Windows
+            if isinstance(output, bytes):
+                output = output.decode(errors="replace")
+            code = 124
         with open(self.log, "a", encoding="utf-8") as file:
             file.write(f"$ {' '.join(map(str, words))}\n{output}\nexit code {code}\n\n")
         return code, time.monotonic() - start, output
@@ -176,30 +179,43 @@ def run(settings):
     pythons = chosen(settings.pythons) if settings.pythons else list(filter(None, found().values()))
     if not pythons:
         raise UserError("no Python 3.10 to 3.14 was found; name one with --pythons PATH.")
+    results.ready_file(file)
     tests = QUICK if settings.quick else ()
     rows = []
     progress = Progress("matrix", len(pythons), every=0)
     for done, python in enumerate(pythons, 1):
-        major, minor, _ = version_of(python)
-        folder = results.ROOT / "out" / "matrix" / f"{major}.{minor}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        trial = Trial(python, folder)
-        rows.append(trial.run(tests, 60 * settings.minutes))
+        rows.append(tried(python, tests, 60 * settings.minutes))
+        result = content(rows, settings)
+        results.write_json(file, result)  # after each, as a run of all may take hours
+        progress.update(done)
+    print(table(result))
+    return 1 if any(row["stopped_at"] for row in rows) else 0
+
+
+def tried(python, tests, seconds):
+    """The row of one Python; its log stays, its clone and environment do not."""
+    major, minor, _ = version_of(python)
+    folder = results.ROOT / "out" / "matrix" / f"{major}.{minor}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    trial = Trial(python, folder)
+    try:
+        return trial.run(tests, seconds)
+    finally:
         for large in (trial.clone, trial.venv):
             shutil.rmtree(large, ignore_errors=True)
-        progress.update(done)
-    tried = {row["python"].rsplit(".", 1)[0] for row in rows}
-    result = {
+
+
+def content(rows, settings):
+    """What results/matrix.json holds of these rows."""
+    minors = {row["python"].rsplit(".", 1)[0] for row in rows}
+    return {
         "command": results.command("-m", "crate_mini.studies"),
         "commit": results.commit(),
         "quick": settings.quick,
         "rows": rows,
-        "not_here": [f"3.{minor}" for minor in MINORS if f"3.{minor}" not in tried],
+        "not_here": [f"3.{minor}" for minor in MINORS if f"3.{minor}" not in minors],
     }
-    results.write_json(file, result)
-    print(table(result))
-    return 1 if any(row["stopped_at"] for row in rows) else 0
 
 
 def table(result):

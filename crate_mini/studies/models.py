@@ -179,16 +179,23 @@ def runs_of(group, row, settings):
 def train_all(runs, store, settings):
     """Train the runs, `jobs` at a time; each is in the store as soon as it has finished.
 
-    When one fails, those that run already go on to their end, and the rest is not begun.
-
-    An entry that the store holds stays as it is, so that tables do not move with the machine that
-    makes a checkpoint again.
+    When one fails, those that run already go on to their end, and the rest is not begun. An entry
+    that the store holds stays as it is, so that tables do not move with the machine that makes a
+    checkpoint again.
     """
     progress = terminal.Progress("models", len(runs), every=0)
     threads = max(1, torch.get_num_threads() // settings.jobs)  # of the cores we may use
 
+    has_failed = threading.Event()  # seen by the next run sooner than the pool can be stopped
+
     def train_and_keep(run):
-        finished = train(run, settings, threads)
+        if has_failed.is_set():
+            return
+        try:
+            finished = train(run, settings, threads)
+        except BaseException:
+            has_failed.set()
+            raise
         if not store.holds(run):
             store.add(finished)
 

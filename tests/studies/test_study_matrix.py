@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from unittest import mock
 
 import pytest
 
@@ -101,12 +102,39 @@ def test_a_row_says_how_far_a_python_came(place, monkeypatch, capsys, failing):
     assert matrix.run(Settings(table=True)) == 0 and capsys.readouterr().out in output
 
 
+@pytest.mark.parametrize("printed", [b"begun", "begun", None])
+def test_what_a_command_printed_in_its_time_is_kept_on_every_system(tmp_path, monkeypatch, printed):
+    """subprocess.run hands it over as bytes on POSIX, as text on Windows."""
+    late = matrix.subprocess.TimeoutExpired("pytest", 2, output=printed)
+    monkeypatch.setattr(matrix.subprocess, "run", mock.Mock(side_effect=late))
+    code, _, output = Trial(sys.executable, tmp_path).step("pytest", seconds=2)
+    assert (code, output) == (124, "begun" if printed else "")
+
+
+def test_rows_are_kept_when_a_later_python_is_interrupted(place, monkeypatch):
+    rows = iter([{"python": "3.12.1", "stopped_at": None}])
+
+    def run(trial, tests, seconds):
+        trial.clone.mkdir()
+        row = next(rows, None)
+        if row is None:
+            raise KeyboardInterrupt
+        return row
+
+    monkeypatch.setattr(Trial, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        matrix.run(Settings(pythons=f"{sys.executable},{sys.executable}"))
+    content = json.loads((results.ROOT / "results" / "matrix.json").read_text())
+    assert [row["python"] for row in content["rows"]] == ["3.12.1"]
+    assert not list((results.ROOT / "out" / "matrix").glob("*/clone"))
+
+
 def test_a_command_that_takes_too_long_or_fails_is_logged(tmp_path):
     trial = Trial(sys.executable, tmp_path)
     code, _, output = trial.step(sys.executable, "-c", "print('so far')")
     assert (code, output) == (0, "so far\n")
     slow = "import time; print('begun', flush=True); time.sleep(60)"
     code, _, output = trial.step(sys.executable, "-c", slow, seconds=2)
-    assert code == 124
+    assert (code, output) == (124, "begun\n")
     assert trial.step(sys.executable, "-c", "raise SystemExit(3)")[0] == 3
     assert "so far" in trial.log.read_text() and "exit code 124" in trial.log.read_text()

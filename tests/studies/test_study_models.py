@@ -109,6 +109,24 @@ def test_what_has_finished_is_kept_when_another_run_fails(trained, tmp_path, mon
     assert [run["name"] for run in study(tmp_path)["runs"]] == ["gpt2"]
 
 
+def test_nothing_is_begun_after_a_run_has_failed(trained, monkeypatch):
+    begun = []
+
+    def run_script(words, log, threads):
+        begun.append(words)
+        raise UserError("out of memory")
+
+    class SlowToStop(models.ThreadPoolExecutor):
+        def shutdown(self, wait=True, cancel_futures=False):
+            super().shutdown(wait)  # as if the next run had begun before
+
+    monkeypatch.setattr(models, "run_script", run_script)
+    monkeypatch.setattr(models, "ThreadPoolExecutor", SlowToStop)
+    with pytest.raises(UserError, match="out of memory"):
+        models.run(models.Settings(only="crate,gpt2", seeds=3))
+    assert len(begun) == 1
+
+
 def test_a_checkpoint_that_is_gone_is_made_again_and_the_file_stays(trained, tmp_path, monkeypatch):
     models.run(models.Settings(only="crate,gpt2", seeds=1))
     before = study(tmp_path)["runs"]
