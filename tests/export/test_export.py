@@ -334,6 +334,8 @@ def test_generation_with_the_kv_cache_is_that_without(tmp_path, name):
     )
     start = theirs(prompt, use_cache=True)[modelling(theirs).CACHE]
     two_words = {"max_new_tokens": 4, "do_sample": False, modelling(theirs).CACHE: start}
+    with pytest.raises(ValueError, match="the cache holds 5 tokens and the text has 5, so none is"):
+        theirs.generate(prompt, **two_words)
     longer = theirs.generate(IDS[:, :7], **two_words)
     assert torch.equal(longer, theirs.generate(IDS[:, :7], max_new_tokens=4, do_sample=False))
 
