@@ -207,8 +207,8 @@ class CrateMiniForCausalLM(PreTrainedModel, GenerationMixin):
         """The tokens that are not in the cache yet.
 
         Beyond the context the window slides, which changes every position: as many tokens from the
-        end as the model reads, without the cache. Raises ValueError if they are not in input_ids, and
-        if none is new.
+        end as the model reads, without the cache. Raises ValueError if they are not in input_ids,
+        and if none is new.
         """
         context, cache = self.config.max_position_embeddings, kwargs.get(CACHE)
         T, S = input_ids.shape[1], input_ids.shape[1]
@@ -228,11 +228,8 @@ class CrateMiniForCausalLM(PreTrainedModel, GenerationMixin):
                 f"the cache holds {known} tokens and the text has {S}, so none is new; give a text "
                 "that goes on after the cache."
             )
-        return {
-            "input_ids": input_ids[:, known - S :],
-            "attention_mask": attention_mask,
-            CACHE: cache,
-        }
+        new = input_ids[:, known - S :]
+        return {"input_ids": new, "attention_mask": attention_mask, CACHE: cache}
 
     def forward(
         self,

@@ -286,10 +286,10 @@ def draw_densities(target, seed):
 
 def draw_scores(study, target):
     """Draw the scores of the deepest models of the first seed, from the content of neurons.json."""
-    wanted = study["presets"][-1], study["seeds"][0]
+    deepest = [run for run in study["runs"] if run["preset"] == study["presets"][-1]]
     summaries = {}
-    for run in study["runs"]:
-        if (run["preset"], run["seed"]) == wanted:
+    for run in deepest:
+        if run["seed"] == min(other["seed"] for other in deepest):
             summaries[f"{NAMES[run['model']]}, {run['preset']}"] = run["as it is"]
     figures.scores_by_layer(summaries, target)
 

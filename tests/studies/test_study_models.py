@@ -182,6 +182,16 @@ def test_an_entry_says_what_was_run_and_what_it_cost(trained, tmp_path):
     assert str(tmp_path) not in json.dumps(run)
 
 
+def test_the_trigram_of_the_figure_is_in_the_unit_of_its_curves():
+    """1.8 bits per byte, where a loss of 5 nats per token is 2 of them."""
+    others = {"text": "wiki", "val_loss": 9.0, "bits_per_byte": 1.0}
+    run = {"text": "pydocs", "val_loss": 5.0, "bits_per_byte": 2.0}
+    known = {"baselines_bits_per_byte": {models_report.TRIGRAM: 1.8}}
+    assert models_report.trigram({"runs": [others, run], **known}) == pytest.approx(4.5)
+    assert models_report.trigram({"runs": [others], **known}) is None
+    assert models_report.trigram({"runs": [run]}) is None
+
+
 def test_rows_of_the_second_text_alone_are_refused_without_it(trained):
     for chosen in ({"group": "depths"}, {"only": "crate-1L"}):
         with pytest.raises(UserError, match="need a second text; give --text wiki.txt.xz"):

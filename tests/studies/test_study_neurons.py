@@ -82,6 +82,10 @@ def test_the_scores_of_the_deepest_models_can_be_drawn_again_from_the_file(tmp_p
     deepest = made_up_study()["presets"][-1]
     assert summaries and all(name.endswith(f", {deepest}") for name in summaries)
     assert all(summary["sites"] for summary in summaries.values())
+    content = made_up_study()
+    content["runs"] = [r for r in content["runs"] if r["preset"] == "1L" or r["seed"] == 2]
+    neurons.draw_scores(content, target)  # the deepest have the second seed alone
+    assert list(drawn.call_args.args[0]) == list(summaries)
 
 
 def test_the_table_shows_our_scores_by_seed_and_names_the_source_of_the_others():
