@@ -401,7 +401,7 @@ class Trainer:
         vectors = [w for w in self.lm.parameters() if w.dim() < 2]
         decayed = {"params": matrices, "weight_decay": s.weight_decay}
         others = {"params": vectors, "weight_decay": 0.0}
-        fused = self.device.type != "mps"
+        fused = device.can_fuse_adam(self.device)
         return torch.optim.AdamW([decayed, others], s.lr, (s.beta1, s.beta2), fused=fused)
 
     def choose_dtype(self):

@@ -27,6 +27,7 @@ from crate_mini import UserError, cli
 from crate_mini.cli import setting
 from crate_mini.concepts.kmeans import distances, nearest, spherical, usage
 from crate_mini.console import terminal
+from crate_mini.training.device import can_fuse_adam
 
 
 @dataclass
@@ -389,7 +390,8 @@ def make_optimizer(model):
     others = [p for p in model.parameters() if p.ndim <= 1]
     decay = model.settings.weight_decay
     groups = [{"params": matrices, "weight_decay": decay}, {"params": others}]
-    return torch.optim.Adam(groups, model.settings.lr, fused=True)  # a third of the step's time
+    fused = can_fuse_adam(model.out.bias.device)  # a third of the step's time
+    return torch.optim.Adam(groups, model.settings.lr, fused=fused)
 
 
 def train_epoch(model, words, optimizer, generator, shuffle):

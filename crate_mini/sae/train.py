@@ -15,6 +15,7 @@ from crate_mini import UserError
 from crate_mini.console import terminal
 from crate_mini.intervene import hook_codes
 from crate_mini.sae.autoencoder import SAE
+from crate_mini.training.device import can_fuse_adam
 
 BUFFER_TOKENS = 2**16  # largest buffer for shuffling, in tokens
 BUFFER_BYTES = 2**27  # and in bytes
@@ -121,8 +122,7 @@ def fit(saes, batches, steps, lr, seed=0):
 
 def start(sae, lr, device):
     """A Training of one SAE."""
-    fused = device.type != "mps"
-    optimizer = torch.optim.Adam(sae.parameters(), lr, fused=fused)
+    optimizer = torch.optim.Adam(sae.parameters(), lr, fused=can_fuse_adam(device))
     return Training(sae, optimizer, torch.zeros_like(sae.c, dtype=torch.bool))
 
 

@@ -258,6 +258,11 @@ def peak_flops(device, dtype):
     return None, "no peak known for this device and dtype, so no MFU"
 
 
+def can_fuse_adam(device):
+    """Whether Adam updates all weights in one kernel: everywhere but on MPS, where none has run."""
+    return device.type != "mps"
+
+
 def widest_float(device):
     """The widest dtype for sums on a device: float64, or float32 on MPS, which has no other."""
     return torch.float32 if device.type == "mps" else torch.float64

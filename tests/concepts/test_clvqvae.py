@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_mps import fake_mps
 from hypothesis import given
 from hypothesis import strategies as st
 from planted_vectors import planted
@@ -250,6 +251,13 @@ def test_weight_decay_applies_to_matrices(monkeypatch):
     assert (matrices["weight_decay"], others["weight_decay"]) == (0.25, 0)
     assert {p.ndim > 1 for p in matrices["params"]} == {True}
     assert {p.ndim for p in others["params"]} <= {0, 1}
+
+
+def test_adam_is_fused_everywhere_but_on_mps():
+    model = CLVQVAE(torch.randn(3, 8), 8, Settings(codes=3, heads=2))
+    assert clvqvae.make_optimizer(model).defaults["fused"]
+    with fake_mps():
+        assert not clvqvae.make_optimizer(model.to("mps")).defaults["fused"]
 
 
 def test_training_learns_the_planted_concepts():

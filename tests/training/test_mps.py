@@ -1,4 +1,4 @@
-"""Every command that reads or trains a model, on a device that has no float64."""
+"""Commands that read or train a model, all but concepts and llm, on a device without float64."""
 
 import shlex
 import sys
