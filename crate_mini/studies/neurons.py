@@ -138,12 +138,22 @@ class Study:
     """results/neurons.json: "runs", "differences" and "sae", each entry of a preset and a seed."""
 
     def __init__(self, path, tokens):
+        """Begin with what the file holds, if this version of the study has written it.
+
+        Raises UserError if its scores were made from another number of tokens.
+        """
         self.path, self.tokens = path, tokens
         self.content = {"runs": [], "differences": [], "sae": []}
-        if path.exists():
-            known = results.read_json(path)
-            if known.get("schema") == SCHEMA and known["tokens"] == tokens:
-                self.content = known
+        known = results.read_json(path) if path.exists() else {}
+        if known.get("schema") != SCHEMA:
+            return
+        if known["tokens"] != tokens:
+            raise UserError(
+                f"--tokens {tokens}, but the scores in results/{path.name} were made from "
+                f"{known['tokens']} tokens, and the two cannot be compared; add to them with "
+                f"`--tokens {known['tokens']}`, or move the file away to begin anew."
+            )
+        self.content = known
 
     def holds(self, preset, seed):
         """Whether all models of a preset and a seed have been scored."""

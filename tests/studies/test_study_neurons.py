@@ -164,7 +164,12 @@ def test_what_the_file_holds_is_not_scored_again(tmp_path, monkeypatch):
     assert not again.holds("1L", 2) and not again.holds("3L", 1)
     assert len(again.content["runs"]) == 6
     assert again.content["presets"] == ["1L", "3L"] and again.content["seeds"] == [1, 2]
-    assert not neurons.Study(path, 100).holds("1L", 1)  # scored on fewer tokens
+    kept = path.read_bytes()
+    with pytest.raises(UserError, match="--tokens 100, but the scores .* `--tokens 99`"):
+        neurons.Study(path, 100)
+    assert path.read_bytes() == kept
+    results.write_json(path, {"schema": 1, "tokens": 100})
+    assert not neurons.Study(path, 99).holds("1L", 1)  # of an older study: all is made again
 
 
 def test_autoencoders_are_scored_once_each(tmp_path, monkeypatch):
