@@ -37,6 +37,7 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, by the specification
 
 
 def is_foreign(path):
@@ -181,28 +182,55 @@ def _content(path):
 
 
 def _safetensors(path):
-    """Tensors by name: 8 bytes of length, a JSON of dtypes, shapes and offsets, raw data."""
+    """Tensors by name: 8 bytes of length, a JSON of dtypes, shapes and offsets, raw data.
+
+    Raises ValueError where the data of the tensors do not follow one another from the first byte
+    to the last, as the specification demands: an overlap would share the memory of two tensors.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         header_length = int.from_bytes(file.read(8), "little")
-        if header_length > size:
+        if header_length > min(size - 8, MAX_SAFETENSORS_HEADER):
             raise ValueError
-        header = json.loads(file.read(header_length))
+        header = json.loads(file.read(header_length), object_pairs_hook=_dict_without_repeats)
         data = bytearray(size - 8 - header_length)
         file.readinto(data)
     header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
+    tensors, following = {}, 0
+    for name, entry in sorted(header.items(), key=_data_offsets):
         dtype = SAFETENSORS_DTYPES[entry["dtype"]]
-        count = math.prod(entry["shape"])
         begin, end = entry["data_offsets"]
-        if end - begin != count * dtype.itemsize:
+        count = math.prod(map(_natural, entry["shape"]))
+        if (begin, end) != (following, following + count * dtype.itemsize):
             raise ValueError
         flat = torch.empty(0, dtype=dtype)
         if count:  # torch refuses an empty buffer
             flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin)
         tensors[name] = flat.reshape(entry["shape"])
+        following = end
+    if following != len(data):
+        raise ValueError
     return tensors
+
+
+def _data_offsets(item):
+    """The offsets of one (name, entry) of a safetensors header."""
+    begin, end = item[1]["data_offsets"]
+    return _natural(begin), _natural(end)
+
+
+def _natural(number):
+    """The number, if it is an int from 0 on; raises ValueError otherwise, also for True."""
+    if type(number) is not int or number < 0:
+        raise ValueError
+    return number
+
+
+def _dict_without_repeats(pairs):
+    """The dict of a JSON object. Raises ValueError if it names a key twice."""
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError
+    return dict(pairs)
 
 
 @contextmanager
