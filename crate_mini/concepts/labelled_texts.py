@@ -19,6 +19,7 @@ import numpy as np
 
 from crate_mini import UserError, cli
 from crate_mini.concepts.types import SPLITS
+from crate_mini.console.results import read_bytes
 from crate_mini.data.formats import json_rows, reading
 
 TEXT = ("text", "comment_text", "review", "sentence", "content")
@@ -168,7 +169,7 @@ def bbc_folder():
 def _folder(path):
     """Pairs of path/CLASS/*.txt. A file that is not UTF-8 is read as Latin-1, as the BBC's are."""
     for file in sorted(path.glob("*/*.txt")):
-        raw = file.read_bytes()
+        raw = read_bytes(file)
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError:
@@ -224,7 +225,7 @@ def _pair(row, path, number):
     label = _first(row, LABEL, (str, int, float))
     if text is None and isinstance(row.get("annotation_id"), str):
         document = path.parent / "docs" / Path(row["annotation_id"]).name
-        text = document.read_text(encoding="utf-8")
+        text = read_bytes(document).decode()
     if text is None:
         raise _lacks("text", TEXT, path, number)
     if label is None or not str(label).strip():

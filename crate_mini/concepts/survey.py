@@ -104,7 +104,7 @@ def score(key, *answers):
     """
     writes = "what `python interpret.py concepts CKPT` writes as packet-key.json"
     asked = results.read_json(key, expected=writes).get("questions")
-    raw = Path(key).read_bytes()
+    raw = results.read_bytes(key)
     if not are_questions(asked):
         raise UserError(f"{key} is not the key of a packet; expected {writes}.")
     digest = hashlib.sha256(raw).hexdigest()
@@ -158,7 +158,7 @@ def count(asked, choices, group):
 def read_choices(path, asked, digest):
     """The number of the class that one person chose, or None, for each question."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = results.read_bytes(path).decode("utf-8-sig")
         if Path(path).suffix.lower() == ".csv":
             return sheet_choices(text, asked, path)
         return page_choices(text, asked, digest, path)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import stat
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,26 @@ def atomic_write(path):
 def is_special(path):
     """Whether this is a device or a pipe: to read it might never end."""
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+@contextmanager
+def open_plain(path):
+    """A file to read bytes from. Raises OSError for a device or a pipe, too, without waiting."""
+    with open(path, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is a device or a pipe", str(path))
+        yield file
+
+
+def _without_waiting(path, flags):
+    """A file descriptor; for a pipe that nobody writes to, too."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_bytes(path):
+    """The bytes of a plain file. Raises OSError, as `open_plain`."""
+    with open_plain(path) as file:
+        return file.read()
 
 
 class _Tried(Exception):
@@ -150,10 +171,7 @@ def read_json(path, known=None, expected="a file written by crate_mini"):
     UserError if the file cannot be parsed, does not fit its digest, or holds another name.
     """
     try:
-        if is_special(path):
-            raise ValueError("it is a device or a pipe")
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        content = json.loads(read_bytes(path).decode())
         intact = not isinstance(content, dict) or is_intact(content)
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error

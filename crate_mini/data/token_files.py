@@ -22,7 +22,7 @@ import numpy as np
 
 from crate_mini import UserError
 from crate_mini.console import terminal
-from crate_mini.console.results import atomic_write
+from crate_mini.console.results import atomic_write, read_bytes
 from crate_mini.data.formats import Position
 from crate_mini.data.sources import TokenFile, documents, is_held_out, notes, pretokenized
 from crate_mini.data.tokenizer import Tokenizer
@@ -103,7 +103,7 @@ def _reusable(folder: Path, identity: dict, log) -> dict:
     """corpus.json without its damaged parts, if it fits `identity`; otherwise a fresh start."""
     fresh = {**identity, "split": None, "parts": [], "complete": False}
     try:
-        meta = json.loads((folder / "corpus.json").read_bytes())
+        meta = json.loads(read_bytes(folder / "corpus.json"))
         if meta.pop("sha256") != _sha256(json.dumps(meta).encode()):
             raise ValueError
         if {key: meta.get(key) for key in identity} != identity:
@@ -133,7 +133,7 @@ def _intact(folder: Path, number: int, part: dict) -> bool:
     """Whether both files of a part have the sha256 that corpus.json names."""
     for split in SPLITS:
         path = token_file(folder, number, split)
-        if not path.exists() or _sha256(path.read_bytes()) != part[split]["sha256"]:
+        if not path.exists() or _sha256(read_bytes(path)) != part[split]["sha256"]:
             return False
     return True
 

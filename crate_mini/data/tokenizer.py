@@ -11,7 +11,7 @@ import numpy as np
 import tiktoken
 
 from crate_mini import UserError
-from crate_mini.console.results import atomic_write
+from crate_mini.console.results import atomic_write, read_bytes
 from crate_mini.data.formats import END, extra
 from crate_mini.data.sources import documents, is_held_out
 
@@ -134,7 +134,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
                 f"{path} is not a ranks file: it has {path.stat().st_size:,} bytes, the largest "
                 f"vocabularies less than {LARGEST_FILE:,}."
             )
-        lines = [line.split() for line in path.read_bytes().splitlines()]
+        lines = [line.split() for line in read_bytes(path).splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except OSError as error:
         raise UserError(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from crate_mini import UserError
 from crate_mini.cli import setting
+from crate_mini.console import results
 from crate_mini.console.terminal import Command
 from crate_mini.data.tokenizer import load_tokenizer
 from crate_mini.export import folders
@@ -59,7 +60,7 @@ def check_folder(out):
     config = out / "config.json"
     content = None
     with suppress(OSError, ValueError, RecursionError):  # none, or not JSON: no checkpoint of ours
-        content = json.loads(config.read_text(encoding="utf-8", errors="replace"))
+        content = json.loads(results.read_bytes(config).decode(errors="replace"))
     if isinstance(content, dict) and "format" in content:  # an export keeps it one level deeper
         raise UserError(f"--out {out} holds a checkpoint; give another folder, like {out}-export.")
 

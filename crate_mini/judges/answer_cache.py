@@ -42,7 +42,7 @@ def token_estimate(query):
 
 def read_answers(path):
     """{key: answer} of a file. A last line without its end, left by a kill, does not count."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+    lines = results.read_bytes(path).decode().split("\n")[:-1]
     entries = [json.loads(line) for line in lines]
     if not all(results.is_intact(entry) for entry in entries):
         raise ValueError("a line does not fit its digest")
@@ -183,7 +183,7 @@ class AnswerCache:
             return
         self._cut_line_removed = True
         if self.path.exists():
-            content = self.path.read_bytes()
+            content = results.read_bytes(self.path)
             if not content.endswith(b"\n"):
                 with atomic_write(self.path) as file:
                     file.write(content[: content.rfind(b"\n") + 1])

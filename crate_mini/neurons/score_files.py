@@ -30,7 +30,7 @@ def read_rows(path, made_by="score"):
     file is missing or damaged.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = results.read_bytes(path).decode().split("\n")
         rows = [json.loads(line, parse_constant=_missing) for line in lines if line.strip()]
         if all(isinstance(row, dict) and results.is_intact(row) for row in rows):
             return rows

@@ -10,11 +10,11 @@ Transluce and EleutherAI use it for neurons. The page shows no score and saves t
 import hashlib
 import json
 from html import escape
-from pathlib import Path
 
 import numpy as np
 
 from crate_mini import UserError
+from crate_mini.console.results import read_bytes
 from crate_mini.data.tokenizer import visible
 from crate_mini.neurons.labels import LABEL_TOKENS, label_text
 from crate_mini.neurons.score_files import checkpoint_name
@@ -155,7 +155,7 @@ def score(path):
     Raises UserError for a file that is missing or does not hold such answers.
     """
     try:
-        answers = json.loads(Path(path).read_text(encoding="utf-8"))["answers"]
+        answers = json.loads(read_bytes(path))["answers"]
         return {task: _count(answers, task) for task in CHANCE}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "it holds something else"

@@ -313,7 +313,7 @@ def write_tensors(path, content):
 
 def read_tensors(path, sha256):
     """Read a file of write_tensors. Raises UserError if its sha256 differs, and OSError."""
-    with open(path, "rb") as file:
+    with results.open_plain(path) as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
@@ -394,7 +394,7 @@ def read_meta(folder):
     """The content of config.json. Raises UserError unless it is intact and of this format."""
     path = folder / "config.json"
     try:
-        meta = json.loads(path.read_bytes())
+        meta = json.loads(results.read_bytes(path))
         version = meta["format"]
     except OSError as error:
         suggestion = nearest_folder(folder, "config.json")

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from crate_mini import UserError
+from crate_mini.console.results import open_plain, read_bytes
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
@@ -80,7 +81,7 @@ def _facts(path, must_exist):
     if not must_exist and not path.is_file():
         return {}
     with _refusing(path, "repair it, or move it away if it belongs to another model"):
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_bytes(path))
         if not isinstance(config, dict):
             raise ValueError
     if not must_exist and "format" in config and "files" in config:
@@ -128,11 +129,11 @@ def named_facts(config, place):
 def _all_parts(folder):
     """The weights in a Hugging Face folder, of however many files."""
     for name in FILES:
-        if (folder / name).is_file():
+        if (folder / name).exists():
             return _content(folder / name)
     for name in FILES:
         index = folder / f"{name}.index.json"
-        if index.is_file():
+        if index.exists():
             return _indexed(index)
     parts = [match for match in map(PART.fullmatch, sorted(os.listdir(folder))) if match]
     stem, _, count, suffix = parts[0].groups()
@@ -143,7 +144,7 @@ def _all_parts(folder):
 def _indexed(index):
     """The weights that an index names, from the files next to it."""
     with _refusing(index):
-        files = json.loads(index.read_bytes())["weight_map"]
+        files = json.loads(read_bytes(index))["weight_map"]
         names = sorted(set(files.values()))
         if any(Path(name).name != name for name in names):
             raise ValueError
@@ -159,7 +160,7 @@ def _joined(folder, names):
     content = {}
     for name in names:
         path = folder / name
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"{path} is missing, one of {len(names)} parts; download it.")
         for key, value in _content(path).items():
             if key in content:
@@ -175,7 +176,8 @@ def _content(path):
         if path.suffix == ".safetensors":
             content = _safetensors(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with open_plain(path) as file:
+                content = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a dict of tensors.")
     return content
@@ -187,8 +189,8 @@ def _safetensors(path):
     Raises ValueError where the data of the tensors do not follow one another from the first byte
     to the last, as the specification demands: an overlap would share the memory of two tensors.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
         header_length = int.from_bytes(file.read(8), "little")
         if header_length > min(size - 8, MAX_SAFETENSORS_HEADER):
             raise ValueError

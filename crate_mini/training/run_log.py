@@ -14,7 +14,7 @@ from pathlib import Path
 
 from crate_mini import UserError, ops
 from crate_mini.console import terminal
-from crate_mini.console.results import atomic_write
+from crate_mini.console.results import atomic_write, read_bytes
 from crate_mini.console.terminal import flag_words, typable
 from crate_mini.training import checkpoint
 from crate_mini.training.device import has_mps
@@ -366,7 +366,7 @@ class Log:
         A damaged file, which no longer begins with what the checkpoint saw, is set aside.
         """
         try:
-            content = self.path.read_bytes()
+            content = read_bytes(self.path)
         except FileNotFoundError:
             return []
         except OSError:  # a folder, or a damaged file system
