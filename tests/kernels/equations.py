@@ -86,8 +86,9 @@ def head_equation(x, W, targets):
 def head_terms(x, W, targets):
     """{number of an output: size of the terms that cancel in it}, for assert_close.
 
-    Pull and push of equal rows cancel in the gradients. The equation's own loss of a likely target
-    is the logarithm of a rounded number just above 1, which only float64 shows.
+    Pull and push of equal rows cancel in the gradients, and the roundings of a sum of n equal terms
+    go one way: n times as far, not the sqrt(n) times of assert_close. The equation's own loss of a
+    likely target is the logarithm of a rounded number just above 1, which only float64 shows.
     """
     terms = {0: 1.0} if x.dtype == torch.float64 else {}
     x, W = x.double(), W.double()
@@ -97,9 +98,14 @@ def head_terms(x, W, targets):
     weights = (x @ W.T).softmax(-1)[counts]
     weights += F.one_hot(targets[counts], len(W))
     weights /= counts.sum()
-    terms[1] = float((weights @ W.abs()).max())
-    terms[2] = float((weights.T @ x[counts].abs()).max())
+    terms[1] = float((weights @ W.abs()).max()) * one_way(W)
+    terms[2] = float((weights.T @ x[counts].abs()).max()) * one_way(x)
     return terms
+
+
+def one_way(rows):
+    """How much further the roundings of a sum over n rows go if all rows are equal."""
+    return max(1, len(rows) ** 0.5 / 2) if (rows == rows[:1]).all() else 1
 
 
 def cancelling_terms(gu, z, weight, U, eps=1e-5):
