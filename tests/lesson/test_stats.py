@@ -123,6 +123,9 @@ def test_the_interval_of_group_means_and_of_their_difference():
         low, high = stats.bootstrap_interval(groups, 400, weights=weights)
         assert 0.92 < ((low < truth) & (truth < high)).mean() < 0.98
     assert stats.bootstrap_interval([[1.0]]) is None
+    assert stats.bootstrap_interval([[1.0, 2.0], [1.0]]) is None
+    low, high = stats.bootstrap_interval([[1.0, 2.0]])  # two values suffice
+    assert low < 1.5 < high
     assert stats.bootstrap_interval([]) is None
     assert stats.bootstrap_interval([[1.0, 1.0, 1.0]]) == [1.0, 1.0]
 
