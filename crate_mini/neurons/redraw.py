@@ -104,8 +104,11 @@ def score_shifts(score, groups, n, seed):
 
     score(neurons, group) -> {metric: k numbers or None}, of k of the n neurons, without a group of
     documents, or with all if it is None. groups: their numbers. At most SAMPLE neurons are scored
-    again; the spread that is due to their being few is taken out.
+    again; the spread that is due to their being few is taken out. {} with fewer than two groups,
+    as without the only one nothing is left to score.
     """
+    if len(groups) < 2:
+        return {}
     chosen = np.arange(n)
     if n > SAMPLE:
         chosen = np.sort(np.random.default_rng(seed).choice(n, SAMPLE, replace=False))

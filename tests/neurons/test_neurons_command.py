@@ -263,6 +263,16 @@ def test_the_spread_over_splits_stands_next_to_each_mean(place, call):
         assert "documents" in summary["sites"]["L0"][metric]["redrawn"], metric
 
 
+@pytest.mark.parametrize("tokens", [300, 1000, 2500, 4000])
+def test_a_text_so_short_that_one_document_is_scored(place, call, tokens):
+    words = f"neurons best --tokens {tokens} --n 3 --layers 0 --controls none --out short-{tokens}"
+    code, _, err = call(words)
+    if code:
+        assert code == 2 and err.count("\n") == 1
+    else:
+        assert (place / f"short-{tokens}" / "summary.json").exists()
+
+
 def test_one_layer_of_a_record_that_had_no_room_for_all_bigrams(place, call, monkeypatch):
     """Alone it would have had room for more, and so have another table."""
     monkeypatch.setattr(record, "BIGRAM_BYTES", 4 * 2 * 128 * 10)  # ten for two layers of 128

@@ -249,3 +249,13 @@ def test_scores_of_a_sample_spread_as_those_of_all():
     ratio = np.std(list(sampled["f1"].values())) / np.std(list(of_all.values()))
     assert 0.8 < ratio < 1.25
     assert sampled["f1"].keys() == of_all.keys() == {str(group) for group in range(16)}
+
+
+def test_a_single_group_of_documents_is_not_left_out():
+    """Nothing would be left to score."""
+
+    def score(neurons, group):
+        raise AssertionError("scored without documents")
+
+    assert redraw.score_shifts(score, [0], 5, seed=0) == {}
+    assert redraw.score_shifts(score, [], 5, seed=0) == {}
