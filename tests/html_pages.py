@@ -80,3 +80,21 @@ def dom(path, profile, fragment=""):
     process = subprocess.run(command, env=home, capture_output=True, encoding="utf-8", timeout=120)
     assert "</html>" in process.stdout, process.stderr[-2000:]
     return process.stdout
+
+
+def missing_width(content, folder, fragment="", width=400):
+    """Pixels that a page (bytes) lacks on a screen of this width: 0 unless it scrolls sideways."""
+    measure = b"""<script>addEventListener("load", () => setTimeout(() => {
+    const root = document.documentElement;
+    parent.postMessage(root.scrollWidth - root.clientWidth, "*");
+    }, 200));</script></body>"""
+    assert content.count(b"</body>") == 1
+    (folder / "measured.html").write_bytes(without_policy(content).replace(b"</body>", measure))
+    frame = f"""<html><title>waiting</title><body><script>
+    addEventListener("message", event => document.title = `lacks ${{event.data}}`);</script>
+    <iframe src="measured.html{fragment}" width="{width}" height="900" style="border:0"></iframe>
+    </body></html>"""
+    (folder / "frame.html").write_text(frame)
+    title = re.search(r"<title>lacks (\d+)</title>", dom(folder / "frame.html", folder / "profile"))
+    assert title, "the page did not report its width"
+    return int(title[1])

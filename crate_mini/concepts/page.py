@@ -43,7 +43,16 @@ h3 { margin-top: 2rem; } h3 small { display: block; } .flip { font-weight: bold;
 table.cuts td, table.cuts th { padding: .15rem .6rem; text-align: right; }
 table.cuts td { white-space: nowrap; }
 table.cuts th:first-child { text-align: left; min-width: 16rem; }
+@media (max-width: 700px) {
+  table.cuts th:first-child { min-width: 8rem; padding-left: 0; }
+  table.cuts td, table.cuts th { padding: .15rem .35rem; font-size: .85rem; }
+  table.cuts td { white-space: normal; }
+}
 </style>"""
+
+
+LARGEST = 17  # points, of the most frequent word of a code in concepts.png
+PANEL = 215, 95  # points, what of a panel of concepts.png is for words
 
 
 # ---- concepts.html -------------------------------------------------------------------------------
@@ -188,7 +197,7 @@ def code_card(code, classes):
     return (
         f'<div class="code"><p><b>code {code["code"]}</b> '
         f'<small>{code["size"]} training words</small></p><div class="mix">{"".join(bars)}</div>'
-        f'<p class="words">{"".join(words)}</p>{"".join(texts)}</div>'
+        f'<p class="words">{" ".join(words)}</p>{"".join(texts)}</div>'
     )
 
 
@@ -207,7 +216,7 @@ def shown(text):
 # ---- concepts.png --------------------------------------------------------------------------------
 
 
-def cloud(result, target, codes=4, width=23):
+def cloud(result, target, codes=4):
     """concepts.png: words of the first codes of each method on the page; returns the path.
 
     The size of a word goes with the root of its count. The colour is the class that most of the
@@ -217,13 +226,14 @@ def cloud(result, target, codes=4, width=23):
 
     methods = result["methods"]
     figure, panels = grid(len(methods) * codes, codes, (3.2, 1.7))
+    figure.set_figheight(figure.get_figheight() + 1.4)  # for the title and the legend
     for axes in panels:
         axes.set_axis_off()
     for i, (name, method) in enumerate(methods.items()):
         row = panels[i * codes : (i + 1) * codes]
         for axes, code in zip(row, method["codes"]):
             axes.set_title(f"{name}, code {code['code']}", fontsize=8, parse_math=False)
-            draw_words(axes, code, width)
+            draw_words(axes, code)
     patches = [Patch(color=color(i)) for i in range(len(result["classes"]))]
     figure.legend(
         patches,
@@ -243,29 +253,38 @@ def cloud(result, target, codes=4, width=23):
     return write(figure, target, dpi=110)
 
 
-def draw_words(axes, code, width):
+def draw_words(axes, code):
     style = {"va": "center", "parse_math": False, "color": color(int(np.argmax(code["mix"])))}
-    for x, y, size, word in layout(code["words"], width):
-        text = visible(word.encode("utf-8", "replace"))
-        axes.text(x / width, y, text, fontsize=size, **style)
+    for x, y, size, text in layout(code["words"]):
+        axes.text(x, y, text, fontsize=size, **style)
 
 
-def layout(words, width, rows=5, longest=30):
+def layout(words, width=PANEL[0], height=PANEL[1], longest=30):
     """Places for words (word, count), most frequent first, in rows: as many as fit.
 
-    [(x in characters of the largest size, y in 0 .. 1, size in points, word)]
+    width, height: of a panel, in points. A row is half as high again as its first, largest word.
+    [(x in 0 .. 1, y of the middle in 0 .. 1, size in points, text)]
     """
     highest = max((n for _, n in words), default=1)
     places = []
-    x, row = 0.0, 0
+    x, middle, bottom = width, None, height
     for word, n in words:
-        word = word[:longest]
-        scale = 0.4 + 0.6 * (n / highest) ** 0.5
-        room = scale * (len(word) + 1)
-        if x + room > width and x > 0:
-            x, row = 0.0, row + 1
-        if row == rows:
+        size = LARGEST * (0.4 + 0.6 * (n / highest) ** 0.5)
+        text = visible(word[:longest].encode("utf-8", "replace"))
+        room = text_width(text, size) + 0.5 * size
+        if x > 0 and x + room > width:
+            middle, bottom = bottom - 0.75 * size, bottom - 1.5 * size
+            x = 0.0
+        if bottom < 0:
             break
-        places.append((x, 0.9 - 0.2 * row, 17 * scale, word))
+        places.append((x / width, middle / height, size, text))
         x += room
     return places
+
+
+def text_width(text, size):
+    """How wide a text is in matplotlib's default font; both in points."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    return text_to_path.get_text_width_height_descent(text, FontProperties(size=size), False)[0]

@@ -226,3 +226,9 @@ def test_the_packet_asks_in_a_browser(folder, asked, tmp_path):
     document = html_pages.dom(folder / "packet.html", tmp_path / "profile").split("<script")[0]
     assert f"question 1 of {len(asked)}" in document
     assert document.count('class="choice"') == 2 and "bad&lt;b&gt;" in document
+
+
+@html_pages.browser
+def test_no_page_scrolls_sideways_on_a_phone(folder, tmp_path):
+    for name in ("concepts.html", "packet.html"):
+        assert html_pages.missing_width((folder / name).read_bytes(), tmp_path) == 0, name

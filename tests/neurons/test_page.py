@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from html_pages import ParsedPage, browser, dom, without_policy
+from html_pages import ParsedPage, browser, dom, missing_width, without_policy
 from hypothesis import given
 from hypothesis import strategies as st
 from neuron_results import PLAIN, write_results
@@ -136,6 +136,17 @@ def test_a_browser_hides_the_charts_of_other_layers_and_no_others(tmp_path, monk
     text = dom(tmp_path / "index.html", tmp_path / "profile")
     blocks = re.findall(r'<div class="charts[^>]*>', text)
     assert ["hidden" in tag for tag in blocks] == [False, True, True, False], blocks
+
+
+@browser
+def test_no_page_scrolls_sideways_on_a_phone_and_one_that_would_is_noticed(tmp_path):
+    write_results(tmp_path, vocabulary=len(HOSTILE))
+    content, questions = both_pages(tmp_path, HOSTILE)
+    assert missing_width(content, tmp_path) == 0
+    assert missing_width(content, tmp_path, "#L0%2F1") == 0  # the page of a neuron
+    assert missing_width(questions, tmp_path) == 0
+    wide = b'<div style="width: 450px">wide</div></body>'
+    assert missing_width(content.replace(b"</body>", wide), tmp_path) >= 50
 
 
 # ---- numbers -------------------------------------------------------------------------------------

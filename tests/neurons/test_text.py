@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from html_pages import ParsedPage, browser, dom, without_policy
+from html_pages import ParsedPage, browser, dom, missing_width, without_policy
 from tiny_checkpoints import T, save_checkpoint, write_scores, write_text
 
 import interpret
@@ -196,3 +196,9 @@ def test_the_page_in_a_browser(ckpt, call, tmp_path):
     path = tmp_path / "text.html"
     path.write_bytes(without_policy(page_of(ckpt)).replace(b"</body>", check))
     assert f"<title>{T} true true 1 1</title>" in dom(path, tmp_path / "profile")
+
+
+@browser
+def test_the_page_does_not_scroll_sideways_on_a_phone(ckpt, call, tmp_path):
+    assert not call("wide" * 12 + " words")[0]
+    assert missing_width(page_of(ckpt), tmp_path) == 0
