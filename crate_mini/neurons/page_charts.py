@@ -9,8 +9,9 @@ from crate_mini.neurons.summary import cut_notes, redrawn_notes
 from crate_mini.plots.svg import Plot, count_ticks
 
 ABOUT = {  # metric: its note in the table of means
-    "ngram_r": "uniform windows, previous and current token: the headline",
+    "ngram_r": "uniform windows, previous and current token",
     "token_r": "uniform windows, current token only",
+    "context_gain": "ngram_r minus token_r: what the previous token adds",
     "label_r@10": "uniform windows, only the tokens of the printed label",
     "null_r": "control: another neuron’s table",
     "init_r": "control: the same architecture, untrained",

@@ -8,7 +8,7 @@ number, mostly because one side is constant.
 The protocols (Bills et al. 2023; Bai & Ma 2024; Bricken et al. 2023) take their excerpts from
 excerpts.py and simulated activations from any simulator:
 
-    uniform          uniformly drawn held-out windows, Pearson: the headline, next to F1 and AUPRC
+    uniform          uniformly drawn held-out windows, Pearson, next to F1 and AUPRC
     openai_tar       5 top and 5 random excerpts, Pearson over all their tokens
     openai_random    the random excerpts alone
     anthropic_crate  47 excerpts of 8 tokens by rank interval, Pearson (the paper's code)

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from crate_mini.neurons import page_charts
+from crate_mini.neurons import page_charts, summary
 from crate_mini.plots import svg
 
 
@@ -66,3 +66,8 @@ def test_the_charts_of_all_sites_share_their_axes():
     bottoms = [[place for place in chart if place[1] == str(svg.HEIGHT - 8)] for chart in ticks[0]]
     others = [[place for place in chart if place[1] == str(svg.HEIGHT - 8)] for chart in ticks[1]]
     assert bottoms == others and ticks[0][1] == ticks[1][1]
+
+
+def test_every_correlation_in_the_table_of_means_has_a_note():
+    for metric in summary.CORRELATIONS:
+        assert page_charts.ABOUT[metric.partition("[")[0]]
