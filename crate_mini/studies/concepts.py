@@ -128,8 +128,8 @@ def study(reviews, ranks, topics):
             runner.part(folder / "concepts", *words, "--least", LEAST[texts], *CONCEPTS)
             concepts = results.read_json(folder / "concepts" / "concepts.json")
             runs.append({"model": model, "texts": texts, **essence(concepts)})
-            result = write(runs, names)
-    print(f"\n{tables(result)}")
+            write(runs, names)
+    print(f"\n{tables(results.read_json(result_file()))}")  # as rounded there
 
 
 def write(runs, names):
