@@ -133,7 +133,7 @@ def study(reviews, ranks, topics):
 
 
 def write(runs, names):
-    """Write results/concepts.json of the runs so far; names: of the files. Returns its content."""
+    """Write results/concepts.json of the runs so far; names: of the files."""
     result = {
         "schema": 1,
         "command": "python -m crate_mini.studies concepts REVIEWS RANKS",
@@ -150,7 +150,6 @@ def write(runs, names):
         "runs": runs,
     }
     results.write_json(result_file(), rounded(result))
-    return result
 
 
 def essence(concepts):
